@@ -1,7 +1,7 @@
 """vLLM's entry to mola: registers the load format `mola`; see docs/vllm.md.
 
-vLLM imports this module and calls `register` in every process, whatever it serves, so nothing of mola is imported
-before a model is loaded in this format.
+vLLM imports this module and calls `register` in every process, whatever it serves. So the module imports mola only when
+a model is loaded in this format.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ _registered = False
 
 
 def register() -> None:
-    """Add the load format; more than once changes nothing."""
+    """Register the load format. Further calls change nothing."""
     global _registered
     if _registered:
         return
     try:
         from vllm.model_executor.model_loader import BaseModelLoader, register_model_loader
-    except ImportError as error:  # vLLM serves other models all the same
-        logging.getLogger(__name__).warning("This version of vLLM cannot have the load format %r: %s", FORMAT, error)
+    except ImportError as error:  # vLLM can still serve other models
+        logging.getLogger(__name__).warning(
+            "This version of vLLM does not support the load format %r: %s", FORMAT, error
+        )
         return
 
     class Loader(BaseModelLoader):
-        """Stands for the loader until one is made."""
+        """Imports and creates the real loader when vLLM needs one."""
 
         def __new__(cls, load_config: Any) -> Any:
             import vllm

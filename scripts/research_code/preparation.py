@@ -24,7 +24,7 @@ SCIENCEQA_COLUMNS = (
     *("image", "question", "choices", "answer", "hint", "task", "grade", "subject", "topic", "category", "skill"),
     *("lecture", "solution"),
 )
-_NEEDED = ("question", "choices", "answer")  # others may be missing, and are null then
+_REQUIRED_COLUMNS = ("question", "choices", "answer")  # other columns may be missing and become null
 
 
 @dataclass
@@ -102,8 +102,8 @@ def prepare_scienceqa(options: ScienceQAOptions) -> Path:
 
 
 def _without_image(source: Source, task: Task, split: str) -> Iterator[dict[str, Any] | None]:
-    """Rows as they are written; None for one with an image."""
-    optional = dict.fromkeys(name for name in SCIENCEQA_COLUMNS if name not in _NEEDED)
+    """Yield prepared rows, and None for each row with an image."""
+    optional = dict.fromkeys(name for name in SCIENCEQA_COLUMNS if name not in _REQUIRED_COLUMNS)
     for index, row in enumerate(source.rows()):
         if task.keeps(row):
             full = {**optional, **row}
@@ -113,7 +113,7 @@ def _without_image(source: Source, task: Task, split: str) -> Iterator[dict[str,
 
 
 def _scienceqa_types() -> dict[str, Any]:
-    """Types of columns that hold nothing; `image` has none, whatever the rows."""
+    """Types of columns that have only nulls. The column `image` has no type, since it is always null."""
     import pyarrow
 
     types = dict.fromkeys((*SCIENCEQA_COLUMNS[1:], *PROMPT_COLUMNS), pyarrow.string())
@@ -131,7 +131,7 @@ def prepare_instruction(options: InstructionOptions) -> Path:
     save_path = _check_save_path(options, _is_instruction_folder)
     sizes = drawn_sizes(options.num_samples, options.num_validation, options.num_test)
     source = single_source(options.dataset, may_take_all=False)
-    drawn = draw_splits(source, load_task("openorca"), sizes, options.seed, _text_alone, columns=(), unique_ids=False)
+    drawn = draw_splits(source, load_task("openorca"), sizes, options.seed, _text_only, columns=(), unique_ids=False)
     schema = schema_of(drawn.splits, first=PROMPT_COLUMNS, empty_types={"output": pyarrow.string()})
     with write_folder(save_path, "save_path") as folder:
         save_dataset(drawn.splits, schema, folder)
@@ -140,7 +140,7 @@ def prepare_instruction(options: InstructionOptions) -> Path:
     return save_path
 
 
-def _text_alone(row: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
+def _text_only(row: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
     return {"input": None, "instruction": None, "output": example["output"]}
 
 

@@ -1,6 +1,6 @@
-"""Flags of the research code's two training scripts: the same names and the same effective defaults.
+"""Flags of the research code's two training scripts, with the same names and the same effective defaults.
 
-None stands for the default that the help text names; so "not given" is known where an adapter brings its own value.
+None stands for the default in the help text, so that an adapter's own value is used where a flag is not given.
 """
 
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ class SharedOptions:
     )
     output_dir: str = option("./sampled_scienceqa_256r_8mbs_no8bit_1", "Folder for the adapter and the run's files.")
     batch_size: int = option(128, "Samples per optimiser step over all processes; a multiple of micro_batch_size.")
-    micro_batch_size: int = option(8, "Samples that one process computes at once.")
+    micro_batch_size: int = option(8, "Batch size per process.")
     num_epochs: float = option(1, "Passes over the data.")
-    learning_rate: float = option(3e-4, "Learning rate after warm-up; it falls linearly to 0.")
-    cutoff_len: int = option(256, "Most tokens of a sample; see truncation.")
+    learning_rate: float = option(3e-4, "Learning rate after warm-up; it decays linearly to 0.")
+    cutoff_len: int = option(256, "Maximum sequence length in tokens; see truncation.")
     val_set_size: float = option(
         2, "Samples (or a share below 1) to take from the split `train` and evaluate the loss on; 0 = no evaluation."
     )

@@ -224,7 +224,7 @@ REFUSED = {
 }
 
 
-def test_what_cannot_be_honoured_is_refused(python, write, trained, tmp_path):
+def test_unsupported_settings_are_an_error(python, write, trained, tmp_path):
     _, out = trained
     files = {name: write(**changes)[0] for name, (changes, _) in REFUSED.items()}
     files["nothing"] = write(adapter="lora", mola=None)[0]

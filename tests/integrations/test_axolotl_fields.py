@@ -61,12 +61,12 @@ def test_all_linears():
         ("rl", "dpo"),
     ],
 )
-def test_what_a_mixture_cannot_honour_is_refused(field, value):
+def test_unsupported_fields_are_an_error(field, value):
     with pytest.raises(MolaError, match=f"`{field}` must be"):
         given_settings({**YAML, field: value})
 
 
-def test_what_is_switched_off_is_not_refused():
+def test_fields_that_are_switched_off_are_accepted():
     given_settings({**YAML, "peft_use_dora": False, "lora_mlp_kernel": None, "tensor_parallel_size": 1, "rl": None})
     given_settings({**YAML, "context_parallel": {"size": 1}, "sequence_parallel_degree": None})
 
@@ -101,7 +101,7 @@ def test_merging_is_refused_by_the_yaml_and_by_the_folder(saved, tmp_path):
             check_merge({**cfg, "merge_lora": True})
 
 
-def test_asking_needs_the_adapter(saved):
+def test_inference_needs_the_adapter(saved):
     check_inference(YAML)
     check_inference({**YAML, "inference": True, "lora_model_dir": str(saved)})
     with pytest.raises(MolaError, match="`lora_model_dir`.*--lora-model-dir FOLDER.*'runs/out'"):

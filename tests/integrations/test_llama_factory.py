@@ -178,7 +178,7 @@ def test_chat_answers_as_mola_generate(trained, python, run_in, tiny_model_dir):
     assert "`mola_top_k` is 2" in done.stderr
 
 
-def test_what_a_mixture_cannot_do_is_refused(trained, python, run_in, options, tiny_model_dir, tmp_path):
+def test_unsupported_uses_of_a_mixture_are_an_error(trained, python, run_in, options, tiny_model_dir, tmp_path):
     base = {"stage": "sft", "do_train": True, "finetuning_type": "mola", "report_to": "none", "overwrite_cache": True}
 
     def run(**given):
@@ -196,7 +196,7 @@ def test_what_a_mixture_cannot_do_is_refused(trained, python, run_in, options, t
         "need `finetuning_type: mola`": run(mola_num_experts="2468", finetuning_type="lora"),
         "`mola_num_experts` is [2, 4, 6, 8]": run(mola_num_experts="8642", adapter_name_or_path=str(trained)),
         "set `finetuning_type: mola` to train it": run(finetuning_type="lora", adapter_name_or_path=str(trained)),
-        "computed from logits": run(mola_router_aux_loss_coef=0.1, use_dft_loss=True),
+        "computes this loss from logits": run(mola_router_aux_loss_coef=0.1, use_dft_loss=True),
         "`export_dir`: a mixture": ["export", {**export, "adapter_name_or_path": str(trained)}],
         "then `mola merge LORA": ["export", {**export, "finetuning_type": "mola"}],
     }

@@ -145,7 +145,7 @@ def test_run_goes_on_from_its_checkpoint(trained, swift, flags, tmp_path):
     assert has_moved(trained, tmp_path / f"checkpoint-{STEPS + 2}")["mola_B"]
 
 
-def test_what_a_mixture_cannot_do_is_refused(trained, python, run_in, flags, tmp_path):
+def test_unsupported_uses_of_a_mixture_are_an_error(trained, python, run_in, flags, tmp_path):
     def sft(**options):
         return ["sft", flags(tmp_path / "sft", **options)]
 
@@ -168,7 +168,7 @@ def test_what_a_mixture_cannot_do_is_refused(trained, python, run_in, flags, tmp
         "`num_experts` as one integer": sft(model_kwargs=settings(num_experts=2468)),
         "`router` must be one of": sft(model_kwargs=settings(router="soft")),
         "`use_reentrant` false": sft(model_kwargs=loss, gradient_checkpointing_kwargs='{"use_reentrant": true}'),
-        "computed from logits": sft(model_kwargs=loss, label_smoothing_factor=0.1),
+        "computes this loss from logits": sft(model_kwargs=loss, label_smoothing_factor=0.1),
         "need `tuner_type: mola`, got 'lora'": sft(tuner_type="lora", model_kwargs=settings(num_experts="2468")),
         "['mola_num_expert'] in `model_kwargs`": sft(tuner_type="full", model_kwargs=settings(num_expert=2)),
         "is a mixture: set `tuner_type: mola` to train it": sft(tuner_type="lora", adapters=trained),

@@ -119,9 +119,9 @@ def test_slices_of_the_output_lie_side_by_side(ranks, is_fused):
 
 def test_other_sizes_are_refused():
     part = part_of(layer_of())
-    with pytest.raises(MolaError, match="experts of 'up' have 16 outputs, the linear there has 32"):
+    with pytest.raises(MolaError, match="experts of 'up' have 16 outputs, vLLM.s linear has 32"):
         slice_outputs(part, [Shard(16, 0, 0, 2)], "up")
-    with pytest.raises(MolaError, match=f"experts of 'down' have {IN} inputs, the linear there has 26"):
+    with pytest.raises(MolaError, match=f"experts of 'down' have {IN} inputs, vLLM's linear has 26"):
         slice_inputs(part, 0, 2, "down", 13)
 
 

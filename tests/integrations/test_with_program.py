@@ -44,7 +44,7 @@ def run(*words, **variables):
 
 
 @pytest.mark.parametrize("door", slow(AUTO_PEFT, PIPELINE, AUTO, LOAD_ADAPTER, TRAINER_FIRST))
-def test_every_front_door_opens_without_a_line_of_code(door, adapter, tiny_model_dir):
+def test_common_programs_load_an_adapter(door, adapter, tiny_model_dir):
     words = (sys.executable, "-c", door + SHOW, adapter, tiny_model_dir)
     process = run(MOLA, "with", *words)
     assert process.returncode == 0, process.stderr
@@ -54,14 +54,14 @@ def test_every_front_door_opens_without_a_line_of_code(door, adapter, tiny_model
 
 
 @pytest.mark.slow
-def test_without_it_the_door_is_shut(adapter):
+def test_without_mola_with_the_adapter_is_unknown(adapter):
     process = run(sys.executable, "-c", AUTO_PEFT, adapter)
     assert process.returncode == 1
     assert "KeyError: 'MOLA'" in process.stderr
 
 
 @pytest.mark.slow
-def test_processes_of_the_program_have_it_and_nothing_else_changes(tmp_path):
+def test_all_processes_of_the_program_have_mola_and_nothing_else_changes(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("print('the user has one, too')\n", encoding="utf-8")
     child = "import peft, os; print('MOLA' in peft.PeftType.__members__, os.environ.get('OMP_WAIT_POLICY'))"
     parent = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {child!r}]) + 7)"
@@ -70,7 +70,7 @@ def test_processes_of_the_program_have_it_and_nothing_else_changes(tmp_path):
     assert process.returncode == 7
 
 
-def test_who_does_not_import_peft_imports_nothing_more():
+def test_without_peft_nothing_more_is_imported():
     code = "import sys; print(sorted({'torch', 'peft', 'mola'} & sys.modules.keys()))"
     assert run(MOLA, "with", sys.executable, "-c", code).stdout == "[]\n"
 
@@ -88,7 +88,7 @@ def test_wrong_program_and_help(capsys):
     assert "transformers serve" in capsys.readouterr().out
 
 
-def test_a_peft_that_cannot_be_imported_is_still_an_import_error(tmp_path):
+def test_a_broken_peft_is_still_an_import_error(tmp_path):
     folder = Path(startup.__file__).parent
     code = "import importlib.util\ntry:\n    import peft\nexcept ImportError as error:\n    print(error)"
     process = run(sys.executable, "-S", "-c", f"import sitecustomize\n{code}", PYTHONPATH=str(folder))

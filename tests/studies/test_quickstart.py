@@ -29,7 +29,7 @@ def test_recipe_leaves_enough_steps_to_learn(tmp_path):
     assert options.warmup_steps < 70
 
 
-def test_missing_recipe_is_said_before_any_work(tmp_path, monkeypatch):
+def test_missing_recipe_is_an_error_before_any_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MolaError, match=r"`recipe`"):
         main(QuickstartOptions())
@@ -37,7 +37,7 @@ def test_missing_recipe_is_said_before_any_work(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("folder", "message"), [("run", "`output_dir` must be empty"), ("model", "cannot be written")])
-def test_what_is_there_is_not_replaced(folder, message, tmp_path):
+def test_results_of_other_commands_are_not_replaced(folder, message, tmp_path):
     """An earlier run, and a file where the folder of the model is to be made."""
     (tmp_path / "run").mkdir()
     mine = tmp_path / "run" / "adapter_model.safetensors" if folder == "run" else tmp_path / "model"
@@ -71,7 +71,7 @@ def test_summary_holds_what_the_steps_measured(tmp_path, tiny_model_dir, capsys,
     assert record["settings"]["seed"] == 3
 
 
-def test_wrong_dtype_is_said_before_any_work(tmp_path):
+def test_wrong_dtype_is_an_error_before_any_work(tmp_path):
     with pytest.raises(MolaError, match="`dtype` must be one of"):
         main(QuickstartOptions(str(tmp_path / "run"), RECIPE, str(tmp_path / "model"), dtype="float8"))
     assert not list(tmp_path.iterdir())

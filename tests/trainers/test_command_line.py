@@ -54,11 +54,11 @@ def test_the_recipe_of_the_repository_is_read(trl, tmp_path):
     assert (config.num_experts, config.r, config.lora_dropout, len(config.target_modules)) == ("2468", 8, 0.0, 7)
 
 
-def test_a_key_that_nobody_knows_is_one_line(trl, tmp_path):
+def test_an_unknown_key_is_named(trl, tmp_path):
     from mola.integrations.trl_command import main
 
     (tmp_path / "recipe.yaml").write_text("lora_rank: 4\n", encoding="utf-8")
-    with pytest.raises(MolaError, match="wrong setting: .*lora_rank"):
+    with pytest.raises(ValueError, match="lora_rank"):
         main(
             [
                 "sft",
@@ -73,20 +73,7 @@ def test_a_key_that_nobody_knows_is_one_line(trl, tmp_path):
         )
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [(None, "No such file"), ("a: [1", "flow sequence"), ("", "mapping|NoneType")]
-)
-def test_a_recipe_that_cannot_be_read_is_one_line(trl, tmp_path, text, message):
-    from mola.integrations.trl_command import main
-
-    recipe = tmp_path / "recipe.yaml"
-    if text is not None:
-        recipe.write_text(text, encoding="utf-8")
-    with pytest.raises(MolaError, match=f"(?s)wrong setting: .*{message}"):
-        main(["sft", "--config", str(recipe)])
-
-
-def test_what_mixtures_do_not_have_is_refused(trl):
+def test_flags_that_mixtures_do_not_have_are_an_error(trl):
     from mola.integrations.trl_command import MixtureArguments, main, mixture_config
 
     with pytest.raises(MolaError, match="`use_dora` does not work with a mixture, got True"):

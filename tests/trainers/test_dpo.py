@@ -76,7 +76,7 @@ def test_adapter_that_was_made_with_router_losses_is_trained_without(make):
 
 
 @IN_ONE
-def test_reference_leaves_no_term_behind(make, tiny_model, chat_tokenizer):
+def test_reference_pass_adds_no_router_loss(make, tiny_model, chat_tokenizer):
     """In training mode, as the trainer runs it: the base model's values, and nothing kept of the routers."""
     trainer = make("config", adapter={"router_aux_loss_coef": 0.1})
     model = trainer.model.train()

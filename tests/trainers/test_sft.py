@@ -91,7 +91,7 @@ def test_router_losses_reach_the_gradients(make, packing):
 
 
 @pytest.mark.parametrize("packing", ["no", "bfd"])
-def test_use_of_experts_counts_every_token_once(make, tmp_path, packing):
+def test_telemetry_counts_every_token_once(make, tmp_path, packing):
     trainer = make("config", max_steps=4, logging_steps=2, gradient_accumulation_steps=2, **PACKING[packing])
     batches = []
     collate = trainer.data_collator

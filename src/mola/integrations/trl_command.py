@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import field, make_dataclass
 from typing import Any
 
-import yaml
-
 from mola.errors import MolaError
 from mola.integrations.mixture_settings import FIELDS, PREFIX, read_settings
 from mola.tuner import MolaConfig
@@ -74,11 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         ) from error
     dataclasses: Any = (*types, MixtureArguments)
     parser = trl.TrlParser(dataclasses, prog=f"trl_command {name}")
-    try:
-        *parsed, mixture = parser.parse_args_and_config(args=list(arguments[1:]))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        # An unreadable --config file, an unknown key, or a wrong value.
-        raise MolaError(f"wrong setting: {error}") from error
+    *parsed, mixture = parser.parse_args_and_config(args=list(arguments[1:]))
     config = mixture_config(next(each for each in parsed if hasattr(each, "lora_r")), mixture)
     # Scripts import `get_peft_config` at the top of their module or inside their function.
     modules: Any = (trl, script)

@@ -1,1 +1,1 @@
-"""Runs made of runs: the quickstart, comparisons, one task after the other."""
+"""Commands that run several trainings: the quickstart, comparisons, continual learning."""

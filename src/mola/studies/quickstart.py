@@ -1,8 +1,7 @@
-"""`mola quickstart`: the whole way once, on a real model of 135 million parameters.
+"""`mola quickstart`: all steps from a base model to a report, on a real model of 135 million parameters.
 
-Converts the weights, generates science questions, measures the untuned model, fine-tunes a mixture of
-experts as `recipes/quickstart.yaml` says, measures again, looks at the experts, shows one answer in words,
-and writes a report of it all.
+Converts the weights, generates science questions, evaluates the base model, fine-tunes a mixture of experts as
+`recipes/quickstart.yaml` says, evaluates it, inspects the experts, prints one answer, and writes a report.
 """
 
 import shlex
@@ -31,7 +30,7 @@ from mola.reporting.report import ReportOptions, report
 from mola.training.train import TrainOptions, train
 
 _NUM_INSPECTED = 20
-_REPLACED = (
+_RESULT_FILES = (
     *("run.json", "adapter_config.json", "adapter_model.safetensors", "before.json", "after.json", "inspect.json"),
     "summary.json",
 )
@@ -49,14 +48,14 @@ class QuickstartOptions:
 
 
 def main(options: QuickstartOptions) -> int:
-    """Run all steps and print what came out; `summary.json` in the run folder holds the numbers."""
+    """Run all steps and print the results; `summary.json` in the run folder has the numbers."""
     if not Path(options.recipe).is_file():
         raise MolaError(f"`recipe` cannot be found: {options.recipe!r}. Run this in the project's folder, or name one.")
     start = time.perf_counter()
     console = OutputConsole()
     seconds: dict[str, float] = {}
     folder = Path(options.output_dir)
-    _check_own(folder)
+    _check_folder(folder)
     train_options = _train_options(options, folder / "data")
     with _timed(console, seconds, "base model"):
         base_model = prepare_smollm2(options.model_dir)
@@ -69,7 +68,7 @@ def main(options: QuickstartOptions) -> int:
     with _timed(console, seconds, "fine-tuning"):
         result = train(train_options)
     if result.status != "finished":
-        print("Interrupted. The same command begins anew.", file=sys.stderr)
+        print("Interrupted. The same command starts again.", file=sys.stderr)
         return 130
     with _timed(console, seconds, "accuracy after"):
         adapter = str(folder)
@@ -85,14 +84,14 @@ def main(options: QuickstartOptions) -> int:
     return 0
 
 
-def _check_own(folder: Path) -> None:
-    """Refuse to replace what other commands have written: a quickstart's folder has its questions first."""
-    found = [name for name in _REPLACED if (folder / name).exists()]
-    is_own = (folder / "data" / "dataset.hf").exists() or any(folder.glob(".data.*"))  # these of one that was killed
+def _check_folder(folder: Path) -> None:
+    """Raise if the folder holds results of another command. A quickstart writes its questions first."""
+    found = [name for name in _RESULT_FILES if (folder / name).exists()]
+    is_own = (folder / "data" / "dataset.hf").exists() or any(folder.glob(".data.*"))  # of a killed quickstart
     if found and not is_own:
         raise MolaError(
-            f"`output_dir` must be empty, or of an earlier quickstart: {str(folder)!r} holds {found[0]!r} of something "
-            "else, which would be replaced. Pass another folder."
+            f"`output_dir` must be empty, or of an earlier quickstart: {str(folder)!r} holds {found[0]!r} of another "
+            "command, which would be replaced. Pass another folder."
         )
 
 
@@ -116,7 +115,7 @@ def _train_options(options: QuickstartOptions, data: Path) -> TrainOptions:
     if options.dtype != "auto":  # else the recipe may name one
         arguments["dtype"] = options.dtype
     flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
-    # The recipe goes the way of the command line, so it is checked as a user's recipe is.
+    # Parsed as on the command line, so that the recipe is checked as a user's recipe.
     train_options: TrainOptions = parse(TrainOptions, flags, prog="mola train")
     return train_options
 

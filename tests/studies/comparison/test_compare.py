@@ -23,7 +23,7 @@ from mola.models.devices import cpu_has_native_bfloat16
 from mola.studies.comparison import checks
 from mola.studies.comparison.compare import CompareOptions, compare
 from mola.studies.comparison.record import BASE, read_results
-from mola.studies.comparison.tables import ALL_TASKS, comma_separated, markdown
+from mola.studies.comparison.tables import ALL_TASKS, comma_separated, markdown, summarize
 from mola.studies.train_and_test import evaluation_of
 from mola.training.callbacks import MetricsFile
 from mola.training.train import TrainOptions, train
@@ -96,6 +96,19 @@ def test_the_record_alone_is_enough_to_go_on(whole, run, tmp_path):
     assert read(record)["status"] == "finished"
 
 
+def test_record_of_an_earlier_version_gives_the_same_table():
+    record = Path(__file__).parents[3] / "studies" / "harder_questions.json"
+    content = read(record)
+    rows = summarize(read_results(record), [*content["recipes"]], [*content["tasks"]], content["summary"]["reference"])
+    before = {row["recipe"]: row for row in content["summary"]["rows"] if row["measure"] == "at the end"}
+    assert [row.recipe for row in rows] == [*content["recipes"], BASE]
+    for row in rows:
+        assert row.accuracy == pytest.approx(before[row.recipe]["mean"]["value"])
+        if row.difference:
+            assert row.difference.interval == pytest.approx(before[row.recipe]["difference"]["joint_95"])
+            assert row.difference.verdict == before[row.recipe]["difference"]["verdict"]
+
+
 @pytest.mark.slow
 def test_more_seeds_join_a_record(whole, run, tmp_path):
     folder, result = whole
@@ -105,7 +118,7 @@ def test_more_seeds_join_a_record(whole, run, tmp_path):
     assert {row.seeds for row in more.rows if row.recipe in RECIPES} == {3}
 
 
-def test_files_that_are_not_its_own_are_not_replaced(run, tmp_path):
+def test_existing_files_are_not_replaced(run, tmp_path):
     """A page of the user, and a file where the folder of the runs is to be."""
     page, place = tmp_path / "page.md", tmp_path / "file"
     page.write_text("mine")
@@ -162,7 +175,7 @@ def test_two_processes_share_the_runs_and_one_is_killed(whole, values, tmp_path)
 
 
 @pytest.mark.parametrize(("tasks", "seeds", "number"), [(["physics"], [0], 2), *slow(([*TASKS], [0, 1], 3))])
-def test_interrupted_and_gone_on_gives_the_same(tasks, seeds, number, whole, run, monkeypatch):
+def test_interrupted_and_resumed_gives_the_same(tasks, seeds, number, whole, run, monkeypatch):
     _, result = whole
     expected = [each for each in result.results if each.task in tasks and (each.recipe == BASE or each.seed in seeds)]
     chosen = {"tasks": {name: TASKS[name] for name in tasks}, "seeds": seeds}
@@ -243,7 +256,7 @@ def test_experts_from_a_file_of_mola_allocate(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_results_of_other_seeds_are_kept_and_stand_in_no_table(run, tmp_path):
+def test_results_of_other_seeds_are_kept_but_not_in_the_table(run, tmp_path):
     """Nobody has compared their options with those of this comparison."""
     first = run(seeds=[0], **ONE)
     second = run(seeds=[1], learning_rate=0.001, test_limit=3, **ONE)
@@ -318,8 +331,8 @@ def test_picture_of_the_differences(whole, run, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": {}}, "`tasks` must name at least one"),
-        ({"recipes": {"a b": {}}}, "`recipes` must have names made of"),
+        ({"tasks": {}}, "`tasks` must not be empty"),
+        ({"recipes": {"a b": {}}}, "`recipes` must have names of letters"),
         ({"recipes": {"a": {"num_expert": "2"}}}, "no option of this command"),
         ({"recipes": {"a": {"seed": 3}}}, "`seed` cannot be set in `recipes.a`"),
         ({"recipes": {"a": {"push-to-hub": True}}}, "`push_to_hub` cannot be set in `recipes.a`"),
@@ -355,7 +368,7 @@ def test_wrong_comparisons_are_refused_before_anything_is_trained(run, tmp_path,
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "nonsense", '{"format": 9, "runs": []}', '{"format": 1, "runs": [{}]}'])
-def test_a_file_that_is_no_record_is_refused_and_kept(run, tmp_path, text):
+def test_a_file_that_is_not_a_record_is_kept(run, tmp_path, text):
     record = tmp_path / "record.json"
     record.write_text(text, encoding="utf-8")
     with pytest.raises(MolaError, match="`record` must be a new file or the record of a comparison"):

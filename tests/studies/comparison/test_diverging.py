@@ -65,7 +65,7 @@ def test_a_seed_that_diverges_stays_in_the_mean_of_its_recipe(run, monkeypatch, 
 
 
 @pytest.mark.parametrize("scoring", ["likelihood", "generate"])
-def test_answers_that_are_no_numbers_are_wrong(run, scoring):
+def test_answers_that_are_not_finite_count_as_wrong(run, scoring):
     """Weights may be finite and what they compute is not: with huge ones the test after the last step says so."""
     settings = {"scoring": scoring, "recipes": {"lora": RECIPES["lora"]}, "learning_rate": TOO_HIGH, "max_steps": 1}
     result = run(**ONE_TASK, **settings, seeds=[0])
@@ -74,7 +74,7 @@ def test_answers_that_are_no_numbers_are_wrong(run, scoring):
 
 
 @pytest.mark.slow
-def test_a_signal_that_came_before_is_heard(run, monkeypatch):
+def test_a_signal_before_a_divergence_interrupts(run, monkeypatch):
     """The training would have saved a checkpoint and stopped, and has none of finite weights to save."""
     original = FiniteLoss.on_log
 
@@ -90,7 +90,7 @@ def test_a_signal_that_came_before_is_heard(run, monkeypatch):
 
 
 @pytest.mark.parametrize(("scoring", "said"), [("likelihood", "scores"), ("generate", "logits of an answer")])
-def test_a_base_model_whose_answers_are_no_numbers_is_no_recipes_fault(run, values, tmp_path, scoring, said):
+def test_a_base_model_with_answers_that_are_not_finite_is_an_error(run, values, tmp_path, scoring, said):
     base = tmp_path / "base"
     shutil.copytree(values()["base_model"], base)
 

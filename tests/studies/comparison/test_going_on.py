@@ -59,7 +59,7 @@ def stopped_in_the_test(run, monkeypatch):
     [{"max_steps": 3}, *slow({"weight_decay": 0.1}, {"dtype": "bfloat16"}, {"scoring": "generate"}, {"test_limit": 3})],
     ids=lambda change: next(iter(change)),
 )
-def test_a_stopped_training_goes_on_with_the_same_only(change, run, stopped):
+def test_a_stopped_training_resumes_only_with_the_same_options(change, run, stopped):
     stopped(**ALONE)
     with pytest.raises(MolaError, match=f"seed-0' was begun with another .* `{next(iter(change))}`: .* Use the same"):
         run(**{**ALONE, **change})
@@ -84,7 +84,7 @@ def test_another_rule_for_answers_is_refused(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_replaced_weights_of_the_base_are_not_the_ones_that_were_tested(run, tiny_model_dir, tmp_path):
+def test_replaced_weights_of_the_base_model_are_an_error(run, tiny_model_dir, tmp_path):
     base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
     assert run(**ONE, base_model=str(base)).status == "finished"
     weights = load_file(base / "model.safetensors")
@@ -97,7 +97,7 @@ def test_replaced_weights_of_the_base_are_not_the_ones_that_were_tested(run, tin
         run(**ALONE, base_model=str(base))
 
 
-def test_a_folder_that_nobody_knows_is_kept(run, tmp_path):
+def test_a_foreign_folder_is_kept(run, tmp_path):
     folder = tmp_path / "out" / "physics" / "lora" / "seed-0"
     folder.mkdir(parents=True)
     (folder / "mine.txt").write_text("mine", encoding="utf-8")
@@ -151,7 +151,7 @@ def test_a_starting_adapter_is_part_of_what_is_compared(experts, run, data, tiny
 
 
 @pytest.mark.slow
-def test_what_another_process_adds_is_looked_at(run, monkeypatch, tmp_path):
+def test_results_of_another_process_are_checked(run, monkeypatch, tmp_path):
     """Both began before there was a result."""
     other = run(**{**ALONE, "seeds": [1]}, learning_rate=0.01, output_dir=str(tmp_path / "other")).record
     trained = runs.train_or_go_on
@@ -179,7 +179,7 @@ def test_a_search_on_the_questions_of_the_test_is_refused(run):
         run(**asked, tune={"learning_rate": [0.01, 0.02]}, tuning_seeds=[5], learning_rate=None)
 
 
-def test_what_was_begun_is_read_back(run, tmp_path):
+def test_identity_of_a_run_is_that_of_its_result(run, tmp_path):
     run(**ONE)
     begun = json.loads((tmp_path / "out" / "physics" / "lora" / "seed-0.begun.json").read_text(encoding="utf-8"))
     (result,) = [each for each in read(tmp_path / "out" / "compare.json")["runs"] if each["recipe"] == "lora"]

@@ -52,7 +52,7 @@ def test_a_checkpoint_chosen_by_the_rows_of_the_test_is_refused(run, copied, row
         *slow((SEARCHED, "validation", "in `tuning_split` ('validation')")),
     ],
 )
-def test_some_of_the_rows_are_told(run, copied, caplog, changes, more, where):
+def test_shared_questions_give_one_warning(run, copied, caplog, changes, more, where):
     test_data = copied("test", 5, more, 3)
     assert run(**{**ONE, **changes, "tasks": tasks(test_data)}).status == "finished"
     said = [record.message for record in caplog.records if "if they were new" in record.message]

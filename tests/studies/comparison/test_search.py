@@ -72,7 +72,7 @@ def test_every_combination_of_what_is_searched_for_is_a_candidate(values):
     assert options.candidates["@learning_rate=0.001,weight_decay=0.1"] == {"learning_rate": 0.001, "weight_decay": 0.1}
 
 
-def test_an_edge_is_named_for_each_option_whose_values_have_an_order():
+def test_edges_are_named_for_options_with_ordered_values():
     tried = {
         f"@{rate},{rank},{name}": {"rate": rate, "r": rank, "name": name}
         for rate in (2, 1, 3)
@@ -85,7 +85,7 @@ def test_an_edge_is_named_for_each_option_whose_values_have_an_order():
 
 
 @pytest.mark.slow
-def test_a_search_that_another_process_finishes_meanwhile_counts(run, monkeypatch, tmp_path):
+def test_search_results_of_another_process_are_used(run, monkeypatch, tmp_path):
     asked = {**ONE_TASK, **SEARCH, "evaluate_base": False, "tuning_seeds": [7], "seeds": [0]}
     asked["recipes"] = {"lora": RECIPES["lora"]}
     run(**asked)

@@ -144,7 +144,7 @@ def test_other_weights_of_the_base_model_are_refused(begun, base_model):
     assert read(folder / "continual.json")["base_model_weights"] == known
 
 
-def test_weights_of_a_stage_that_were_exchanged_are_refused(begun):
+def test_exchanged_weights_of_a_stage_are_an_error(begun):
     folder, options = begun
     shutil.copy(folder / FOLDERS[1] / WEIGHTS, folder / FOLDERS[0] / WEIGHTS)
     with pytest.raises(MolaError, match="stage `physics`.*not the one that was trained"):

@@ -74,7 +74,7 @@ def test_numbers_are_those_of_mola_evaluate(whole, base_model, data):
     assert read(folder / FOLDERS[2] / "evaluation" / "02-biology.json")["samples"] == expected.samples
 
 
-def test_base_is_measured_on_all_tasks_and_counts_in_no_metric(whole, base_model, data):
+def test_base_is_tested_on_all_tasks_and_not_part_of_the_metrics(whole, base_model, data):
     _, result = whole
     assert list(result.base) == list(STAGES)
     options = {"base_model": str(base_model), "task": "sample", "data": str(data), "scoring": "likelihood"}

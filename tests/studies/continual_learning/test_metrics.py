@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from mola.studies.continual_learning.metrics import overall_performance, performance_drop
 
 
-def test_metrics_of_a_matrix_worked_out_by_hand():
+def test_metrics_of_a_matrix_computed_by_hand():
     matrix = [[0.8], [0.6, 0.9], [0.5, 1.0, 0.3]]
     assert overall_performance(matrix[:1]) == pytest.approx(0.8)
     assert overall_performance(matrix[:2]) == pytest.approx(0.75)
@@ -32,5 +32,5 @@ def test_metrics_stay_in_their_ranges(matrix):
 
 
 @given(st.lists(accuracies, min_size=2, max_size=6))
-def test_nothing_is_dropped_where_accuracies_stay(row):
+def test_performance_drop_is_zero_for_constant_accuracies(row):
     assert performance_drop([row[: t + 1] for t in range(len(row))]) == 0

@@ -1,4 +1,4 @@
-"""`ContinualOptions`: the options of `mola train` as defaults of all stages, the stages, how each task is tested."""
+"""`ContinualOptions`: the stages, with the options of `mola train` as defaults of all stages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,7 +12,7 @@ from mola.options.parsing import convert
 from mola.studies.train_and_test import TrainAndTestOptions
 from mola.training.options import ADAPTER_DEFAULTS, TRAINING_ONLY
 
-# The stages hand one adapter on, and are evaluated with one base model in one dtype.
+# All stages train one adapter on one base model in one dtype.
 _SAME_IN_ALL_STAGES = (
     "base_model",
     *(name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY),
@@ -23,7 +23,7 @@ _SAME_IN_ALL_STAGES = (
     "use_cpu",
     "trust_remote_code",
 )
-_SET_HERE = ("adapter", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+_SET_BY_SEQUENCE = ("adapter", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 _EXAMPLE = '{"physics": {"task": "scienceqa", "data": "physics.json"}}'
 
 
@@ -52,7 +52,7 @@ class ContinualOptions(TrainAndTestOptions):
     )
 
     def __post_init__(self) -> None:
-        # Before TrainingArguments replaces some of them by what it makes of them.
+        # TrainingArguments replaces some values, so the stages get them as they were given.
         given = {item.name: getattr(self, item.name) for item in fields(TrainAndTestOptions) if item.init}
         super().__post_init__()
         self.check_one_process("mola continual", ", or run `mola train --adapter` stage by stage")
@@ -71,12 +71,12 @@ class ContinualOptions(TrainAndTestOptions):
                 raise MolaError(f"stage `{name}`: {error}") from error
 
     def _changes(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What a stage sets for itself."""
+        """The options that a stage sets for itself."""
         changes = convert(TrainAndTestOptions, values, f"stages.{name}")
         for key in changes:
             if key in _SAME_IN_ALL_STAGES:
                 raise MolaError(f"`{key}` must be the same in all stages: set it beside `stages`, not inside.")
-            if key in _SET_HERE:
+            if key in _SET_BY_SEQUENCE:
                 raise MolaError(f"`{key}` cannot be set for one stage: it follows from the order of the stages.")
             if key in TRAINING_ONLY and self.adapter is not None and getattr(self, key) is None:
                 raise MolaError(
@@ -86,7 +86,7 @@ class ContinualOptions(TrainAndTestOptions):
         return changes
 
     def _chained(self, previous: str | None) -> dict[str, Any]:
-        """The start of a stage: the adapter of the one before, with the settings of all stages."""
+        """The options by which a stage starts from the adapter of the stage before."""
         if previous is None:
             return {}
         settings: dict[str, Any] = dict.fromkeys(ADAPTER_DEFAULTS)

@@ -1,4 +1,4 @@
-"""The stages of a sequence, checked before any of them is trained: data, lengths, steps, allocation, tests."""
+"""The stages of a sequence. All are checked before the first is trained: data, lengths, steps, allocation, tests."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -33,8 +33,8 @@ class Stage:
 
     name: str  # as the user gave it
     options: TrainAndTestOptions  # of its training; `output_dir` is its run folder
-    test: EvaluateOptions  # of its task's evaluation; adapter and output file are filled in per evaluation
-    settings: dict[str, Any]  # what has to be equal for a stage to be gone on with
+    test: EvaluateOptions  # of the evaluation of its task; adapter and output file are set for each evaluation
+    settings: dict[str, Any]  # options that must stay the same to go on with the stage
     fingerprints: dict[str, str]  # sha256 of training, evaluation and test examples, by part
 
     @property
@@ -44,7 +44,14 @@ class Stage:
 
 
 def check_stages(options: ContinualOptions) -> list[Stage]:
-    """The stages in the order of training, all of them checked without loading weights; an error names the stage."""
+    """Check all stages without loading weights.
+
+    Returns:
+        The stages in the order of training.
+
+    Raises:
+        MolaError: names the stage and what is wrong with it.
+    """
     first = next(iter(options.stage_options.values()))
     base = base_config(first)
     check_model_options(first, base)
@@ -55,7 +62,7 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
     for number, (name, stage_options) in enumerate(options.stage_options.items(), start=1):
         logger.info("Checking stage %d of %d, %s.", number, len(options.stage_options), name)
         try:
-            if number > 1:  # which goes on with the adapter of the one before
+            if number > 1:  # it continues the adapter of the stage before
                 changes = training_changes(stage_options)
                 config = replace(config, **changes) if changes else config
                 check_losses(stage_options, config, base)
@@ -64,17 +71,17 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
             data = prepare_data(stage_options, tokenizer, base)
             check_steps(stage_options, data)
             tests[name] = distinct_questions(test_examples), test
-            for asked, (questions, source) in tests.items():  # the tests of the stages before are asked again
-                where = "" if asked == name else f" in stage `{name}`"
-                check_training(asked, questions, source, stage_options, data, stage=where)
+            for task, (questions, source) in tests.items():  # earlier tasks are tested again
+                where = "" if task == name else f" in stage `{name}`"
+                check_training(task, questions, source, stage_options, data, stage=where)
         except MolaError as error:
             raise MolaError(f"stage `{name}`: {error}") from error
         fingerprints = {**data.fingerprints, "test": data_fingerprint(test_examples)}
-        stages.append(Stage(name, stage_options, test, _compared(stage_options, number == 1), fingerprints))
+        stages.append(Stage(name, stage_options, test, _settings(stage_options, number == 1), fingerprints))
     return stages
 
 
-def _compared(options: TrainAndTestOptions, is_first: bool) -> dict[str, Any]:
+def _settings(options: TrainAndTestOptions, is_first: bool) -> dict[str, Any]:
     values = {name: value for name, value in options.to_dict().items() if name not in NOT_COMPARED}
-    # Later stages start from the one before, wherever its folder is.
+    # Later stages start from the stage before, so their `adapter` is only a place.
     return {**values, "adapter": options.adapter} if is_first else values
