@@ -27,10 +27,8 @@ def llama_7b(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("width", [60, 80, 100])
-def test_no_digit_is_cut_in_a_narrow_terminal(llama_7b, width):
-    text = text_of(render(plan(PlanOptions(llama_7b))), width)
-    assert "…" not in text
+def test_no_digit_is_cut_in_a_narrow_terminal(llama_7b):
+    assert "…" not in text_of(render(plan(PlanOptions(llama_7b))), width=60)
 
 
 def text_of(table, width=120):
@@ -43,13 +41,10 @@ def text_of(table, width=120):
     ("options", "trainable"),
     [
         ({}, 105_635_840),
-        ({"num_experts": "rectangle"}, 105_635_840),
         ({"num_experts": "8"}, 169_017_344),
         ({"num_experts": "1", "r": "64"}, 159_907_840),
         ({"num_experts": ",".join(["2"] * 8 + ["4"] * 8 + ["6"] * 8 + ["8"] * 8)}, 105_635_840),
-        ({"target_modules": "all-linear"}, 105_635_840),
         ({"num_experts": "8,", "num_experts_pattern": '{"self_attn.*": 2, "mlp.*": 3}'}, 54_468_608),
-        ({"num_experts": "1", "rank_pattern": '{".*": 64}'}, 159_907_840),
         ({"num_experts": "1", "rank_pattern": {".*": 64}}, 159_907_840),
         ({"target_modules": "q_proj, v_proj"}, 160 * 2 * (8 * 2 * 4096 + 4096)),
     ],
@@ -165,7 +160,7 @@ def test_unreadable_models(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "nowhere/config.json", "a/b/c"])
+@pytest.mark.parametrize("name", ["/nowhere/model", "nowhere/config.json", "a/b/c"])
 def test_missing_paths_need_no_network(name):
     with pytest.raises(MolaError, match=f"`base_model` names a folder that does not exist: '{name}'"):
         plan(PlanOptions(name))

@@ -1,1 +1,1 @@
-"""How many experts each decoder layer gets: scores of layers, and numbers from scores."""
+"""Chooses how many experts each decoder layer gets: scores of layers, and numbers from scores."""

@@ -31,7 +31,7 @@ _TOKENS = 1024  # tokens for the spectrum of an input
 def read_samples(
     base: Base, data: str, task: str, template: str | None, split: str, limit: int
 ) -> Sequence[Mapping[str, Any]]:
-    """Read the first `limit` samples of a data file as `input_ids` and `labels`; None is the task's own template.
+    """Read the first `limit` samples of a data file as `input_ids` and `labels`; without a template in the task's own.
 
     Raises:
         MolaError: the data do not fit the task, or a sample is longer than the model's positions.

@@ -106,7 +106,8 @@ def read_routing_records(
     try:
         records = _last_interval(path)["modules"] if inspection is None else read_json(path)["usage"]["all"]
         return [
-            {"module": row["module"], "layer_index": row["layer_index"], "mean_gates": _gates(row)} for row in records
+            {"module": row["module"], "layer_index": row["layer_index"], "mean_gates": _checked_gates(row)}
+            for row in records
         ], str(path)
     except MolaError:
         raise
@@ -128,7 +129,7 @@ def _last_interval(path: Path) -> Any:
         return last
 
 
-def _gates(row: Mapping[str, Any]) -> list[float]:
+def _checked_gates(row: Mapping[str, Any]) -> list[float]:
     gates = [float(gate) for gate in row["mean_gates"]]
     if len(gates) < 2 or not all(0 <= gate < math.inf for gate in gates) or not sum(gates) > 0:
         raise ValueError(f"mean_gates {gates}")

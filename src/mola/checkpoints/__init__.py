@@ -1,1 +1,1 @@
-"""Foreign checkpoint formats, one file each."""
+"""Reads and writes adapter folders, also in the formats of other programs."""

@@ -75,10 +75,12 @@ def group_experts(
     for module in routers:
         if module not in numbered:
             raise MolaError(f"{module!r} has a router and no experts. The file is incomplete.")
-    return {module: _checked(module, parts, routers.get(module)) for module, parts in numbered.items()}
+    return {module: _check_experts(module, parts, routers.get(module)) for module, parts in numbered.items()}
 
 
-def _checked(module: str, parts: dict[str, dict[int, torch.Tensor]], router: torch.Tensor | None) -> ModuleExperts:
+def _check_experts(
+    module: str, parts: dict[str, dict[int, torch.Tensor]], router: torch.Tensor | None
+) -> ModuleExperts:
     count = len(parts["A"])
     if set(parts["A"]) != set(range(count)) or set(parts["B"]) != set(range(count)):
         raise MolaError(

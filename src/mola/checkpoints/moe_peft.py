@@ -84,11 +84,11 @@ def read_moe_peft(folder: str | Path, linears: Iterable[str], num_layers: int) -
     _check_every_layer(modules.values(), num_layers)
     for module, found in experts.items():
         state_dict.update(found.stack(f"{PREFIX}{modules[module]}"))
-    adapted = sorted({_leaf(module) for module in modules.values()})
+    adapted = sorted({_last_part(module) for module in modules.values()})
     lora_alpha, notes = _scale(settings)
     if settings.get("task_type") != "CAUSAL_LM":
         notes.append(f"task_type: {settings.get('task_type')} is written as CAUSAL_LM, the head is the same")
-    notes += _check_targets(settings["target_modules"], adapted, {_leaf(name) for name in linears}, path)
+    notes += _check_targets(settings["target_modules"], adapted, {_last_part(name) for name in linears}, path)
     config = MolaConfig(
         r=settings["r"],
         num_experts=settings["num_experts"],
@@ -198,5 +198,5 @@ def _check_targets(targets: list[str], adapted: list[str], linears: Collection[s
     return [f"target_modules: the base model has no {', '.join(absent)}; not adapted there either"] if absent else []
 
 
-def _leaf(name: str) -> str:
+def _last_part(name: str) -> str:
     return name.rpartition(".")[2]

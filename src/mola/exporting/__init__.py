@@ -1,1 +1,1 @@
-"""Adapters in and out: plain LoRA from a mixture, a mixture from LoRAs, other codes' formats, merged models."""
+"""Converts adapters: mixtures to plain LoRA, LoRAs to mixtures, formats of other programs, merged models."""

@@ -90,15 +90,7 @@ def convert_from_lora(options: ConvertOptions, output: Path) -> MixtureReport:
             warn_other_base(base_model, source, read_settings(Path(source)))
     notes: list[str] = []
     routers = _fit_routers(options, sources, [name.removeprefix(PREFIX) for name in layers], notes)
-    tensors: dict[str, torch.Tensor] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        for name, layer in layers.items():
-            module = name.removeprefix(PREFIX)
-            found = [lora.get(module) for lora in loras]
-            row = None if routers is None else routers.weights.get(module)
-            parts = _make_experts(found, layer, config, options.noise, row)
-            tensors |= {f"{name}.mola_{part}": value for part, value in parts.items() if value is not None}
+    tensors = _make_tensors(options, layers, loras, config, {} if routers is None else routers.weights)
     for source, lora in zip(options.source, loras, strict=True):
         if missing := len(layers) - len(lora):
             notes.append(f"{source} does not adapt {missing} linears: its expert starts at zero there")
@@ -156,6 +148,25 @@ def _check_num_experts(layers: Mapping[str, MolaLinear], num_adapters: int, nois
             )
     if noise != ConvertOptions.noise and set(numbers.values()) == {num_adapters}:
         raise MolaError(f"`noise` ({noise}) is for copies, and every adapter is one expert here. Leave it out.")
+
+
+def _make_tensors(
+    options: ConvertOptions,
+    layers: Mapping[str, MolaLinear],
+    loras: Sequence[Mapping[str, Factors]],
+    config: Any,
+    routers: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """The tensors of the mixture by their names in its file; `routers` has the fitted router of some linears."""
+    tensors: dict[str, torch.Tensor] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        for name, layer in layers.items():
+            module = name.removeprefix(PREFIX)
+            found = [lora.get(module) for lora in loras]
+            parts = _make_experts(found, layer, config, options.noise, routers.get(module))
+            tensors |= {f"{name}.mola_{part}": value for part, value in parts.items() if value is not None}
+    return tensors
 
 
 def _make_experts(

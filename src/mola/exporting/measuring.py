@@ -174,7 +174,7 @@ def measure_divergence(
 
 
 def _log_probabilities(model: Any, ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the next token, float32 `(tokens, vocabulary)`, where `wanted (samples, length - 1)`."""
+    """Log-probabilities `(tokens, vocabulary)` of the next token at the positions `wanted (samples, length - 1)`."""
     logits = run(model, ids, logits_to_keep=0)[:, :-1]
     return torch.log_softmax(logits[wanted.to(logits.device)].float(), dim=-1)
 

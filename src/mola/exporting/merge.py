@@ -117,7 +117,7 @@ def _check_mergeable(options: MergeOptions, adapter: str, config: Any) -> None:
 
 
 def _own_dtype(config: Any, base_model: str) -> str:
-    """The dtype that the configuration names, else that of a folder's weights; float32 if it is another than ours."""
+    """The dtype in the configuration, else that of the weights in the folder; float32 if it is none of `DTYPES`."""
     own = getattr(config, "dtype", None)
     files = sorted(Path(os.path.expanduser(base_model)).glob("*.safetensors")) if own is None else []
     if files:

@@ -161,7 +161,7 @@ def hooked_inputs(modules: Mapping[str, nn.Module], callback: Callable[[str, tor
 
 
 def all_logits_if_head(model: Any, modules: Iterable[nn.Module]) -> dict[str, int]:
-    """Arguments for `run` with which the modules get every token: the head only gets tokens whose logits are wanted."""
+    """Arguments for `run` so that the head, if it is among the modules, gets every token, not the last one only."""
     find = getattr(base_of(model), "get_output_embeddings", None)
     head = None if find is None else find()
     return {"logits_to_keep": 0} if any(module is head for module in modules) else {}

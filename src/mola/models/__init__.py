@@ -1,1 +1,1 @@
-"""Base models: loading and quantising them, adapters for them, what an allocation costs."""
+"""Loads and quantises base models, attaches adapters, and counts what an allocation costs."""

@@ -165,11 +165,13 @@ def changes_base(config: Mapping[str, Any]) -> str | None:
     Returns:
         The change as a predicate, such as "trained the base model's biases".
     """
-    start = str(config.get("init_lora_weights")).lower()
-    if config.get("peft_type") == "LORA" and start.startswith(_INITIALISED_FROM_BASE):
-        return f"takes its start out of the base model's weights (`init_lora_weights` {config['init_lora_weights']!r})"
+    initialisation = str(config.get("init_lora_weights")).lower()
+    if config.get("peft_type") == "LORA" and initialisation.startswith(_INITIALISED_FROM_BASE):
+        return (
+            f"subtracts its start from the base model's weights (`init_lora_weights` {config['init_lora_weights']!r})"
+        )
     if config.get("kasa_config"):
-        return "cuts the base model's weights (`kasa_config`)"
+        return "reduces the rank of the base model's weights (`kasa_config`)"
     if config.get("bias") not in (None, "none"):
         return f"trained the base model's biases (`bias` {config['bias']!r})"
     return "repeats the base model's layers (`layer_replication`)" if config.get("layer_replication") else None

@@ -104,53 +104,64 @@ def load_model(
     Raises:
         MolaError: model or adapter are missing or broken, or do not fit each other.
     """
+    name = os.fspath(base_model)
     adapters = as_mapping(adapter)
-    configs = {name: check_adapter(folder) for name, folder in adapters.items()}
-    methods = {name: config["peft_type"] for name, config in configs.items()}
-    if len(set(methods.values())) > 1:
-        found = ", ".join(f"{name!r} is {method}" for name, method in methods.items())
-        raise MolaError(f"`adapter` must be of one method: {found}. Load them into models of their own.")
+    configs = {adapter_name: check_adapter(folder) for adapter_name, folder in adapters.items()}
+    _check_one_method(configs)
     target = resolve_device(device)
     torch_dtype, reason = resolve_dtype(dtype, target)
     quantization = quantization or Quantization()
     check_quantization(quantization, target, torch_dtype)
     config = config or load_config(base_model, trust_remote_code, quantization.gguf_file)
-    check_quantized_base(os.fspath(base_model), config, quantization, target)
+    check_quantized_base(name, config, quantization, target)
     for folder in adapters.values():
         check_adapter_fits(base_model, folder, trust_remote_code, quantization.gguf_file, config=config)
     _check_base_has_no_adapter(base_model, adapters)
-    logger.info("Loading %s on %s, %s.", os.fspath(base_model), target, reason)
-    if target.type != "cpu":
-        gc.collect()  # frees an earlier model whose hooks refer back to it
-    arguments: dict[str, Any] = {"dtype": torch_dtype, "trust_remote_code": trust_remote_code}
+    if quantization.on_loading:
+        check_packable(model_on_meta(name, trust_remote_code, config=config), name)
+    arguments: dict[str, Any] = {"config": config, "dtype": torch_dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     arguments |= loading_arguments(quantization, torch_dtype)
-    if quantization.on_loading:
-        check_packable(model_on_meta(os.fspath(base_model), trust_remote_code, config=config), os.fspath(base_model))
     is_quantized = quantization.on_loading or stored_quantization(config) is not None
     if is_quantized:  # packed weights are placed while loading and cannot be moved afterwards
         arguments["device_map"] = {"": target}
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(os.fspath(base_model), config=config, **arguments)
-    except (OSError, ImportError) as error:  # code shipped with a model raises ImportError
-        raise MolaError(f"`base_model` cannot be loaded: {os.fspath(base_model)!r}: {error}") from error
-    except (SafetensorError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
-        if memory_error_reason(error) or isinstance(error, MolaError):
-            raise
-        raise MolaError(
-            f"`base_model` cannot be loaded: {os.fspath(base_model)!r}: {error}. Its weights may be damaged, cut off "
-            "or of another configuration: copy it again."
-        ) from error
+    logger.info("Loading %s on %s, %s.", name, target, reason)
+    if target.type != "cpu":
+        gc.collect()  # frees an earlier model whose hooks refer back to it
+    model = _load_base(name, arguments)
     if not is_quantized:
         model = model.to(target)
     finish_loading(model)
-    for name, folder in adapters.items():
-        warn_other_base(base_model, folder, configs[name])
-        model = attach(model, name, os.fspath(folder))
+    for adapter_name, folder in adapters.items():
+        warn_other_base(base_model, folder, configs[adapter_name])
+        model = attach(model, adapter_name, os.fspath(folder))
     if len(adapters) > 1:  # with tied embeddings PEFT activates the trained tokens of the last adapter
         model.set_adapter(next(iter(adapters)))
     return model.requires_grad_(False).eval()
+
+
+def _load_base(name: str, arguments: Mapping[str, Any]) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **arguments)
+    except (OSError, ImportError, ValueError) as error:
+        if isinstance(error, MolaError):
+            raise
+        raise MolaError(f"`base_model` cannot be loaded: {name!r}: {error}") from error
+    except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        if memory_error_reason(error):
+            raise
+        raise MolaError(
+            f"`base_model` cannot be loaded: {name!r}: {error}. Its weights may be damaged, cut off or of another "
+            "configuration: copy it again."
+        ) from error
+
+
+def _check_one_method(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    methods = {name: config["peft_type"] for name, config in configs.items()}
+    if len(set(methods.values())) > 1:
+        found = ", ".join(f"{name!r} is {method}" for name, method in methods.items())
+        raise MolaError(f"`adapter` must be of one method: {found}. Load each method into its own model.")
 
 
 def _check_base_has_no_adapter(base_model: str | os.PathLike[str], adapters: Mapping[str, Any]) -> None:
