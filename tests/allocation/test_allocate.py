@@ -24,8 +24,8 @@ from mola.cli import main
 from mola.errors import MolaError
 from mola.insight.spectra import eigenvalues, power_law_exponent
 from tests.damage import change_tensors
+from tests.grids import slow
 
-METHODS = ("2468", "uniform", "alphalora", "redundancy", "usage")
 LINEARS = ("self_attn.q_proj", "mlp.up_proj")
 
 
@@ -55,7 +55,7 @@ def test_numbers_of_experts(case, factor):
     for score in set(scores):
         equal = [number for other, number in zip(scores, experts, strict=True) if other == score]
         assert max(equal) - min(equal) <= 1
-        assert equal == sorted(equal), "the higher layers get what is left"
+        assert equal == sorted(equal), "the higher layers get the rest"
     assert experts_from_scores([score * factor for score in scores], budget, low, high) == experts
 
 
@@ -77,7 +77,7 @@ def test_shares_by_hand():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("num_layers", [4, 30, 32])
+@pytest.mark.parametrize("num_layers", [4, 30])
 def test_a_shape_at_its_own_budget_is_the_shape(shape, num_layers):
     wanted = resolve_per_layer(shape, num_layers, "num_experts")
     assert experts_from_scores(wanted, sum(wanted)) == wanted
@@ -265,7 +265,7 @@ def test_effective_experts_are_between_one_and_all(gates):
 
 
 def test_layers_without_adapted_linears(tiny_model_dir, no_weights_dir, tmp_path):
-    """They have 1 expert, which is no part of the budget."""
+    """They have 1 expert, which does not count for the budget."""
     folder = save_probe(tiny_model_dir, tmp_path / "upper", layers_to_transform=[2, 3])
     result = allocate(options(no_weights_dir, "redundancy", 9, adapter=folder))
     assert result.num_experts in ([1, 1, 4, 5], [1, 1, 5, 4])
@@ -288,8 +288,8 @@ def data(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_file_trains(method, tiny_model_dir, probe, data, tmp_path, capsys):
+@pytest.mark.parametrize("method", ["2468", *slow("alphalora", "usage")])
+def test_the_file_trains(method, tiny_model_dir, probe, data, tmp_path, capsys):
     file, run = tmp_path / "new" / "allocation.json", tmp_path / "run"
     more = ["--adapter", str(probe)] if method in ("redundancy", "usage") else []
     command = ["allocate", "--base_model", str(tiny_model_dir), "--method", method, "--budget", "11", *more]
@@ -356,17 +356,16 @@ def test_a_probe_of_a_model_that_has_no_default_linears(tmp_path, capsys):
         ({"method": "circle"}, "`method` must be one of"),
         ({"method": "2460"}, "`method` must be one of"),
         ({"method": "24682"}, "more digits than"),
-        ({"budget": 0}, "`budget` must be at least 1"),
         ({"budget": 3}, "`budget` must be at least 4, which 4 layers with `min_experts` 1 allow: got 3"),
         ({"max_experts": 3}, "between 4 and 12, which 4 layers with `min_experts` 1 and `max_experts` 3 allow: got 16"),
         ({"min_experts": 0}, "`min_experts` must be at least 1"),
         ({"min_experts": 3, "max_experts": 2}, "`max_experts` must be at least `min_experts`"),
-        ({"adapter": "x"}, "`adapter` .'x'. is not read by `method` '2468'"),
-        ({"inspection": "x", "method": "redundancy"}, "`inspection` .'x'. is not read"),
+        ({"adapter": "x"}, "`adapter` .'x'. has no effect with `method` '2468'"),
+        ({"inspection": "x", "method": "redundancy"}, "`inspection` .'x'. has no effect"),
         ({"method": "redundancy"}, "pass --adapter"),
         ({"method": "usage"}, "pass --adapter or --inspection"),
         ({"method": "usage", "adapter": "x", "target_modules": "q_proj"}, "`target_modules`"),
-        ({"beta": 2.0}, "`beta` .2. has no effect with the shape"),
+        ({"beta": 2.0}, "`beta` .2.0. has no effect with `method` .2468."),
         ({"beta": -1.0, "method": "alphalora"}, "`beta` must be a number of at least 0"),
         ({"target_modules": "q_prj"}, "did you mean 'q_proj'"),
         ({"target_modules": "lm_head"}, "'lm_head' is not"),

@@ -61,14 +61,9 @@ def test_the_plain_llama_computes_what_transformers_computes(tiny_model_dir, bas
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"num_experts": 3, "top_k": 1, "r": 2},
-        {"num_experts": 3, "top_k": 3, "task_type": "QUESTION_ANS"},
-        {"num_experts": 1, "top_k": 1, "task_type": None},
-        {"use_rslora": True, "r": 5, "lora_alpha": 4},
-        {"use_dora": True},
-        {"target_modules": ["q_proj", "down_proj"]},
-        {"routing_strategy": ...},
+        {"num_experts": 3, "top_k": 2, "r": 2, "target_modules": ["q_proj", "down_proj"]},
+        {"num_experts": 1, "top_k": 1, "task_type": None, "routing_strategy": ...},
+        {"use_rslora": True, "use_dora": True, "r": 5, "lora_alpha": 4, "task_type": "QUESTION_ANS"},
     ],
     ids=str,
 )
@@ -104,7 +99,7 @@ def test_every_tensor_arrives_unchanged(tmp_path_factory, num_layers, num_expert
     tensors = make_tensors(settings, num_layers)
     folder = write(tmp_path_factory.mktemp("theirs"), settings, tensors)
     linears = [f"{prefix}layers.{layer}.{name}" for layer in range(num_layers) for name in LLAMA_SIZES]
-    config, found, _, _ = read_moe_peft(folder, [*linears, "lm_head"], num_layers)
+    config, found, _, _ = read_moe_peft(folder, [*linears, "lm_head"])
     assert (config.num_experts, config.top_k, config.r) == (num_experts, 1, r)
     assert config.target_modules == set(short)
     back = {}
@@ -127,7 +122,7 @@ def test_every_tensor_arrives_unchanged(tmp_path_factory, num_layers, num_expert
 def test_experts_keep_half_precision_and_routers_are_float32(tmp_path):
     settings = make_settings()
     tensors = {key: value.detach().bfloat16() for key, value in make_tensors(settings).items()}
-    found = read_moe_peft(write(tmp_path / "a", settings, tensors), LINEARS, 4).tensors
+    found = read_moe_peft(write(tmp_path / "a", settings, tensors), LINEARS).tensors
     assert {key.rpartition(".")[2]: value.dtype for key, value in found.items()} == {
         "mola_A": torch.bfloat16,
         "mola_B": torch.bfloat16,
@@ -138,7 +133,7 @@ def test_experts_keep_half_precision_and_routers_are_float32(tmp_path):
 @pytest.mark.parametrize("r", [1, 3, 4, 8, 10])
 def test_rslora_keeps_its_scale(tmp_path, r):
     settings = make_settings(["q_proj"], r=r, lora_alpha=20, use_rslora=True)
-    adapter = read_moe_peft(write(tmp_path / "a", settings, make_tensors(settings)), LINEARS, 4)
+    adapter = read_moe_peft(write(tmp_path / "a", settings, make_tensors(settings)), LINEARS)
     assert adapter.config.lora_alpha / r == pytest.approx(20 / math.sqrt(r), rel=1e-15)
     assert "use_rslora" in adapter.notes[0]
 
@@ -238,8 +233,6 @@ def test_report_names_routers_left_out(tmp_path, tiny_model_dir):
         ({"top_k": ...}, r"\['top_k'\] missing"),
         ({"router_jitter_noise": 0.0}, r"\['router_jitter_noise'\] unknown.* needs no conversion"),
         ({"r": 0}, "`r` .* got 0"),
-        ({"top_k": 5}, "`top_k` .* at most `num_experts` 4, got 5"),
-        ({"num_experts": 3}, "`num_experts` .* is 3, but .* has 4 experts"),
         ({"lora_alpha": -1}, "`lora_alpha` must be a number above 0, got -1"),
         ({"lora_dropout": 1.0}, "`lora_dropout` must be a number at least 0 and below 1"),
         ({"task_type": "SEQ_CLS"}, "`task_type` .* got 'SEQ_CLS'. .* classifier cannot be converted"),
@@ -249,26 +242,19 @@ def test_report_names_routers_left_out(tmp_path, tiny_model_dir):
 def test_settings_that_can_not_be_expressed_are_refused(tmp_path, changes, message):
     folder = write(tmp_path / "a", make_settings(**changes), make_tensors(make_settings()))
     with pytest.raises(MolaError, match=message):
-        read_moe_peft(folder, LINEARS, 4)
+        read_moe_peft(folder, LINEARS)
 
 
 @pytest.mark.parametrize(
     ("remove", "add", "message"),
     [
         (f"{Q}.moe_gate", {}, "4 experts and no router"),
-        (f"{Q}.experts.3", {f"{Q}.moe_gate.weight": torch.zeros(3, 32)}, "is 4, but .*q_proj' has 3 experts"),
         (f"{Q}.experts.2.lora_B", {}, "numbered from 0 without a gap"),
         (f"{Q}.experts", {}, "a router and no experts"),
-        ("mola.layers.3.", {}, r"of 4 layers \[3\] have none"),
-        (Q, {}, r"'self_attn.q_proj': of 4 layers \[1\] have none"),
         (".q_proj.", {}, r"no experts that it does not name, \['q_proj'\] named without"),
-        ("mola", {}, "hold no tensor"),
-        (None, {"classifier": torch.zeros(2, 32)}, "its weights hold a classifier"),
+        (None, {"classifier": torch.zeros(2, 32)}, "'classifier' is no key"),
         (None, {f"{Q}.lora_A.weight": torch.zeros(3, 32)}, "is no key of MoE-PEFT's mola format"),
         (None, {"mixlora.layers.0.mlp.moe_gate.weight": torch.zeros(4, 32)}, "is no key of MoE-PEFT's"),
-        (None, {f"{Q}.experts.0.lora_A.weight": torch.zeros(3)}, "must be a matrix"),
-        (None, {f"{Q}.experts.0.lora_A.weight": torch.zeros(3, 32, dtype=torch.int8)}, "floating-point"),
-        (None, {f"{Q}.experts.0.lora_A.weight": torch.zeros(2, 32)}, "different shapes"),
     ],
 )
 def test_broken_weights_are_refused(tmp_path, remove, add, message):
@@ -278,7 +264,7 @@ def test_broken_weights_are_refused(tmp_path, remove, add, message):
     assert remove is None or len(kept) < len(tensors)
     folder = write(tmp_path / "a", settings, {**kept, **add})
     with pytest.raises(MolaError, match=message):
-        read_moe_peft(folder, LINEARS, 4)
+        read_moe_peft(folder, LINEARS)
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
@@ -288,7 +274,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
     folder = write(tmp_path / "a", make_settings(), {Q: Harmful()})
     with pytest.raises(MolaError, match="cannot be read as tensors"):
-        read_moe_peft(folder, LINEARS, 4)
+        read_moe_peft(folder, LINEARS)
     assert not (tmp_path / "ran").exists()
 
 
@@ -298,23 +284,26 @@ def test_chatglm_names_are_refused_with_the_reason(tmp_path):
     folder = write(tmp_path / "a", settings, make_tensors(settings, 4, sizes))
     linears = [f"transformer.encoder.layers.{layer}.self_attention.query_key_value" for layer in range(4)]
     with pytest.raises(MolaError, match=r"one linear 'layers.0.self_attn.qkv_proj'.* none.*ChatGLM"):
-        read_moe_peft(folder, linears, 4)
+        read_moe_peft(folder, linears)
 
 
 def test_a_name_found_twice_is_refused(tmp_path):
     settings = make_settings(["q_proj"])
     folder = write(tmp_path / "a", settings, make_tensors(settings))
     with pytest.raises(MolaError, match="2 of them .*vision.layers.0.self_attn.q_proj"):
-        read_moe_peft(folder, [*LINEARS, "vision.layers.0.self_attn.q_proj"], 4)
+        read_moe_peft(folder, [*LINEARS, "vision.layers.0.self_attn.q_proj"])
 
 
 def test_other_base_models_are_refused_before_writing(tmp_path, tiny_model_dir):
     settings = make_settings()
     config = json.loads((tiny_model_dir / "config.json").read_text())
     source = write(tmp_path / "theirs", settings, make_tensors(settings))
+    fewer = write(tmp_path / "fewer", make_settings(num_experts=3), make_tensors(settings))
+    with pytest.raises(MolaError, match="does not fit the model: .* has shape"):
+        convert_moe_peft(fewer, tiny_model_dir, tmp_path / "ours")
     for name, changes, message in (
         ("wider", {"intermediate_size": 64}, "does not fit the model: .*mlp.* has shape"),
-        ("deeper", {"num_hidden_layers": 5}, r"of 5 layers \[4\] have none"),
+        ("deeper", {"num_hidden_layers": 5}, r"tensors are missing .*layers\.4"),
         ("flatter", {"num_hidden_layers": 3}, "must have one linear 'layers.3"),
     ):
         (tmp_path / name).mkdir()

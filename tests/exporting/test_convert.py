@@ -198,8 +198,8 @@ def changed_base(folder, **changes):
     ("changes", "message"),
     [
         ({"intermediate_size": 96}, r"does not fit the model: .*mlp.* has shape"),
-        ({"num_hidden_layers": 5}, "4 entries, `base_model` .* has 5 layers"),
-        ({"num_hidden_layers": 3}, "4 entries, `base_model` .* has 3 layers"),
+        ({"num_hidden_layers": 5}, "`num_experts` needs one entry per decoder layer"),
+        ({"num_hidden_layers": 3}, "`num_experts` needs one entry per decoder layer"),
     ],
 )
 def test_adapter_of_another_base_model_is_refused_before_writing(tmp_path, changes, message):

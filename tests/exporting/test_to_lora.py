@@ -411,10 +411,10 @@ def test_too_little_memory(mixture, tiny_model_dir, questions, tmp_path, refusal
 
 
 def test_layers_are_fitted_in_parts(mixture, tiny_model_dir, questions, tmp_path, run):
-    """Asked for or for lack of memory: later parts are fitted to the inputs that they then have."""
+    """With `--fit_passes` or too little memory, later parts are fitted to the inputs of the converted ones."""
     flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--data", questions / "train.json"]
     flags += ["--task", "sample", "--dtype", "float32", "--device", "cpu", "--output"]
-    for name, more in {"once": (), "parts": ("--fit_passes", 3), "memory": ("--memory_gb", 2e-4)}.items():
+    for name, more in {"once": (), "memory": ("--memory_gb", 2e-4), "parts": ("--fit_passes", 3)}.items():
         run("convert", mixture, *flags, tmp_path / name, *more)
     found = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in ("once", "parts", "memory")}
 

@@ -108,7 +108,7 @@ def test_foreign_folder_is_refused_and_kept(installed, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    with pytest.raises(MolaError, match="holds something else"):
+    with pytest.raises(MolaError, match="must be new or empty"):
         prepare_smollm2(folder)
     assert (folder / "config.json").read_text() == "{}"
 
@@ -116,7 +116,7 @@ def test_foreign_folder_is_refused_and_kept(installed, tmp_path):
 def test_missing_marker_means_incomplete(installed, tmp_path):
     folder = prepare_smollm2(tmp_path / "model")
     (folder / MARKER).unlink()
-    with pytest.raises(MolaError, match="holds something else"):
+    with pytest.raises(MolaError, match="must be new or empty"):
         prepare_smollm2(folder)
 
 
@@ -143,4 +143,4 @@ def test_command_line_prints_folder_or_message(installed, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "model")
     (tmp_path / "file").write_text("x")
     assert main([str(tmp_path / "file")]) == 2
-    assert "holds something else" in capsys.readouterr().err
+    assert "must be a folder" in capsys.readouterr().err

@@ -175,4 +175,4 @@ def test_an_allocation_by_data_is_refused(method, folder, sample, capsys):
     data = ["--task=scienceqa", f"--data={sample / 'train.json'}"]
     words = [f"--method={method}", "--budget=14", f"--base_model={folder}", f"--gguf_file={NAME}"]
     assert main(["allocate", *words, *data]) == 2
-    assert "`gguf_file` cannot be used by methods that read data. Convert the file" in capsys.readouterr().err
+    assert "`gguf_file` cannot be used with `method`" in capsys.readouterr().err

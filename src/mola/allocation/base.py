@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +38,8 @@ class Base:
     @property
     def is_adapted(self) -> list[bool]:
         """For every layer, whether it has a linear to adapt."""
-        return self.is_among(linear.layer_index for linear in self.linears)
-
-    def is_among(self, layers: Iterable[int | None]) -> list[bool]:
-        """For every layer of the model, whether it is among `layers`."""
-        chosen = set(layers)
-        return [index in chosen for index in range(self.num_layers)]
+        adapted = {linear.layer_index for linear in self.linears}
+        return [index in adapted for index in range(self.num_layers)]
 
 
 def read_base(

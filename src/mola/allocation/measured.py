@@ -97,14 +97,14 @@ def usage_scores(
         )
         for record in records
     ]
-    layers = {each.layer_index for each in found}
-    wanted = {index for index, is_adapted in enumerate(base.is_among(base.layer_of[n] for n in adapted)) if is_adapted}
-    if stray := layers - wanted:
+    recorded_layers = {each.layer_index for each in found}
+    adapted_layers = {layer for name in adapted if (layer := base.layer_of[name]) is not None}
+    if extra := recorded_layers - adapted_layers:
         raise MolaError(
-            f"{source} must belong to `base_model` and `adapter`: it names layer {next(iter(stray))}, which has no "
+            f"{source} must belong to `base_model` and `adapter`: it names layer {next(iter(extra))}, which has no "
             f"adapted linear there ({base.name!r} has {base.num_layers} layers)."
         )
-    if missing := sorted(wanted - layers):
+    if missing := sorted(adapted_layers - recorded_layers):
         raise MolaError(
             f"{source} must cover every adapted layer: it lacks {', '.join(map(str, missing))}. These layers had one "
             "expert or were not adapted. Use a probe with at least 2 experts everywhere, and pass --adapter as well if "
@@ -115,7 +115,7 @@ def usage_scores(
             f"{source} must cover exactly the adapted linears for `per_module`: {differing[0]!r} is only in the "
             "file or only in the model. Use a probe with at least 2 experts in every linear, and pass --adapter too."
         )
-    check_layers(len(wanted))
+    check_layers(len(adapted_layers))
     return found
 
 

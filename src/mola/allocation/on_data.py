@@ -88,7 +88,7 @@ def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: A
     counts: dict[str, int] = defaultdict(int)
     handles = []
 
-    def keep(name: str) -> Any:
+    def recorder(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])[: _TOKENS - counts[name]]
             counts[name] += len(x)
@@ -99,7 +99,7 @@ def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: A
 
     names = [linear.name for linear in base.linears]
     for name in names:
-        handles.append(model.get_submodule(name).register_forward_pre_hook(keep(name)))
+        handles.append(model.get_submodule(name).register_forward_pre_hook(recorder(name)))
     try:
         with torch.no_grad():
             for ids, _ in _tensors(samples, model, "Inputs"):

@@ -10,12 +10,15 @@ from mola.models.quantization import GGUF_HELP
 from mola.options.fields import convert_paths, option
 
 DEFAULT_BETA = {"alphalora": 2.5, "redundancy": 1.0, "usage": 1.0, "gradient": 1.0, "activation": 1.0}
-_USE_DEVICE = ("alphalora", "gradient", "activation")
-_READS = {
-    "redundancy": ("adapter",),
-    "usage": ("adapter", "inspection"),
-    "gradient": ("data",),
-    "activation": ("data",),
+_ON_DATA = ("gradient", "activation")
+_ON_PROBE = ("redundancy", "usage")
+# Options that some methods ignore -> the methods that read them.
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "adapter": _ON_PROBE,
+    "inspection": ("usage",),
+    **dict.fromkeys(("data", "task", "template", "split", "limit"), _ON_DATA),
+    "device": ("alphalora", *_ON_DATA),
+    **dict.fromkeys(("beta", "per_module"), tuple(DEFAULT_BETA)),
 }
 _UNIFORM = "uniform"
 
@@ -97,60 +100,37 @@ def check_options(options: AllocateOptions) -> tuple[str | None, float | None]:
     if digits is None and name not in DEFAULT_BETA:
         known = ", ".join((*SHAPES, _UNIFORM, *DEFAULT_BETA))
         raise MolaError(f"`method` must be one of {known}, or digits from 1 to 9 such as 2468: got {options.method!r}.")
-    for bound, value, least in (
-        ("budget", options.budget, 1),
-        ("min_experts", options.min_experts, 1),
-        ("shuffle", options.shuffle, 0),
-    ):
-        if value is not None and value < least:
-            raise MolaError(f"`{bound}` must be at least {least}: got {value}.")
-    if options.per_module and digits is not None:
-        raise MolaError(
-            f"`per_module` needs a method that measures linears ({', '.join(DEFAULT_BETA)}): {options.method!r} "
-            "gives numbers for layers only. Leave `per_module` out."
-        )
-    _check_sources(options, name)
-    if options.beta is not None:
-        if digits is not None:
-            raise MolaError(f"`beta` ({options.beta:g}) has no effect with the shape {options.method!r}. Leave it out.")
-        if not (math.isfinite(options.beta) and options.beta >= 0):
-            raise MolaError(f"`beta` must be a number of at least 0: got {options.beta}.")
+    for option_name, methods in _READ_BY.items():
+        value = getattr(options, option_name)
+        if value != getattr(AllocateOptions, option_name) and name not in methods:
+            raise MolaError(
+                f"`{option_name}` ({value!r}) has no effect with `method` {options.method!r}: it is for "
+                f"{', '.join(methods)}. Leave it out."
+            )
+    if name in _ON_DATA:
+        _check_data(options, name)
+    elif name in _ON_PROBE:
+        _check_probe(options, name)
+    if options.beta is not None and not (math.isfinite(options.beta) and options.beta >= 0):
+        raise MolaError(f"`beta` must be a number of at least 0: got {options.beta}.")
     return digits, DEFAULT_BETA.get(name) if options.beta is None else options.beta
 
 
-def _check_sources(options: AllocateOptions, name: str) -> None:
-    """Check that the options hold what the method reads, and nothing that it would ignore."""
-    reads = _READS.get(name, ())
-    if options.device != AllocateOptions.device and name not in _USE_DEVICE:
+def _check_data(options: AllocateOptions, name: str) -> None:
+    if options.gguf_file is not None:
+        raise MolaError(f"`gguf_file` cannot be used with `method` {name}. Convert the file to a model folder first.")
+    if options.data is None or options.task is None:
+        raise MolaError(f"`method` {name} needs samples: pass --data FILE --task TASK.")
+    if options.limit < 1:
+        raise MolaError(f"`limit` must be at least 1: got {options.limit}.")
+
+
+def _check_probe(options: AllocateOptions, name: str) -> None:
+    if options.adapter is None and options.inspection is None:
+        flags = "--adapter or --inspection" if name == "usage" else "--adapter"
         raise MolaError(
-            f"`device` ({options.device!r}) has no effect with `method` {options.method!r}: only "
-            f"{', '.join(_USE_DEVICE)} compute on a device. Leave it out."
-        )
-    for source in ("adapter", "inspection", "data"):
-        value = getattr(options, source)
-        if value is not None and source not in reads:
-            raise MolaError(f"`{source}` ({value!r}) is not read by `method` {options.method!r}. Leave it out.")
-    for about_data in ("task", "template", "split", "limit"):
-        value = getattr(options, about_data)
-        if value != getattr(AllocateOptions, about_data) and "data" not in reads:
-            raise MolaError(
-                f"`{about_data}` ({value!r}) belongs to `data`, which `method` {options.method!r} does not read. Leave "
-                "it out."
-            )
-    if "data" in reads:
-        if options.gguf_file is not None:
-            raise MolaError(
-                "`gguf_file` cannot be used by methods that read data. Convert the file to a model folder first."
-            )
-        if options.data is None or options.task is None:
-            raise MolaError(f"`method` {name} needs samples: pass --data FILE --task TASK.")
-        if options.limit < 1:
-            raise MolaError(f"`limit` must be at least 1: got {options.limit}.")
-        return
-    if reads and all(getattr(options, source) is None for source in reads):
-        raise MolaError(
-            f"`method` {name} needs a trained adapter: pass {' or '.join(f'--{source}' for source in reads)}. A "
-            "short run with the same number of experts everywhere is enough."
+            f"`method` {name} needs a trained adapter: pass {flags}. A short run with the same number of experts "
+            "everywhere is enough."
         )
     if options.adapter is not None and options.target_modules is not None:
         raise MolaError(

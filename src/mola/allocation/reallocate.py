@@ -130,17 +130,8 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
     if len({*after}) > 1 or len({*top_k}) > 1:
         _check_layers_are_known(options, layers, layers_are_certain and known is not None)
     use = {} if options.inspection is None else _read_use(options.inspection, layers, tensors)
-    generator = torch.Generator().manual_seed(options.seed)
-    resized, unchanged = dict(tensors), 0
-    for module, layer in layers.items():
-        key = f"{PREFIX}{module}"
-        experts = Experts(tensors[f"{key}.mola_A"], tensors[f"{key}.mola_B"], tensors.get(f"{key}.mola_router"))
-        changed = resize(experts, after[0] if layer is None else after[layer], generator, use.get(module))
-        unchanged += changed is experts
-        for part, tensor in zip(("mola_A", "mola_B", "mola_router"), changed, strict=True):
-            resized.pop(f"{key}.{part}", None)
-            if tensor is not None:
-                resized[f"{key}.{part}"] = tensor
+    numbers = {module: after[0] if layer is None else after[layer] for module, layer in layers.items()}
+    resized, unchanged = _resize_modules(tensors, numbers, options.seed, use)
     config.num_experts, config.top_k = _compact(after), _compact(top_k)
     if config.init_lora_weights == "principal" and any(new > old for old, new in zip(before, after, strict=True)):
         config.init_lora_weights = True  # a layer may have too few principal components for more experts
@@ -153,6 +144,24 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
     return ReallocateResult(
         str(output), before, after, effective_top_k(after, top_k), is_adapted, unchanged, len(layers)
     )
+
+
+def _resize_modules(
+    tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, int], seed: int, use: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], int]:
+    """All tensors of the adapter with new numbers of experts by module, and how many modules are unchanged."""
+    generator = torch.Generator().manual_seed(seed)
+    resized, unchanged = dict(tensors), 0
+    for module, number in numbers.items():
+        key = f"{PREFIX}{module}"
+        experts = Experts(tensors[f"{key}.mola_A"], tensors[f"{key}.mola_B"], tensors.get(f"{key}.mola_router"))
+        changed = resize(experts, number, generator, use.get(module))
+        unchanged += changed is experts
+        for part, tensor in zip(("mola_A", "mola_B", "mola_router"), changed, strict=True):
+            resized.pop(f"{key}.{part}", None)
+            if tensor is not None:
+                resized[f"{key}.{part}"] = tensor
+    return resized, unchanged
 
 
 def main(options: ReallocateOptions) -> int:

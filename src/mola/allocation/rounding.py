@@ -101,13 +101,7 @@ class Rule:
     shuffle: int | None = None
 
     def numbers(self, scores: Sequence[float], groups: Sequence[str], budget: int | None = None) -> list[int]:
-        """One number for each score; with `shuffle` the numbers are shuffled within each group.
-
-        Args:
-            scores: at least 0.
-            groups: name of the group of each score.
-            budget: sum of the numbers; None for the rule's own budget.
-        """
+        """One number for each score, `budget` in all; with `shuffle` the numbers are shuffled within each group."""
         largest = max(scores, default=0.0)
         if self.beta is not None and largest > 0:  # divided by the largest first, so that nothing overflows
             scores = [(score / largest) ** self.beta for score in scores]
@@ -142,9 +136,10 @@ def numbers_of_layers(scores: LayerScores, rule: Rule) -> list[int]:
 
 
 def numbers_of_modules(found: Sequence[ModuleScore], rule: Rule) -> list[ModuleExperts]:
-    """One number per linear, as many in all as when every linear has the number of its layer in a uniform allocation.
+    """Distribute experts over linears in proportion to their scores.
 
-    So a budget of B is B for each of the M kinds of linears: `B * M` in all, if every layer has the same kinds.
+    The total is that of a uniform allocation of the budget B to layers, if every linear gets the number of its layer.
+    With M kinds of linears in every layer it is `B * M`.
     """
     found = sorted(found, key=lambda each: each.layer_index)
     counts = Counter(each.layer_index for each in found).values()

@@ -54,8 +54,8 @@ def group_experts(
         Module name, as in the file -> its experts.
 
     Raises:
-        MolaError: a key is not of this format, experts are not numbered without a gap or differ in shape, or
-            a router is missing or made for another number of experts.
+        MolaError: a key is not of this format, experts are not numbered without a gap, or a router is missing or made
+            for another number of experts.
     """
     numbered: dict[str, dict[str, dict[int, torch.Tensor]]] = defaultdict(lambda: {"A": {}, "B": {}})
     routers = {}
@@ -63,11 +63,6 @@ def group_experts(
         match = key.fullmatch(name)
         if match is None:
             raise MolaError(f"{name!r} is no key of {format_name}; expected {expected}.")
-        if tensor.dim() != 2 or not tensor.is_floating_point():
-            raise MolaError(
-                f"{name!r} must be a matrix of floating-point numbers, got shape {tuple(tensor.shape)} of "
-                f"{tensor.dtype}. The file is broken."
-            )
         if match["router"]:
             routers[match["module"]] = tensor
         else:
@@ -90,12 +85,5 @@ def _check_experts(
     if router is None or router.shape[0] != count:
         found = "no router" if router is None else f"a router for {router.shape[0]}"
         raise MolaError(f"{module!r} has {count} experts and {found}. The file is incomplete.")
-    for part, numbers in parts.items():
-        different = sorted({f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in numbers.values()})
-        if len(different) > 1:
-            raise MolaError(
-                f"{module!r} has experts {part} of different shapes or dtypes: {', '.join(different)}. All experts of "
-                "a module must have one shape and one dtype. The file is broken."
-            )
     lora_A, lora_B = ([parts[part][index] for index in range(count)] for part in "AB")
     return ModuleExperts(lora_A, lora_B, router)

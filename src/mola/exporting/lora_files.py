@@ -102,10 +102,7 @@ def make_lora_config(
     stacked_ranks: Mapping[str, int],
     own_ranks: Mapping[str, int] | None = None,
 ) -> LoraConfig:
-    """The configuration of a LoRA of these modules.
-
-    `own_ranks` holds the ranks of modules that differ from `rank`; the other arguments are those of `write_lora`.
-    """
+    """The configuration of a LoRA of these modules; `own_ranks` holds the ranks that differ from `rank`."""
     known = dict(base.named_modules())
     shared = {name: value for name in _SHARED_SETTINGS if (value := getattr(config, name, None))}
     return LoraConfig(
@@ -133,12 +130,7 @@ def check_peft_places_lora(lora: LoraConfig, modules: Collection[str], base_on_m
     """Check that PEFT puts a LoRA into the modules for which it has tensors.
 
     For some architectures PEFT takes the names of linears for those of older models, and would silently leave their
-    tensors out.
-
-    Args:
-        lora: its configuration; stays unchanged.
-        modules: modules with tensors, named as in a PeftModel.
-        base_on_meta: the base model without weights; the LoRA is put into it.
+    tensors out. The LoRA is put into `base_on_meta`, the base model without weights.
 
     Raises:
         MolaError: PEFT puts it into other modules.
@@ -192,11 +184,7 @@ def stacked_lora_tensors(
 
 
 def read_lora(folder: Path, model_on_meta: nn.Module) -> dict[str, Factors]:
-    """Read a LoRA of PEFT.
-
-    Args:
-        folder: of the adapter.
-        model_on_meta: its base model, without weights; the LoRA is put into it.
+    """Read a LoRA of PEFT, and put it into `model_on_meta`, its base model without weights.
 
     Returns:
         Name of the module in the base model -> its factors.

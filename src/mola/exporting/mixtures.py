@@ -63,12 +63,7 @@ def mola_layers(model: nn.Module) -> dict[str, MolaLinear]:
 
 
 def read_mixtures(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, MolaLinear]) -> dict[str, Mixture]:
-    """The experts of every module.
-
-    Args:
-        tensors: content of the adapter's file.
-        layers: the adapted linears, which hold the scales.
-    """
+    """The experts of every module, from the tensors of the adapter's file and the scales of the adapted linears."""
     return {
         name: Mixture(tensors[f"{name}.mola_A"].float(), tensors[f"{name}.mola_B"].float() * layer.scaling[NAME])
         for name, layer in layers.items()
@@ -99,12 +94,7 @@ def as_loras(layers: Mapping[str, MolaLinear], updates: Mapping[str, Update]) ->
 
 @contextmanager
 def replaced_by_loras(layers: Mapping[str, MolaLinear], loras: Mapping[str, Lora]) -> Iterator[None]:
-    """Compute with LoRAs in place of the experts, until the context ends.
-
-    Args:
-        layers: the adapted linears.
-        loras: LoRAs of some of the layers; the other layers keep their experts.
-    """
+    """Compute with LoRAs in place of the experts of these layers, until the context ends."""
     with ExitStack() as stack:
         for name, (A, B) in loras.items():
             layer, rank = layers[name], A.shape[1]

@@ -33,13 +33,7 @@ class Moments(NamedTuple):
 def group_by_input(model: Any, modules: Mapping[str, nn.Module], row: TokenIds) -> list[list[str]]:
     """Group the names of modules that get the same tensor as input, such as q, k and v; uses one forward pass.
 
-    Args:
-        model: holds the modules.
-        modules: name -> module.
-        row: token ids `(1, length)`.
-
-    Returns:
-        The groups in the order in which the model computes them. A module that gets no input is a group of its own.
+    The groups have the order in which the model computes them. A module that gets no input is a group of its own.
     """
     groups: list[tuple[torch.Tensor, list[str]]] = []  # keeps the tensors alive, so that no other takes their memory
 
@@ -56,12 +50,7 @@ def group_by_input(model: Any, modules: Mapping[str, nn.Module], row: TokenIds) 
 
 
 def moment_bytes(in_features: int, widths: Iterable[int]) -> int:
-    """Bytes of the moments of one input.
-
-    Args:
-        in_features: size of the input.
-        widths: number of features of each linear that reads it.
-    """
+    """Bytes of the moments of one input; `widths` are the numbers of features of the linears that read it."""
     return 8 * in_features * (in_features + sum(widths))
 
 
@@ -119,6 +108,7 @@ def gather_moments(
     Raises:
         MolaError: a sum is not finite.
     """
+    # For each group: name of the linear -> its cross moments, and "" -> the second moments.
     found: list[dict[str, torch.Tensor]] = [{} for _ in groups]
     weight = torch.ones(())
     place = {name: (index, name == names[0]) for index, names in enumerate(groups) for name in names}

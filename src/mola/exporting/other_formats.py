@@ -89,12 +89,13 @@ def convert_to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     num_layers = count_decoder_layers(model, base_model)
     not_saved: dict[str, Any] = {}
     if options.source_format == "published":
-        config, tensors = _read_published(source, options, num_layers)
+        given = resolve_per_layer(str(options.top_k), num_layers, "top_k")
+        config, tensors = read_published(source, given[0] if len(set(given)) == 1 else given)
         notes = _note_unused_settings(source, config, {name.rpartition(".")[2] for name, _ in model.named_modules()})
         notes += _note_ignored_by_research_code(model.config)
     else:
         linears = [name for name, module in model.named_modules() if is_adaptable(module)]
-        config, tensors, not_saved, notes = read_moe_peft(source, linears, num_layers)
+        config, tensors, not_saved, notes = read_moe_peft(source, linears)
     num_experts, r, top_k = (
         resolve_per_layer(getattr(config, name), num_layers, name) for name in ("num_experts", "r", "top_k")
     )
@@ -120,22 +121,6 @@ def convert_to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
         not_saved=not_saved,
         notes=notes,
     )
-
-
-def _read_published(
-    source: Path, options: ConvertOptions, num_layers: int
-) -> tuple[MolaConfig, dict[str, torch.Tensor]]:
-    top_k = resolve_per_layer(str(options.top_k), num_layers, "top_k")
-    config, tensors = read_published(source, top_k[0] if len(set(top_k)) == 1 else top_k)
-    for name in ("num_experts", "r"):
-        values = getattr(config, name)
-        if len(values) != num_layers:
-            raise MolaError(
-                f"`{name}` in {options.source[0]!r} must have one entry per decoder layer: {len(values)} entries, "
-                f"`base_model` {options.base_model!r} has {num_layers} layers. The adapter belongs to another base "
-                "model."
-            )
-    return config, tensors
 
 
 def _note_unused_settings(source: Path, config: MolaConfig, names_in_base: Collection[str]) -> list[str]:

@@ -67,9 +67,9 @@ def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _hub_hint(folder: Path) -> str:
     name = folder.as_posix()
-    if os.path.exists(folder) or folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
-        return ""
-    return f" If it is on the Hub, fetch it first: hf download {name} --local-dir {folder.name}"
+    is_path = folder.is_absolute() or name.startswith(".") or os.path.exists(folder)
+    is_hub_name = name.count("/") == 1 and not is_path
+    return f" If it is on the Hub, fetch it first: hf download {name} --local-dir {folder.name}" if is_hub_name else ""
 
 
 def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, torch.Tensor]) -> PeftModel:

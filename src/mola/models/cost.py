@@ -63,12 +63,12 @@ def cost_of_allocation(
         stacks=find_stacks(model, target_parameters or []),
     )
     if with_kernels:
-        result = replace(result, kernels=_kernels(linears, result, chosen, num_experts_pattern, rank_pattern))
+        result = replace(result, kernels=_kernel_choices(linears, result, chosen, num_experts_pattern, rank_pattern))
     # `parameters()` yields a tied embedding once.
     return replace(result, base_parameters=sum(parameter.numel() for parameter in model.parameters()))
 
 
-def _kernels(
+def _kernel_choices(
     linears: list[LinearShape],
     plan: AllocationPlan,
     top_k: Sequence[int],

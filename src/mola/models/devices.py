@@ -11,13 +11,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(device: str | torch.device | None = None) -> torch.device:
-    """The device to compute on: `device` if given, else CUDA, else MPS, else the CPU.
-
-    Args:
-        device: such as `"cpu"`, `"cuda"` or `"cuda:1"`; None chooses.
-
-    Returns:
-        The device.
+    """The device to compute on: `device` such as `"cuda:1"` if given, else CUDA, else MPS, else the CPU.
 
     Raises:
         MolaError: this machine has no such device.
@@ -57,15 +51,11 @@ def resolve_dtype(name: str, device: str | torch.device) -> tuple[torch.dtype, s
     `"auto"` is bfloat16 if the device computes it natively (CUDA since Ampere, recent CPUs), float16 on
     MPS, float32 elsewhere.
 
-    Args:
-        name: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
-        device: the device the model will run on.
-
     Returns:
         The dtype, and the reason for the log.
 
     Raises:
-        MolaError: another name.
+        MolaError: `name` is neither `"auto"` nor one of `DTYPES`.
     """
     kind = torch.device(device).type
     if name in DTYPES:

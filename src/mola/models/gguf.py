@@ -18,14 +18,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def check_gguf_file(folder: Path, gguf_file: str | None) -> None:
-    """Check that a GGUF file is in a folder.
-
-    Args:
-        folder: of the base model.
-        gguf_file: name of the file; None if the user chose none.
+    """Check that the folder of a base model holds the chosen GGUF file; None is no choice.
 
     Raises:
-        MolaError: the file is not there or not in GGUF format, or the folder has GGUF files only and none was chosen.
+        MolaError: the file is not there, or the folder has GGUF files only and none was chosen.
     """
     names = sorted(file.name for file in folder.glob("*.gguf"))
     if gguf_file is None and names and not (folder / "config.json").is_file():
@@ -41,16 +37,6 @@ def check_gguf_file(folder: Path, gguf_file: str | None) -> None:
             f"`gguf_file` must be a file in `base_model`: {gguf_file!r} is not in {str(folder)!r}. "
             f"GGUF files there: {found}."
         )
-    if not _begins_as_gguf(folder / gguf_file):
-        raise MolaError(f"`gguf_file` must be a file in GGUF format: {gguf_file!r} is none, or cannot be read.")
-
-
-def _begins_as_gguf(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read(4) == b"GGUF"
-    except OSError:
-        return False
 
 
 def read_gguf_config(base_model: str, gguf_file: str) -> PretrainedConfig:

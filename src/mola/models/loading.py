@@ -49,14 +49,8 @@ def check_adapter_fits(
 ) -> None:
     """Check that a mixture or a LoRA fits its base model, before the weights of the base model are loaded.
 
-    Adapters of other methods are only checked by PEFT, when they are loaded.
-
-    Args:
-        base_model: folder or hub id.
-        adapter: an adapter folder.
-        trust_remote_code: skips the check: code shipped with the model may not work without weights.
-        gguf_file: GGUF file in the model's folder, if it is one.
-        config: the model's configuration, if it has been read.
+    Adapters of other methods are only checked by PEFT, when they are loaded. `trust_remote_code` skips the check: code
+    shipped with the model may not work without weights. `config` is the model's configuration, if it has been read.
 
     Raises:
         MolaError: the model is of another kind, or the tensors do not fit it.

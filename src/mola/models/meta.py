@@ -22,11 +22,8 @@ def model_on_meta(
 ) -> PreTrainedModel:
     """Build a causal language model from its configuration only.
 
-    Args:
-        base_model: a folder with config.json, a config.json file, or a name on the hub.
-        trust_remote_code: run code shipped with the model.
-        gguf_file: as in `read_config`.
-        config: the model's configuration, if it has been read; it is not changed.
+    `base_model` is a folder with config.json, a config.json file, or a name on the hub. `config` is its configuration,
+    if it has been read; it is not changed.
 
     Raises:
         MolaError: there is no readable configuration, or it is not one of a causal language model.
@@ -50,11 +47,7 @@ def model_on_meta(
 
 
 def count_decoder_layers(model: PreTrainedModel, base_model: str) -> int:
-    """Number of decoder layers of a model.
-
-    Raises:
-        MolaError: it has none.
-    """
+    """Number of decoder layers of a model; raises if it has none."""
     num_layers = LayerStacks.of(model).num_layers
     if num_layers is None or num_layers < 1:
         raise MolaError(

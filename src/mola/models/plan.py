@@ -57,12 +57,6 @@ class PlanOptions:
 def plan(options: PlanOptions) -> AllocationPlan:
     """Count the cost of an allocation for a model, without its weights.
 
-    Args:
-        options: model and allocation, see `PlanOptions`.
-
-    Returns:
-        The plan, with the parameters of the base model.
-
     Raises:
         MolaError: as `cost_of_allocation`.
     """
@@ -82,14 +76,7 @@ def plan(options: PlanOptions) -> AllocationPlan:
 
 
 def render(plan: AllocationPlan) -> Table:
-    """Render the plan as a table: one row per run of equal layers, with the figures of one layer, then the totals.
-
-    Args:
-        plan: what `plan` returned.
-
-    Returns:
-        A table for `rich.print`.
-    """
+    """Render the plan as a table: one row per run of equal layers, with the figures of one layer, then the totals."""
     table = Table(title="Experts per decoder layer (each figure is for one layer; last row: all layers)")
     table.add_column("layers")
     for header in ("experts", "top_k", "r", "expert parameters", "router parameters", "FLOPs/token", "active", "size"):

@@ -60,12 +60,7 @@ QUANTIZATION_OPTIONS = tuple(item.name for item in fields(Quantization))
 
 
 def check_quantization(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:
-    """Check options that need no model.
-
-    Args:
-        quantization: the options.
-        device: where the model will run.
-        dtype: of the base.
+    """Check the options alone; `dtype` is that of the base.
 
     Raises:
         MolaError: options contradict each other or would be ignored, or bitsandbytes cannot run on this machine.
@@ -104,15 +99,7 @@ def _check_4bit_options(quantization: Quantization, dtype: torch.dtype) -> None:
 
 
 def check_mixed_precision(quantization: Quantization, mixed: torch.dtype | None) -> None:
-    """Check that mixed precision does not override the compute dtype: torch.autocast also acts inside 4-bit layers.
-
-    Args:
-        quantization: the options.
-        mixed: the dtype of mixed precision; None without.
-
-    Raises:
-        MolaError: the two differ.
-    """
+    """Check that the dtype of mixed precision, if any, is the compute dtype: autocast also acts inside 4-bit layers."""
     compute = quantization.bnb_4bit_compute_dtype
     if compute is not None and mixed is not None and DTYPES[compute] != mixed:
         name = str(mixed).removeprefix("torch.")
@@ -132,13 +119,6 @@ def check_quantized_base(
     base_model: str, config: PretrainedConfig, quantization: Quantization, device: torch.device, training: bool = False
 ) -> None:
     """Check a base model whose files are quantised; a model with plain weights passes.
-
-    Args:
-        base_model: its name, for messages.
-        config: its configuration.
-        quantization: the options.
-        device: where it will run.
-        training: whether experts are trained on it.
 
     Raises:
         MolaError: quantised twice, a package is missing, or the method cannot run or be trained here.
@@ -183,9 +163,7 @@ def _method_of(stored: dict[str, Any]) -> str:
 def loading_arguments(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
     """Keyword arguments for `from_pretrained` of Transformers; empty for a base that is loaded as it is.
 
-    Args:
-        quantization: checked options.
-        dtype: of the base; 4-bit layers compute in it by default.
+    `dtype` is that of the base; 4-bit layers compute in it by default.
     """
     if quantization.gguf_file is not None:
         # Unpacked: packed GGUF weights are slow to train on and cannot be saved.
@@ -206,15 +184,10 @@ def loading_arguments(quantization: Quantization, dtype: torch.dtype) -> dict[st
 
 
 def check_packable(model: Any, base_model: str, modules_to_save: Iterable[str] = ()) -> None:
-    """Check which linears quantising would pack; reads no weights.
-
-    Args:
-        model: the unquantised model, which may be on the meta device.
-        base_model: its name, for messages.
-        modules_to_save: names of modules to train in full.
+    """Check which linears quantising would pack; the model may be on the meta device.
 
     Raises:
-        MolaError: there is nothing to quantise, or a module to train in full would be quantised.
+        MolaError: there is nothing to quantise, or a module of `modules_to_save` would be quantised.
     """
     # bitsandbytes packs all linears but the head, and none of a class of its own.
     head = model.get_output_embeddings()
@@ -233,11 +206,7 @@ def check_packable(model: Any, base_model: str, modules_to_save: Iterable[str] =
 
 
 def finish_loading(model: Any) -> None:
-    """Keep bitsandbytes from repacking weights wrongly, and log how the model is stored; plain models stay as they are.
-
-    Args:
-        model: as it was loaded.
-    """
+    """Keep bitsandbytes from repacking weights wrongly, and log how a quantised model is stored."""
     if getattr(model, "is_quantized", False):
         size = weight_bytes(model) / 2**20
         logger.info("The base has %s parameters in %.1f MiB.", f"{model.num_parameters():,}", size)
@@ -257,7 +226,7 @@ def _is_no_cast_message(record: logging.LogRecord) -> bool:
 
 
 def _may_repack(layer: Any) -> bool:
-    """Whether bitsandbytes may repack a weight for its CPU kernel, which computes whole blocks in bfloat16 only."""
+    """Whether bitsandbytes may repack a weight for its CPU kernel, which needs whole blocks and bfloat16."""
     block = layer.weight.quant_state.blocksize
     fits = layer.in_features % block == 0 and layer.out_features % 32 == 0
     return fits and layer.compute_dtype == torch.bfloat16
@@ -271,11 +240,7 @@ def _layers_of_4bits(model: nn.Module) -> Iterator[Any]:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of a model's weights, with the scales of packed weights, which Transformers does not count.
-
-    Args:
-        model: any model of Transformers, before adapters are added.
-    """
+    """Bytes of a model's weights, with the scales of packed weights, which Transformers does not count."""
     total = model.get_memory_footprint()
     for layer in _layers_of_4bits(model):
         state = layer.weight.quant_state
@@ -345,13 +310,7 @@ def _without_stacked_experts(model: nn.Module) -> Iterator[None]:
 def quantization_record(
     config: PretrainedConfig, quantization: Quantization, dtype: torch.dtype
 ) -> dict[str, Any] | None:
-    """How the base is stored, for a run's record; None for plain weights.
-
-    Args:
-        config: the base model's configuration.
-        quantization: the options.
-        dtype: of the base.
-    """
+    """How the base is stored, for a run's record; None for plain weights."""
     if quantization.gguf_file is not None:
         return {"quant_method": "gguf", "gguf_file": quantization.gguf_file, "dequantize": True}
     arguments = loading_arguments(quantization, dtype)

@@ -10,17 +10,14 @@ import argparse
 import importlib.metadata
 import importlib.util
 import os
-import shutil
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mola._compat import gguf_arguments
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_json, check_writable
-from mola.files.failures import explain_write_errors
+from mola.files.atomic import atomic_write_json, check_new_folder, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,13 +29,7 @@ NEEDED_FILES = ("config.json", "generation_config.json", "model.safetensors", "t
 
 
 def find_gguf(package: str = PACKAGE) -> Path:
-    """Find the GGUF file in an installed distribution, without importing the distribution.
-
-    Args:
-        package: name of the distribution, as pip writes it.
-
-    Returns:
-        Path of the only `.gguf` file of the distribution.
+    """Find the only `.gguf` file in an installed distribution, without importing the distribution.
 
     Raises:
         MolaError: the distribution is not installed, or does not hold exactly one such file.
@@ -47,9 +38,8 @@ def find_gguf(package: str = PACKAGE) -> Path:
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError as error:
-        raise MolaError(f"The package `{package}`, which carries the weights, is not installed. {cure}") from error
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    found = [path for path in found if path.is_file()]
+        raise MolaError(f"The package `{package}`, which holds the weights, is not installed. {cure}") from error
+    found = [path for file in files if file.suffix == ".gguf" and (path := Path(str(file.locate()))).is_file()]
     if len(found) != 1:
         raise MolaError(
             f"The package `{package}` must hold exactly one .gguf file, found {len(found)}. {cure} "
@@ -75,27 +65,12 @@ def prepare_smollm2(folder: str | os.PathLike[str]) -> Path:
     target = Path(folder)
     if _is_complete(target):
         return target
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise MolaError(
-            f"The folder of the converted model must be absent, empty or an earlier conversion, but '{target}' holds "
-            "something else. Remove it or choose another folder."
-        )
-    check_writable(target.parent / MARKER)
+    check_new_folder("folder", target)
     source = find_gguf()
     if importlib.util.find_spec("gguf") is None:
         raise MolaError("Reading GGUF files needs the package `gguf`. Run `pip install gguf`.")
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with explain_write_errors(f"'{target}'"):
-            _convert(source, temporary)
-        try:
-            os.replace(temporary, target)
-        except OSError:
-            # Another process finished the same conversion first.
-            if not _is_complete(target):
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder("folder", target) as temporary:
+        _convert(source, temporary)
     return target
 
 

@@ -80,18 +80,11 @@ def own_tokenizer(
     if folder.is_dir() and not arguments and not any(any(folder.glob(each)) for each in _TOKENIZER_FILES):
         raise MolaError(f"`base_model` has no tokenizer: {base_model!r} holds none of {', '.join(_TOKENIZER_FILES)}.")
     try:
-        arguments |= own_tokenizers()
-        tokenizer = AutoTokenizer.from_pretrained(
-            base_model, trust_remote_code=trust_remote_code, **arguments, **settings
+        return AutoTokenizer.from_pretrained(
+            base_model, trust_remote_code=trust_remote_code, **arguments, **own_tokenizers(), **settings
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        hint, is_installed = "", is_sentencepiece_available() and is_protobuf_available()
-        if any(folder.glob("*.model")) and not is_installed:  # Transformers' message names other packages
+        hint = ""
+        if any(folder.glob("*.model")) and not (is_sentencepiece_available() and is_protobuf_available()):
             hint = " Its tokenizer.model needs: pip install 'mola-peft[sentencepiece]'"
         raise MolaError(f"`base_model` has no tokenizer that loads: {base_model!r}: {error}{hint}") from error
-    if not hasattr(tokenizer, "is_fast"):
-        raise MolaError(
-            f"`base_model` {base_model!r} has the tokenizer of mistral-common, which has no positions of tokens in a "
-            "text. Update Transformers, or uninstall mistral-common."
-        )
-    return tokenizer
