@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from mola._compat import gguf_arguments
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_json, check_new_folder, new_folder
+from mola.files.atomic import atomic_write_json, check_new_folder, write_new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ def prepare_smollm2(folder: str | os.PathLike[str]) -> Path:
     source = find_gguf()
     if importlib.util.find_spec("gguf") is None:
         raise MolaError("Reading GGUF files needs the package `gguf`. Run `pip install gguf`.")
-    with new_folder("folder", target) as temporary:
+    with write_new_folder("folder", target) as temporary:
         _convert(source, temporary)
     return target
 
