@@ -1,4 +1,7 @@
-"""What older versions of the libraries lack. Each entry names the first version that needs it no more."""
+"""Differences between the supported versions of libraries.
+
+Each function names the first version that needs it no more.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import nn
 
 
 def gguf_arguments(file: str) -> dict[str, Any]:
-    """For `from_pretrained` to unpack a GGUF file while it loads; before Transformers 5.17 without being asked."""
+    """Arguments of `from_pretrained` that unpack a GGUF file: Transformers 5.17 and newer need a `GgufConfig`."""
     import transformers
 
     config = getattr(transformers, "GgufConfig", None)
@@ -18,9 +21,9 @@ def gguf_arguments(file: str) -> dict[str, Any]:
 
 
 def own_tokenizers() -> dict[str, Any]:
-    """For `AutoTokenizer`: Transformers' own tokenizers, also where mistral-common is installed.
+    """Arguments of `AutoTokenizer` that choose Transformers' own tokenizers even if mistral-common is installed.
 
-    Transformers before 5.16 may have no such switch.
+    Empty before Transformers 5.16, which may have no such argument.
     """
     from transformers.models.auto import tokenization_auto
 
@@ -28,14 +31,15 @@ def own_tokenizers() -> dict[str, Any]:
 
 
 def has_activation_checkpointing() -> bool:
-    """Whether `TrainingArguments` names it so: since Transformers 5.21, before it was `gradient_checkpointing`."""
+    """Whether `TrainingArguments` has `activation_checkpointing`: Transformers before 5.21 call it
+    `gradient_checkpointing`."""
     from transformers import TrainingArguments
 
     return hasattr(TrainingArguments, "activation_checkpointing_kwargs")
 
 
 def share_checkpointing(arguments: Any) -> None:
-    """Give both names of activation checkpointing one value, and those of its settings; see above."""
+    """Before Transformers 5.21, set both names of activation checkpointing, and of its settings, to one value."""
     if not has_activation_checkpointing():
         is_on = bool(arguments.activation_checkpointing or arguments.gradient_checkpointing)
         arguments.activation_checkpointing = arguments.gradient_checkpointing = is_on
@@ -43,7 +47,7 @@ def share_checkpointing(arguments: Any) -> None:
 
 
 def set_adapter_to_infer(model: Any, adapter_name: str) -> None:
-    """Make an adapter of a `PeftModel` the active one, without gradients: PEFT has a word for it since 0.19."""
+    """Activate an adapter of a `PeftModel` without gradients: PEFT before 0.19 has no argument for this."""
     if "inference_mode" in inspect.signature(model.set_adapter).parameters:
         model.set_adapter(adapter_name, inference_mode=True)
     else:
@@ -52,14 +56,14 @@ def set_adapter_to_infer(model: Any, adapter_name: str) -> None:
 
 
 def cache_argument(model: nn.Module) -> str | None:
-    """What a model's `forward` calls the cache: `cache` since Transformers 5.24; None if it takes none."""
+    """Name of the cache argument of a model's `forward`: `cache` since Transformers 5.24; None without one."""
     taken = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in taken), None)
 
 
 @functools.cache
 def generation_finds_cache() -> bool:
-    """Whether PEFT's generation with virtual tokens knows the name `cache`; not yet in 0.21."""
+    """Whether PEFT's generation with virtual tokens finds a cache of the name `cache`; PEFT 0.21 does not."""
     from peft import PeftModelForCausalLM
 
     try:
@@ -69,11 +73,13 @@ def generation_finds_cache() -> bool:
 
 
 def asks_before_loading(tuner: type[nn.Module]) -> bool:
-    """Whether PEFT lets a method look at an adapter's tensors before it loads them, and saves trained biases of
-    methods that it does not know: both since 0.21."""
+    """Whether PEFT calls a method before it loads an adapter's tensors, and saves trained biases of unknown methods.
+
+    Both since PEFT 0.21.
+    """
     return hasattr(tuner, "_remap_adapter_state_dict_for_load")
 
 
 def ties_saved_modules(tuner: type[nn.Module]) -> bool:
-    """Whether PEFT lets a method tie what `modules_to_save` trains: since 0.19."""
+    """Whether PEFT lets a method tie weights that `modules_to_save` trains: since PEFT 0.19."""
     return hasattr(tuner, "_add_modules_to_save_to_tie")

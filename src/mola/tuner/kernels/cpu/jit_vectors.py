@@ -88,10 +88,10 @@ def _add_rows(typing_context, target, rows, offset, coefficients, count, num_vec
     def generate(context, builder, signature, arguments):
         target, rows, offset, coefficients, count = arguments[:5]
         bf16 = is_bf16.literal_value
-        places = [
+        addresses = [
             op.shift(builder, target, (2 if bf16 else 4) * op.LANES * v) for v in range(num_vectors.literal_value)
         ]
-        totals = [cgutils.alloca_once_value(builder, op.load_floats(builder, place, bf16)) for place in places]
+        totals = [cgutils.alloca_once_value(builder, op.load_floats(builder, address, bf16)) for address in addresses]
         with cgutils.for_range(builder, count) as loop:
             lane = op.load(builder, op.shift(builder, coefficients, builder.shl(loop.index, op.int64(2))), op.WORD)
             factor = op.broadcast(builder, lane)
@@ -100,11 +100,11 @@ def _add_rows(typing_context, target, rows, offset, coefficients, count, num_vec
                 op.accumulate(
                     builder, bf16, total, factor, op.load(builder, op.shift(builder, row, op.BYTES * v), op.WORDS)
                 )
-        for place, total in zip(places, totals, strict=True):
+        for address, total in zip(addresses, totals, strict=True):
             value = builder.load(total)
             if bf16:
                 value = op.to_bfloat16(builder, value)
-            op.store(builder, value, place)
+            op.store(builder, value, address)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5, num_vectors, is_bf16), generate
