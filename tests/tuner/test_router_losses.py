@@ -171,7 +171,7 @@ def test_as_many_experts_but_another_top_k_is_another_stack():
 
 
 class Event:
-    """As CUDA's: done when it is told so."""
+    """Like a CUDA event that has finished when `done` is set."""
 
     done = False
 

@@ -159,6 +159,7 @@ def _parse(value: Any, name: str) -> _Parsed:
 
 
 def _parse_text(text: str, name: str) -> _Parsed:
+    """Parse text: the path of a JSON file, integers between commas, digits, a shape, or one integer."""
     if text.lower().endswith(".json"):
         return _read_file(text, name)
     if "," in text:

@@ -277,6 +277,7 @@ def _check_expressions(**fields: Targets | None) -> None:
 
 
 def _check_all_match(model: nn.Module, modules: Mapping[str, nn.Module], targets: Targets) -> None:
+    """Raise MolaError if a name or the expression matches no module; the message lists the model's linears."""
     linears = _linear_names(modules)
     listed = f"Linears of this model: {', '.join(linears) or 'none'}."
     if isinstance(targets, str):

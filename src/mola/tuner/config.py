@@ -149,6 +149,8 @@ class MolaConfig(PeftConfig):
     base_model_type: str | None = None
     weights_sha256: str | None = None
 
+    has_default_num_experts = False  # not a field: whether the user left `num_experts` out
+
     def __post_init__(self) -> None:
         is_loaded = self.peft_type is not None  # also true for a copy of a configuration
         try:
@@ -301,6 +303,7 @@ def _layer_numbers(value: Any) -> list[int] | int | None:
 
 
 def _check_combinations(config: MolaConfig) -> None:
+    """Raise MolaError for values that are allowed one by one, but not together."""
     if config.target_modules == set() and not config.target_parameters:
         raise MolaError("`target_modules` must be a non-empty list of module names, or `target_parameters` be given.")
     if config.target_parameters and config.lora_dropout:

@@ -78,11 +78,13 @@ class MixedBatch:
         needs_base_call = bool(args or kwargs) or torch.is_grad_enabled() or torch.compiler.is_compiling()
         frozen = None if needs_base_call else layer.frozen_linear(x)
         result = layer.base_layer(x, *args, **kwargs) if frozen is None else linear(x, *frozen)
+        # Few tokens: one native function adds the updates of all adapters.
         table = None if frozen is None else self._table(layer, x)
         if table is not None:
             return table.add(result, x)
         if not any(name in layer.scaling for name in adapters):
             return result
+        # Many tokens: each adapter adds its update to its own rows.
         if order is not None:
             x, result = x.index_select(0, order), result.index_select(0, order)
         parts = [
@@ -118,7 +120,10 @@ class MixedBatch:
         self._tokens_per_row = 1 if given is None else given.shape[1]
 
     def pass_adapter_names(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Forward pre-hook of PEFT's wrappers (`modules_to_save`), which take the names of adapters that they have."""
+        """Forward pre-hook of PEFT's wrappers of `modules_to_save`: pass each the adapter of every row.
+
+        A row whose adapter the wrapper does not have uses the base model's module.
+        """
         names = self.adapters_of_rows(len(args[0])) if args else self._names
         return args, {**kwargs, "adapter_names": [name if name in module._adapters else BASE for name in names]}
 
@@ -129,7 +134,7 @@ class RowAdapters:
     Args:
         tuner: the `MolaModel`, with the adapters it has now.
         names: adapter of each row, or "__base__".
-        options: arguments of the call; for `generate` they contain the number of rows made of one.
+        options: arguments of the call; those of `generate` may set the number of rows that it makes of one.
 
     Raises:
         MolaError: the model is in training mode or an adapter is merged, a name is not that of an adapter, or an
@@ -192,6 +197,7 @@ def why_not_mixed(tuner: Any) -> str | None:
 
 
 def _check_can_mix(tuner: Any, names: Any, modules: list[nn.Module]) -> None:
+    """Raise MolaError if rows cannot have these adapters, in PEFT's words where PEFT has this error."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise MolaError(f"`adapter_names` must be a list with an adapter's name, or {BASE!r}, per row: got {names!r}.")
     if tuner.training:

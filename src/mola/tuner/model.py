@@ -156,6 +156,7 @@ class MolaModel(BaseTuner):
         parameter_name: str | None = None,
         **optional_kwargs: Any,
     ) -> None:
+        """PEFT calls this for each targeted module: wrap it, or add the adapter to the `MolaLinear` that it is."""
         index = self._stacks.index(current_key)
         settings = self._per_layer.settings(peft_config, current_key, index)
         if isinstance(target, MolaLinear):
@@ -175,7 +176,10 @@ class MolaModel(BaseTuner):
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        # PEFT nests one wrapper per parameter; `StackedParameters` holds all parameters of a module.
+        """PEFT calls this for `target_parameters`: wrap their modules, and return the names of the parameters.
+
+        PEFT's method nests one wrapper per parameter. A `StackedParameters` has all parameters of a module.
+        """
         for stack in self._stacked:
             target: Any = model.get_submodule(stack.module)
             if not isinstance(target, StackedParameters):
@@ -193,7 +197,7 @@ class MolaModel(BaseTuner):
         return names
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
-        # PEFT's method reads the attribute `weight`, which these modules may lack.
+        # PEFT's method reads the attribute `weight`, which a packed base layer or a wrapper may lack.
         is_base = isinstance(child, MolaLinear) and new_module is child.base_layer
         if is_base or isinstance(child, (StackedParameters, AuxiliaryTrainingWrapper)):
             setattr(parent, child_name, new_module)

@@ -97,6 +97,7 @@ class RouterLosses:
     # ------------------------------------------------------------------ hooks
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Clear the records of earlier forward passes, and start recording if this pass is one in training."""
         if not module.training:
             # No loop over layers: this runs for each generated token, and a compiler guards all that it reads.
             self.collecting = False
@@ -136,6 +137,7 @@ class RouterLosses:
             self._warnings.warn_untrained_experts(self._layers)
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Add the router losses of this forward pass to the model's output."""
         if not self.collecting:
             return output
         self.collecting = False
@@ -228,6 +230,7 @@ class RouterLosses:
         return stacks
 
     def _refuse_reentrant_checkpointing(self, adapter_name: str) -> None:
+        """Raise if trained routers have logits without a gradient, as in re-entrant gradient checkpointing."""
         trained = [
             layer.router_outputs[adapter_name].logits
             for layer in self._layers
