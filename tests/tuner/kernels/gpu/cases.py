@@ -242,7 +242,7 @@ def broken(*arguments):
 def test_a_wrong_kernel_is_caught_and_never_used(part, change, reason, monkeypatch, caplog):
     monkeypatch.setattr(launch, part, change(getattr(launch, part)))
     inputs = make()
-    monkeypatch.setitem(launch._drops, inputs.x.device, True)  # it is looked at by itself, too
+    monkeypatch.setitem(launch._dropout_works, inputs.x.device, True)  # it is looked at by itself, too
     with caplog.at_level(logging.WARNING):
         assert select(inputs).name == "dense"
         found = TRITON.supports(inputs)
@@ -261,7 +261,7 @@ def test_a_wrong_kernel_is_caught_and_never_used(part, change, reason, monkeypat
 )
 def test_dropout_that_does_not_work_is_left_to_torch(wrong, reason, monkeypatch, caplog):
     """The kernel is that of the dense backend too, in any dtype and on any card."""
-    monkeypatch.setattr(launch, "_drops", {})
+    monkeypatch.setattr(launch, "_dropout_works", {})
     monkeypatch.setattr(launch, "drop", wrong)
     x = torch.ones(3, 5, device=DEVICE)
     with caplog.at_level(logging.WARNING):
