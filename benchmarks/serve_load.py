@@ -75,12 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: LoadOptions) -> int:
     """See `main`."""
-    if not (Path(options.base_model) / "config.json").is_file():
-        raise MolaError(f"`base_model` must be a folder that holds a model: got {options.base_model!r}.")
     if options.before is not None and not (Path(options.before) / "mola").is_dir():
         raise MolaError(f"`before` must be a folder with the package `mola` in it: got {options.before!r}.")
-    if min(*options.clients, options.requests, options.max_tokens) < 1:
-        raise MolaError("`clients`, `requests` and `max_tokens` must be at least 1.")
     output = None if options.output is None else check_writable(options.output)
     with tempfile.TemporaryDirectory(prefix="mola-serve-load-") as temporary:
         folders = {name: Path(temporary) / name for name in _ADAPTERS}

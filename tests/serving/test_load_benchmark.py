@@ -33,17 +33,6 @@ def test_rows_for_offline_batching_and_every_number_of_clients(endless_model_dir
     assert all(row["seconds"] > 0 for row in rows.values())
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--base_model", "missing"],
-        ["--before", "missing"],
-        ["--clients", "0"],
-        ["--requests", "-1"],
-        ["--max_tokens", "0"],
-    ],
-)
-def test_wrong_options_end_with_2(words, endless_model_dir, capsys):
-    arguments = words if words[0] == "--base_model" else ["--base_model", str(endless_model_dir), *words]
-    assert main(arguments) == 2
-    assert words[0].removeprefix("--") in capsys.readouterr().err
+def test_the_other_version_must_be_there(endless_model_dir, capsys):
+    assert main(["--base_model", str(endless_model_dir), "--before", "missing"]) == 2
+    assert "before" in capsys.readouterr().err

@@ -406,4 +406,4 @@ def messages(caplog, logger):
 
 
 def log_lines(caplog):
-    return [line for line in messages(caplog, "mola.serving.middleware") if "/health" not in line]
+    return [line for line in messages(caplog, "mola.serving.app") if "/health" not in line]

@@ -14,9 +14,9 @@ from mola._compat import set_adapter_to_infer
 from mola.generation.batching.forward import Adapters, is_activated_lora
 from mola.models.adapters import attach, changes_base, check_adapter
 from mola.models.prompts import own_chat
-from mola.serving.errors import RequestError
 from mola.serving.jobs import JobMaker
 from mola.serving.request_queue import RequestQueue
+from mola.serving.responses import RequestError
 
 # With an adapter that has one of these, rows with different adapters may not share a batch; see `why_not_mixed`.
 _MAY_PREVENT_MIXING = ("modules_to_save", "target_parameters", "trainable_token_indices", "use_dora")

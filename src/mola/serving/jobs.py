@@ -15,8 +15,8 @@ from mola.generation import predicting
 from mola.generation.batching.rows import Sampling
 from mola.generation.decoding import decoding_settings
 from mola.models.prompts import Chat
-from mola.serving.errors import RequestError
 from mola.serving.requests import ChatRequest, CompletionRequest
+from mola.serving.responses import RequestError
 from mola.serving.stream_writer import special_tokens
 
 _NUM_SEEDS = 2**63

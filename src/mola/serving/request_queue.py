@@ -14,9 +14,9 @@ from mola.generation import predicting
 from mola.generation.batching.engine import BatchEngine, SingleEngine
 from mola.generation.batching.forward import Adapters
 from mola.generation.batching.rows import Row, TokenLogprobs
-from mola.serving.errors import RequestError, to_request_error
 from mola.serving.jobs import Job
 from mola.serving.metrics import Metrics
+from mola.serving.responses import RequestError, to_request_error
 from mola.serving.stream_writer import AnswerPiece, StreamWriter, TokenDecoder
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class _AnswerListener:
 
     def on_error(self, error: Exception) -> None:
         answer = to_request_error(error)
-        if answer.status_code == 500:
+        if answer.status_code != 503:  # which is lack of memory
             logger.error("A request failed.", exc_info=error)
         self._request.add_piece(answer)
 
@@ -286,8 +286,7 @@ class RequestQueue:
                         self._engine.step()
                 self._adapters.restore()
         except Exception as error:
-            logger.critical("The engine failed and no answer can be generated any more. Restart the server.")
-            logger.error("The failure:", exc_info=error)
+            logger.critical("The engine failed. Restart the server: it generates no answers any more.", exc_info=error)
             self._is_broken = True
             for request in list(self._requests):
                 request.add_piece(_broken_error())
@@ -324,12 +323,13 @@ class RequestQueue:
             return
         self._adapters.restore()
         try:
-            result = function()
+            try:
+                result = function()
+            finally:
+                self._adapters.refresh()
         except Exception as error:
-            self._adapters.refresh()
             future.set_exception(error)
         else:
-            self._adapters.refresh()
             future.set_result(result)
 
 
