@@ -57,7 +57,7 @@ def trained(base, data, tmp_path_factory):
     return folder
 
 
-def test_one_form_from_training_to_the_server(base, data, trained, tmp_path, capsys, caplog):
+def test_training_evaluation_generation_and_server_use_one_format(base, data, trained, tmp_path, capsys, caplog):
     assert json.loads((trained / "run.json").read_text())["template"] == "chat"
     common = {"base_model": base, "adapter": trained, "device": "cpu"}
     result = tmp_path / "after.json"
@@ -92,7 +92,7 @@ def test_one_form_from_training_to_the_server(base, data, trained, tmp_path, cap
     assert other.make(chat.model_copy(update={"model": "base", "stop": ["So"]}))[0].stops == ["So", "</s>"]
 
 
-def test_an_adapter_is_asked_in_the_template_beside_it(base, trained, tmp_path, caplog):
+def test_the_template_beside_an_adapter_is_used(base, trained, tmp_path, caplog):
     """As TRL leaves one, with no record of the run."""
     other = shutil.copytree(trained, tmp_path / "other")
     (other / "run.json").unlink()
@@ -107,7 +107,7 @@ def test_an_adapter_is_asked_in_the_template_beside_it(base, trained, tmp_path, 
     assert "it is used with the template alpaca. Pass `template` chat if it was trained on chats" in caplog.text
 
 
-def test_a_chat_model_without_a_template_is_told(base, data, tmp_path, caplog):
+def test_training_a_chat_model_without_the_chat_template_warns(base, data, tmp_path, caplog):
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"instruction": f"Q{i}", "output": "x"} for i in range(4)]))
     shape = {"num_experts": 2, "max_steps": 1, "warmup_steps": 0, "use_cpu": "true", "disable_tqdm": "true"}
@@ -116,7 +116,7 @@ def test_a_chat_model_without_a_template_is_told(base, data, tmp_path, caplog):
     assert said.levelno == logging.WARNING
 
 
-def test_without_a_chat_template_it_is_one_error(tiny_model_dir, data, tmp_path, capsys):
+def test_a_missing_chat_template_is_an_error(tiny_model_dir, data, tmp_path, capsys):
     asked = {"task": "sample", "data": data / "test.json", "template": "chat"}
     assert run("evaluate", base_model=tiny_model_dir, **asked) == 2
     assert "`template` chat needs a tokenizer with a chat template" in capsys.readouterr().err

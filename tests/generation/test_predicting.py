@@ -24,14 +24,14 @@ def head_inputs(tiny_model):
     handle.remove()
 
 
-def test_likelihood(tiny_model, tiny_tokenizer, head_inputs):
+def test_likelihood_computes_the_last_logits_only(tiny_model, tiny_tokenizer, head_inputs):
     with predicting.inference_state(tiny_model):
         likelihood.option_log_probabilities(tiny_model, tiny_tokenizer, [["Is it? A", "Is it? B"], ["No? A", "No? B"]])
     assert head_inputs == [((2, 1), True)]
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-def test_generation(num_beams, tiny_model, tiny_tokenizer, head_inputs):
+def test_generation_computes_the_last_logits_only(num_beams, tiny_model, tiny_tokenizer, head_inputs):
     encoded = predicting.encode_prompts(tiny_tokenizer, PROMPTS)
 
     def answers(prompts):
@@ -44,7 +44,7 @@ def test_generation(num_beams, tiny_model, tiny_tokenizer, head_inputs):
         assert together == [answers([prompt])[0] for prompt in encoded]
 
 
-def test_running_batch(tiny_model, head_inputs):
+def test_running_batch_computes_the_last_logits_only(tiny_model, head_inputs):
     forward = Forward(Adapters(tiny_model))
     cache = forward.new_cache()
     with predicting.inference_state(tiny_model):
@@ -67,7 +67,7 @@ def test_a_prompt_before_its_answer_has_the_tokens_of_training(name, blanks_toke
         assert predicting.encode_prompts(blanks_tokenizer, [prompt])[0] != sample.ids[: sample.start]
 
 
-def test_a_mark_that_would_join_the_letter_stays(blanks_tokenizer):
+def test_a_mark_that_would_join_the_letter_is_kept(blanks_tokenizer):
     """Qwen's vocabulary has `:A`, and not `:Answer`, of which the prompt's colon is a token of its own."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet, ":A"])}
@@ -80,7 +80,7 @@ def test_a_mark_that_would_join_the_letter_stays(blanks_tokenizer):
     assert fast.decode(ids) == "Say:"
 
 
-def test_some_template_needs_that():
+def test_some_template_ends_in_two_line_breaks():
     assert any(get_template(name).prompt("Which one?", "").endswith("\n\n") for name in NAMES)
 
 

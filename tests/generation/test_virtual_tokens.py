@@ -36,7 +36,7 @@ def likeliest(model, tokenizer, prompt, count):
     return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
-def test_virtual_tokens_are_there_at_every_token(tiny_model, tiny_tokenizer):
+def test_virtual_tokens_count_at_every_token(tiny_model, tiny_tokenizer):
     model = adapted(tiny_model, PromptTuningConfig(**TOKENS))
     text = generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
     assert text == likeliest(model, tiny_tokenizer, "Once", 8)
@@ -46,7 +46,7 @@ def test_virtual_tokens_are_there_at_every_token(tiny_model, tiny_tokenizer):
     assert text == generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)  # on again
 
 
-def test_virtual_tokens_take_positions_and_no_batches(tiny_model, tiny_tokenizer):
+def test_virtual_tokens_take_positions_and_prevent_batches(tiny_model, tiny_tokenizer):
     model = adapted(tiny_model, PromptTuningConfig(**TOKENS))
     limit = tiny_model.config.max_position_embeddings
     assert predicting.positions_left(model) == limit - 5
@@ -56,7 +56,7 @@ def test_virtual_tokens_take_positions_and_no_batches(tiny_model, tiny_tokenizer
     assert _why_one_by_one(tiny_model, 10) is None
 
 
-def test_a_prefix_is_there_or_refused(tiny_model, tiny_tokenizer):
+def test_a_prefix_counts_or_is_refused(tiny_model, tiny_tokenizer):
     model = adapted(tiny_model, PrefixTuningConfig(**TOKENS))
     if cache_argument(tiny_model) != "cache" or generation_finds_cache():
         text = generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
@@ -73,7 +73,7 @@ def test_a_prefix_is_there_or_refused(tiny_model, tiny_tokenizer):
         generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
 
 
-def test_what_the_server_cannot_do_with_them_is_said(tiny_model, tiny_tokenizer, caplog):
+def test_the_server_does_not_batch_them(tiny_model, tiny_tokenizer, caplog):
     adapters = Adapters(adapted(tiny_model, PromptTuningConfig(**TOKENS)))
     with pytest.raises(MolaError, match="one after the other"):
         choose_engine(adapters, tiny_tokenizer, 32, 512, 100)

@@ -451,11 +451,11 @@ def test_logprobs_are_those_of_the_model(kind, adapted, tiny_tokenizer):
         for row in rows[:2]:
             ids = torch.tensor([[*row.prompt, *row.listener.tokens]])
             values = adapted(input_ids=ids).logits[0, 2:-1].log_softmax(-1)
-            for token, told, expected in zip(row.listener.tokens, row.listener.logprobs, values, strict=True):
-                assert told.own == pytest.approx(float(expected[token]), abs=1e-4)
+            for token, logprobs, expected in zip(row.listener.tokens, row.listener.logprobs, values, strict=True):
+                assert logprobs.own == pytest.approx(float(expected[token]), abs=1e-4)
                 top = expected.topk(row.sampling.num_logprobs)
-                assert [token_id for token_id, _ in told.top] == top.indices.tolist()
-                assert [value for _, value in told.top] == pytest.approx(top.values.tolist(), abs=1e-4)
+                assert [token_id for token_id, _ in logprobs.top] == top.indices.tolist()
+                assert [value for _, value in logprobs.top] == pytest.approx(top.values.tolist(), abs=1e-4)
     assert rows[2].listener.logprobs == [None] * 4
 
 

@@ -40,7 +40,7 @@ def test_with_and_without_the_adapter(answerer, model, tiny_tokenizer):
     assert tiny_tokenizer.decode(with_it.token_ids, skip_special_tokens=True) == "The cat" + with_it.text
 
 
-def test_it_grows(answerer):
+def test_an_answer_grows(answerer):
     texts = [answer.text for answer in answerer.answer("The cat", with_adapter=True, max_new_tokens=12)]
     assert len(texts) > 6
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
@@ -55,7 +55,7 @@ def test_experts_of_an_answer(answerer):
     assert "".join(experts.tokens[1:8]) == "The cat"
 
 
-def test_whoever_stops_stops_the_model(answerer, tiny_tokenizer):
+def test_closing_the_iterator_stops_the_model(answerer, tiny_tokenizer):
     running = answerer.answer("The cat", with_adapter=False, max_new_tokens=900)
     next(running)
     running.close()
@@ -64,7 +64,7 @@ def test_whoever_stops_stops_the_model(answerer, tiny_tokenizer):
     assert again.text == generate_text(answerer.model, tiny_tokenizer, "The cat", max_new_tokens=4)
 
 
-def test_a_forgotten_answer_blocks_nobody(answerer):
+def test_an_abandoned_answer_does_not_block_the_next(answerer):
     """A page that is closed leaves its generator suspended."""
     forgotten = answerer.answer("The cat", with_adapter=True, max_new_tokens=6)
     next(forgotten)
@@ -87,6 +87,6 @@ def test_answers_at_the_same_time(answerer, model, tiny_tokenizer):
         assert got[number] == last(answerer.answer(prompt, with_adapter=with_adapter, max_new_tokens=6)).text
 
 
-def test_errors_arrive(answerer):
+def test_errors_reach_the_caller(answerer):
     with pytest.raises(MolaError, match="positions"):
         last(answerer.answer("The cat", with_adapter=True, max_new_tokens=100_000))

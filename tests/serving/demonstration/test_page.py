@@ -88,7 +88,7 @@ def test_page_without_a_browser(options):
         answerer.close()
 
 
-def test_two_linears_of_one_name_in_a_layer_are_told_apart():
+def test_two_linears_of_one_name_in_a_layer_are_different_kinds():
     """As GPT-2's `c_proj`, of its attention and of its MLP."""
     from mola.insight.recorder import ModuleGates
     from mola.serving.demonstration.answering import Answer, Experts
@@ -165,7 +165,7 @@ def test_a_port_that_is_taken(options, no_weights_dir):
             main(options)
 
 
-def test_a_chat_template_that_is_not_there(options, no_weights_dir):
+def test_a_missing_chat_template(options, no_weights_dir):
     options.base_model, options.template = str(no_weights_dir), "chat"
     with pytest.raises(MolaError, match="chat template"):
         main(options)
@@ -178,7 +178,7 @@ def test_signals_end_the_program_while_the_model_is_loaded(options, monkeypatch)
 
 
 @pytest.mark.slow
-def test_command_ends_when_told(options):
+def test_command_ends_after_sigterm(options):
     with command(options) as process:
         assert b"mola" in urllib.request.urlopen(address(process), timeout=PATIENCE).read()
         process.send_signal(signal.SIGTERM)

@@ -105,16 +105,16 @@ def test_logprobs_of_a_chat(client):
     plain = client.chat.completions.create(**arguments).choices[0].logprobs.content
     assert [token.top_logprobs for token in plain] == [[]] * NEW_TOKENS
     chunks = client.chat.completions.create(**arguments, top_logprobs=3, stream=True)
-    told = [token for chunk in chunks if (given := chunk.choices[0].logprobs) for token in given.content]
-    assert [token.token for token in told] == [token.token for token in whole.logprobs.content]
-    assert [token.logprob for token in told] == pytest.approx([token.logprob for token in whole.logprobs.content])
+    streamed = [token for chunk in chunks if (given := chunk.choices[0].logprobs) for token in given.content]
+    assert [token.token for token in streamed] == [token.token for token in whole.logprobs.content]
+    assert [token.logprob for token in streamed] == pytest.approx([token.logprob for token in whole.logprobs.content])
 
 
 def test_logprobs_of_a_completion(client):
     whole = complete(client, logprobs=2).choices[0]
-    told = whole.logprobs
-    assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset) == NEW_TOKENS
-    for token, value, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+    logprobs = whole.logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == NEW_TOKENS
+    for token, value, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
         assert len(top) == 2
         assert top[token] == value == max(top.values())
         assert math.exp(value) > 1 / 300
