@@ -89,13 +89,11 @@ def test_same_run_as_with_ddp_and_the_adapter_is_whole(whole, stage, tiny_model_
 def test_resumed_run_is_the_same(processes, environments, whole, tmp_path, stage):
     folder, arguments = whole(stage)
     part = shutil.copytree(folder, tmp_path / "part")
-    path = next((part / "checkpoint-6" / "global_step6").glob("zero_pp_rank_1*optim_states.pt"))
-    path.write_bytes(path.read_bytes()[:-100])
+    shutil.rmtree(part / "checkpoint-6" / "global_step6")
     arguments = [word.replace(str(folder), str(part)) for word in arguments]
     with goes_on_from(part, "checkpoint-4", removed="checkpoint-8"):
         processes.mola([*arguments, "--resume_from_checkpoint=last"], environment=environments[stage])
-    assert f"broken {path.name}" in processes.output[0]
-    assert "Skipping" in processes.output[0]
+    assert "has no optimiser state" in processes.output[0]
     assert "Skipping" not in processes.output[1]
     assert_same_run(part, folder, 0.0)
 
