@@ -116,12 +116,10 @@ def parse_named_mappings(name: str, value: Mapping[str, Any] | str | None, examp
     """
     entries = parse_mapping(name, value)
     if not entries:
-        raise MolaError(f"`{name}` must name at least one, such as {example}. Set it in the recipe, or as JSON.")
+        raise MolaError(f"`{name}` must not be empty. Set it in the recipe, or as JSON: --{name} '{example}'.")
     for key, values in entries.items():
         if not _FOLDER_NAME.fullmatch(key):
-            raise MolaError(
-                f"`{name}` must have names made of letters, digits, '_', '.' and '-': got {key!r}. Rename it."
-            )
+            raise MolaError(f"`{name}` must have names of letters, digits, '_', '.' and '-': got {key!r}. Rename it.")
         if values is not None and not isinstance(values, Mapping):
             raise MolaError(f"`{name}.{key}` must be a mapping from options to values: got {values!r}.")
     return {key: dict(values or {}) for key, values in entries.items()}
