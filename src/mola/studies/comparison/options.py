@@ -157,13 +157,13 @@ class CompareOptions(TrainAndTestOptions):
         for where, values in parts.items():
             if wrong := values.keys() & {*_SET_BY_COMPARISON, "output_dir", *(_NOT_IN_TUNE if where == "tune" else ())}:
                 raise MolaError(f"`{min(wrong)}` cannot be set in `{where}`: the comparison sets it.")
-        common = {
-            name: value for name, value in self._given.items() if value != _default(name) and name in parts["tune"]
-        }
-        names = Counter(name for values in (*parts.values(), common) for name in values)
-        if twice := [name for name, count in names.items() if count > 1]:
+        # Options of all runs are defaults for tasks and recipes, but what the search chooses has no other value.
+        set_for_all = [name for name in parts["tune"] if self._given[name] != _default(name)]
+        count = Counter([*set_for_all, *(name for values in parts.values() for name in values)])
+        if twice := [name for name in count if count[name] > 1]:
             raise MolaError(
-                f"`{twice[0]}` is set twice for {key}: by the task, the recipe or `tune`. Leave it in one place."
+                f"`{twice[0]}` is set twice for {key}: for all runs, by the task, by the recipe or by `tune`. Leave it "
+                "in one place."
             )
         changes = {name: value for values in parts.values() for name, value in values.items()}
         if key.candidate:  # the search has questions of its own
