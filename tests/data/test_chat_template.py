@@ -112,7 +112,7 @@ def test_a_template_whose_generation_prompt_differs_from_its_answers_is_refused_
     assert asked.endswith("<|assistant|><think>")
     alone = tokenizer(asked, add_special_tokens=False)["input_ids"]
     assert predicting.encode_before_answer(tokenizer, [asked], template) == [alone]  # an adapter of TRL's is asked so
-    with pytest.raises(MolaError, match="begins an answer as it writes one.*<think>'.*TRL"):
+    with pytest.raises(MolaError, match="generation prompt is the beginning of an answer.*<think>'.*TRL"):
         encoded(tokenizer)
 
 

@@ -17,24 +17,24 @@ class Template:
     """One prompt layout.
 
     Attributes:
-        name: the name a user chooses it by.
+        name: the name by which a user chooses it.
         prompt_input: layout with the fields ``{instruction}`` and ``{input}``.
         prompt_no_input: layout with the field ``{instruction}``.
-        has_headings: whether headings set the parts apart.
+        has_headings: whether headings separate the parts.
     """
 
-    adds_special_tokens: ClassVar[bool] = True  # whether the tokenizer puts its special tokens around the text
+    adds_special_tokens: ClassVar[bool] = True  # whether the tokenizer adds its special tokens to the text
     name: str
     prompt_input: str
     prompt_no_input: str
     has_headings: bool = True
 
     def prompt(self, instruction: str | None, input: str | None = None) -> str:
-        """Text that stands before the answer.
+        """The text before the answer.
 
         Args:
-            instruction: what is asked; braces in it are plain text. None (text without a prompt, such
-                as the prepared OpenOrca rows) is possible only without headings and gives the empty prompt.
+            instruction: the question or request; braces in it are plain text. None (text without a prompt, such
+                as the prepared OpenOrca rows) gives the empty prompt, and is allowed only without headings.
             input: further context; None and ``""`` choose the layout without input.
 
         Returns:
@@ -58,12 +58,12 @@ class Template:
 
     @property
     def is_encoded_apart(self) -> bool:
-        """Whether prompt and answer are tokenised each for itself."""
+        """Whether prompt and answer are tokenised separately."""
         return False
 
     @property
     def lead(self) -> str:
-        """Text between prompt and answer that is trained with the answer."""
+        """Text between prompt and answer, which is trained with the answer."""
         return ""
 
     def answer(self, output: str) -> str:
@@ -71,30 +71,34 @@ class Template:
         return output
 
     def ending(self, tokenizer: Any) -> list[int]:
-        """Ids that end a text whose answer is complete; none where the tokenizer has no end token."""
+        """Ids that stand after a complete answer; none if the tokenizer has no end token."""
         return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 @dataclass(frozen=True)
 class ChatTemplate(Template):
-    """The chat template of a tokenizer: instruction and input, with an empty line between, are a user's message.
+    """The chat template of a tokenizer.
 
-    Special tokens are those that the template writes, as servers have it.
+    Instruction and input, with an empty line between them, are the user's message. The template writes the special
+    tokens itself, as it does in a server.
 
     Attributes:
-        tokenizer: whose template it is.
-        jinja: another template to be written with it; None for its own.
-        end_token: text of the end token that the template is written with; None for the tokenizer's own.
+        tokenizer: the tokenizer that has the template.
+        jinja: another template to use instead; None for the tokenizer's own.
+        end_token: text of the end token in the template; None for the tokenizer's own.
     """
 
-    adds_special_tokens: ClassVar[bool] = False  # the template writes them
+    adds_special_tokens: ClassVar[bool] = False
     tokenizer: Any = None
     jinja: str | None = None
     end_token: str | None = None
 
     @cached_property
     def is_encoded_apart(self) -> bool:
-        """Whether a token would reach from the prompt into the answer: who asks has the prompt alone."""
+        """Whether a token would contain the border between prompt and answer.
+
+        A model that is asked gets the tokens of the prompt alone, so training must use the same ones.
+        """
         asked, whole = (
             self.tokenizer(text, add_special_tokens=False)["input_ids"]
             for text in (self.prompt(_QUESTION), self.prompt(_QUESTION) + self.lead + _ANSWER)
@@ -102,38 +106,39 @@ class ChatTemplate(Template):
         return whole[: len(asked)] != asked
 
     def answer(self, output: str) -> str:
-        """With the `lead`, unless the output begins with that itself, such as with a thought."""
+        """The output after the `lead`, which is left out if the output itself begins with it, as with a thought."""
         first = self.lead.split()[:1]
         return output if first and output.lstrip().startswith(first[0]) else self.lead + output
 
     @cached_property
     def lead(self) -> str:
-        """What the template writes between the beginning of the assistant's message and the answer.
+        """The text that the template writes between its generation prompt and the answer.
 
-        A blank with some, an empty thought or the name of a channel with others.
+        Some templates write a blank, others an empty thought or the name of a channel.
 
         Raises:
-            MolaError: it begins a message that is to be written in another way than one that is there.
+            MolaError: a conversation with an answer does not begin with the generation prompt.
         """
         asked, written = self.prompt(_QUESTION), self._conversation()
         if not written.startswith(asked) or _ANSWER not in written[len(asked) :]:
             raise MolaError(
-                f"`template` {CHAT} needs a chat template that begins an answer as it writes one: this one ends a "
-                f"prompt with {asked[-40:]!r}, and does not go on from there. Train with TRL, see docs/trainers.md."
+                f"`template` {CHAT} needs a chat template whose generation prompt is the beginning of an answer: this "
+                f"one ends the prompt with {asked[-40:]!r}, and writes answers otherwise. Train with TRL, see "
+                "docs/trainers.md."
             )
         return written[len(asked) :].partition(_ANSWER)[0]
 
     def prompt(self, instruction: str | None, input: str | None = None) -> str:
-        """As of `Template`: the conversation up to where the assistant's message begins."""
+        """The conversation up to the beginning of the assistant's message; arguments as of `Template.prompt`."""
         parts = [part for part in (instruction, input) if part]
         if not parts or not all(isinstance(part, str) for part in parts):
             raise MolaError(f"`instruction` must be text for the template `{CHAT}`: got {instruction!r}. Fill it in.")
         return self._written([{"role": "user", "content": "\n\n".join(parts)}], add_generation_prompt=True)
 
     def ending(self, tokenizer: Any) -> list[int]:
-        """The token that ends a turn, and after it the end token, where that is another one.
+        """The token that ends a turn, if it is an added token, and the end token, if that is another one.
 
-        What generates stops at the end token in any case, and at a turn's end where it is told.
+        Generation always stops at the end token, and at the end of a turn only if it is told to.
         """
         after = self._conversation().rpartition(_ANSWER)[2].lstrip()
         first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after else []
@@ -154,7 +159,7 @@ class ChatTemplate(Template):
             ) from error
 
 
-_QUESTION, _ANSWER = "A question.", "An answer."  # to see how a template writes
+_QUESTION, _ANSWER = "A question.", "An answer."  # of a conversation that shows how a template writes
 _ASK = "Below is an instruction that describes a task"
 _ASK_INPUT = f"{_ASK}, paired with an input that provides further context"
 _DO = "Write a response that appropriately completes the request."
@@ -182,16 +187,12 @@ _TEMPLATES = {
 
 
 def template_names() -> list[str]:
-    """Names that `get_template` knows."""
+    """Names of all templates."""
     return [*_TEMPLATES, CHAT]
 
 
 def check_template(name: str) -> None:
-    """Refuse a name that no template has.
-
-    Raises:
-        MolaError: as said.
-    """
+    """Raise if no template has this name."""
     if name != CHAT:
         get_template(name)
 
@@ -199,13 +200,13 @@ def check_template(name: str) -> None:
 def get_template(
     name: str, tokenizer: Any = None, chat_template: str | None = None, end_token: str | None = None
 ) -> Template:
-    """Template of that name; ``""`` means `alpaca`.
+    """The template of that name; ``""`` means `alpaca`.
 
     Args:
         name: one of `template_names`.
-        tokenizer: needed for `chat`, whose template is its own.
-        chat_template: another one in Jinja for `chat`, as an adapter may have it beside it.
-        end_token: text of the end token that it is written with; by default the tokenizer's.
+        tokenizer: needed for `chat`, which uses the tokenizer's own template.
+        chat_template: another Jinja template for `chat`, such as one that is saved with an adapter.
+        end_token: text of the end token in the chat template; by default the tokenizer's.
 
     Raises:
         MolaError: no template has this name, or the tokenizer has no chat template.
@@ -230,4 +231,4 @@ def get_template(
 
 @cache
 def _warn_of_dates() -> None:
-    logger.warning("The chat template writes the day's date: prompts of other days differ from those of the training.")
+    logger.warning("The chat template writes today's date: prompts on other days differ from those of the training.")

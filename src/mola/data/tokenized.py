@@ -1,7 +1,8 @@
-"""Examples become token ids, with the border between prompt and output.
+"""Examples become token ids, and the position where the output begins.
 
-The border is found by character offsets in one tokenisation, so tokens never shift across it; or both parts are
-tokenised each for itself, with slow tokenizers and chat templates across whose border a token would reach.
+A fast tokenizer tokenises prompt and output together. Character offsets then say which tokens belong to the output, so
+the tokens are those of the whole text. Prompt and output are tokenised separately by slow tokenizers, and with chat
+templates where one token would contain the border between them.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ class Sample:
     """One example as tokens."""
 
     row_id: str  # the example's id, for messages
-    ids: list[int]  # its token ids
-    prefix: int  # how many of them are special tokens in front
-    start: int  # position of the first token of the answer
-    text_end: int  # position after the last token of the answer's text; EOS may follow
+    ids: list[int]  # token ids
+    prefix: int  # number of special tokens at the beginning
+    start: int  # position of the first token of the output
+    text_end: int  # position after the last token of the output's text; EOS may follow
 
     def labels(self, train_on_inputs: bool) -> list[int]:
-        """Ids with the prompt masked."""
+        """The ids, in which the prompt is masked unless `train_on_inputs`."""
         return list(self.ids) if train_on_inputs else [IGNORED] * self.start + self.ids[self.start :]
 
 
@@ -41,12 +42,16 @@ def tokenized(
     template: Template,
     ending: Sequence[int],
 ) -> Iterator[Sample]:
-    """Samples at full length, ended by the ids `ending`; `examples` as `load_examples` returns them.
+    """Samples without truncation.
 
-    A slow tokenizer tokenises prompt and output separately.
+    Args:
+        examples: as `load_examples` returns them.
+        tokenizer: fast or slow.
+        template: prompt template.
+        ending: ids that stand after every text, such as EOS.
 
     Raises:
-        MolaError: an example lacks a field, or its output is no text.
+        MolaError: an example lacks a field, or its output is not text.
     """
     encode = encode_with_border if tokenizer.is_fast and not template.is_encoded_apart else _encode_apart
     for begin in range(0, len(examples), _BATCH):
@@ -55,14 +60,14 @@ def tokenized(
         encoded = encode(tokenizer, texts, template.adds_special_tokens)
         for example, (ids, prefix, start) in zip(batch, encoded, strict=True):
             text_end = len(ids)
-            # Text that spells out the first token of the ending itself does not get a second one.
+            # Some outputs spell out the first token of the ending; it is not added a second time.
             is_ended = text_end > start and ids[-1:] == [*ending[:1]]
             ids = [*ids, *(ending[1:] if is_ended else ending)]
             yield Sample(str(example.get("id")), ids, prefix, start, text_end)
 
 
 def _text_parts(example: Mapping[str, Any], template: Template) -> tuple[str, str]:
-    """Prompt and output of one example."""
+    """Prompt and output of one example as text."""
     try:
         prompt = template.prompt(example["instruction"], example.get("input"))
         output = example["output"]
@@ -80,12 +85,16 @@ def _text_parts(example: Mapping[str, Any], template: Template) -> tuple[str, st
 def encode_with_border(
     tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]], adds_special_tokens: bool = True
 ) -> Iterator[tuple[list[int], int, int]]:
-    """Prompt and output of each text in one tokenisation, by a fast tokenizer.
+    """Tokenise each prompt together with its output; for fast tokenizers.
 
-    Where a token reaches across the border of a text that has its special tokens itself, it is encoded in two parts.
+    Args:
+        tokenizer: a fast one.
+        texts: prompts and outputs.
+        adds_special_tokens: whether the tokenizer adds its special tokens. If not, the prompt's text holds them, and a
+            text with a token that contains the border is tokenised in two parts.
 
     Yields:
-        Ids without special tokens after the text, special tokens before it, first token of the output.
+        Ids without special tokens after the text, number of special tokens before it, first position of the output.
     """
     encoding = tokenizer(
         [prompt + output for prompt, output in texts],
@@ -97,7 +106,7 @@ def encode_with_border(
     )
     for index, (prompt, _) in enumerate(texts):
         ids, offsets = encoding["input_ids"][index], encoding["offset_mapping"][index]
-        # sequence_ids is None exactly for tokens that the tokenizer's post-processor added.
+        # `sequence_ids` is None for the special tokens that the tokenizer added.
         in_text = [position for position, part in enumerate(encoding.sequence_ids(index)) if part is not None]
         if in_text:
             prefix, end = in_text[0], in_text[-1] + 1
@@ -106,7 +115,7 @@ def encode_with_border(
         if not adds_special_tokens:
             prefix = _written_prefix(tokenizer, ids)
         border = len(prompt)
-        # Ends, not starts, decide: some tokenizers trim leading blanks from offsets, so starts may be late.
+        # The end of a token decides, not its start: some tokenizers leave leading blanks out of the offsets.
         after = (position for position in range(prefix, end) if border == 0 or offsets[position][1] > border)
         start = next(after, end)
         if not adds_special_tokens and start < end and offsets[start][0] < border:
@@ -118,7 +127,7 @@ def encode_with_border(
 def _encode_apart(
     tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]], adds_special_tokens: bool = True
 ) -> Iterator[tuple[list[int], int, int]]:
-    """As `encode_with_border`, without offsets: prompt and output are tokenised separately and joined."""
+    """As `encode_with_border`, but prompt and output are tokenised separately and joined."""
     special = _special_prefix(tokenizer) if adds_special_tokens else []
     for prompt, output in texts:
         head, tail = (
@@ -130,12 +139,12 @@ def _encode_apart(
 
 
 def _written_prefix(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
-    """How many tokens of a text that has its special tokens itself are a begin token in front."""
+    """1 if the ids of a text that holds its special tokens begin with BOS, else 0."""
     return int(bool(ids) and ids[0] == tokenizer.bos_token_id)
 
 
 def _special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that the tokenizer puts before any text."""
+    """Ids of the special tokens that the tokenizer adds before a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for begin in range(len(full) - len(plain) + 1):

@@ -1,4 +1,4 @@
-"""Read a task from YAML and check every key before anything runs."""
+"""Read a task from YAML, and check its keys before anything runs."""
 
 import os
 import re
@@ -21,6 +21,11 @@ from mola.data.templates import template_names
 from mola.errors import MolaError
 from mola.files.reading import parse_yaml
 
+_TEXT_KEYS = ("name", "template", "output", "description", "input")
+_OPTIONAL_TEXT_KEYS = ("instruction", "dataset", "answer_pattern", "metric")
+_LIST_KEYS = ("columns", "groups", "more_metrics")
+_OPTIONAL_MAPPING_KEYS = ("answer", "strata")
+
 
 def task_names() -> list[str]:
     """Names of the packaged tasks."""
@@ -29,20 +34,17 @@ def task_names() -> list[str]:
 
 
 def load_task(name_or_path: str | Path) -> Task:
-    """Packaged task of that name, or the task in a YAML file of the user.
+    """The packaged task of that name, or the task in a YAML file of the user.
 
     Raises:
-        MolaError: no such task or file, or the YAML is not a valid task; the message names the key.
+        MolaError: no such task or file exists, or the YAML is not a valid task; the message names the key.
     """
     name = str(name_or_path)
+    path = Path(name).expanduser()
     if name in task_names():
-        text, source = resources.files(__package__).joinpath(f"{name}.yaml").read_text("utf-8"), name
-    elif name.endswith((".yaml", ".yml")) and os.path.isfile(os.path.expanduser(name)):
-        source = name
-        try:
-            text = Path(name).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise MolaError(f"`task` file `{name}` cannot be read: {error}. Check the file.") from error
+        text = resources.files(__package__).joinpath(f"{name}.yaml").read_text("utf-8")
+    elif name.endswith((".yaml", ".yml")) and os.path.isfile(path):
+        text = path.read_text(encoding="utf-8")
     else:
         raise MolaError(
             f"`task` must be one of {', '.join(task_names())}, or the path of an existing .yaml file: "
@@ -51,7 +53,7 @@ def load_task(name_or_path: str | Path) -> Task:
     try:
         return _task_from_yaml(text)
     except MolaError as error:
-        raise MolaError(f"task `{source}`: {error}") from error.__cause__
+        raise MolaError(f"task `{name}`: {error}") from error.__cause__
 
 
 def _task_from_yaml(text: str) -> Task:
@@ -79,30 +81,25 @@ def _task_from_yaml(text: str) -> Task:
     if data.get("strata") is not None:
         data["strata"] = _strata_rule(data["strata"])
     task = Task(**data)
-    _check_task(task)
+    _check_scoring(task)
+    _check_names(task)
     return task
-
-
-_TEXT_KEYS = ("name", "template", "output", "description", "input")
-_OPTIONAL_TEXT_KEYS = ("instruction", "dataset", "answer_pattern", "metric")
-_LIST_KEYS = ("columns", "groups", "more_metrics")
-_OPTIONAL_MAPPING_KEYS = ("answer", "strata")
 
 
 def _check_kind(key: str, value: Any) -> None:
     if key in _TEXT_KEYS:
-        valid, kind = isinstance(value, str), "text"
+        is_valid, kind = isinstance(value, str), "text"
     elif key in _OPTIONAL_TEXT_KEYS:
-        valid, kind = value is None or isinstance(value, str), "text or null"
+        is_valid, kind = value is None or isinstance(value, str), "text or null"
     elif key == "version":
-        valid, kind = isinstance(value, int) and not isinstance(value, bool), "an integer"
+        is_valid, kind = type(value) is int, "an integer"
     elif key in _LIST_KEYS:
-        valid = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        is_valid = isinstance(value, list) and all(isinstance(item, str) for item in value)
         kind = "a list of texts"
     else:
-        valid = isinstance(value, dict) and all(isinstance(name, str) for name in value)
-        valid, kind = valid or (key in _OPTIONAL_MAPPING_KEYS and value is None), "a mapping with text keys"
-    if not valid:
+        is_mapping = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+        is_valid, kind = is_mapping or (key in _OPTIONAL_MAPPING_KEYS and value is None), "a mapping with text keys"
+    if not is_valid:
         raise MolaError(f"`{key}` must be {kind}: got {value!r}. Correct the value (quote text).")
 
 
@@ -122,12 +119,9 @@ def _field_rule(name: str, rule: Any) -> FieldRule:
 
 
 def _strata_rule(rule: dict[str, Any]) -> StrataRule:
-    until = rule.get("until")
-    if (
-        not isinstance(rule.get("column"), str)
-        or not (until is None or (isinstance(until, str) and until))
-        or set(rule) - {"column", "until"}
-    ):
+    column, until = rule.get("column"), rule.get("until")
+    is_text = isinstance(column, str) and isinstance(until, (str, type(None)))
+    if set(rule) - {"column", "until"} or not is_text or until == "":
         raise MolaError(
             f"`strata` must be {{column: NAME}} or {{column: NAME, until: TEXT}}: got {rule!r}. Correct the value."
         )
@@ -136,13 +130,13 @@ def _strata_rule(rule: dict[str, Any]) -> StrataRule:
 
 def _answer_rule(rule: dict[str, Any]) -> AnswerRule:
     words, choices = rule.get("words"), rule.get("choices")
-    valid = isinstance(rule.get("column"), str) and not set(rule) - {"column", "choices", "words"}
+    is_valid = isinstance(rule.get("column"), str) and not set(rule) - {"column", "choices", "words"}
     if words is None:
-        valid = valid and isinstance(choices, str)
+        is_valid = is_valid and isinstance(choices, str)
     else:
-        valid = valid and choices is None and isinstance(words, dict) and len(words) > 1
-        valid = valid and all(isinstance(word, str) and word for word in words.values())
-    if not valid:
+        is_valid = is_valid and choices is None and isinstance(words, dict) and len(words) > 1
+        is_valid = is_valid and all(isinstance(word, str) and word for word in words.values())
+    if not is_valid:
         raise MolaError(
             "`answer` must be {column: NAME, choices: NAME} or {column: NAME, words: {LABEL: TEXT, ...}} "
             f"with at least two words, as quoted text: got {rule!r}."
@@ -157,50 +151,8 @@ def _answer_rule(rule: dict[str, Any]) -> AnswerRule:
     return AnswerRule(column=rule["column"], words=dict(zip(labels, words.values(), strict=True)))
 
 
-def _check_task(task: Task) -> None:
-    """Rules that join several keys."""
-    _check_scoring(task)
-    if task.template not in template_names():
-        raise MolaError(f"`template` must be one of {', '.join(template_names())}: got {task.template!r}.")
-    used = {rule.column for rule in task.fields.values()}
-    extra: set[str] = set()
-    if task.answer is not None:
-        used |= {task.answer.column, task.answer.choices or task.answer.column}
-        extra = {"answer", "options"} if task.answer.choices else {"answer"}
-        for name in sorted(extra & ({*task.fields} | {*task.columns} - used)):
-            raise MolaError(
-                f"`{name}` is what the `answer` rule gives: no field or other column can be called so. Rename it."
-            )
-    for column in sorted(used - set(task.columns)):
-        raise MolaError(f"`columns` must list every column in use: `{column}` is not in it. Add it.")
-    available = {*task.columns, *task.fields, *extra}
-    for key in ("instruction", "input", "output"):
-        for name in field_names(getattr(task, key) or ""):
-            if name not in available:
-                raise MolaError(f"`{key}` uses {{{name}}}, but the fields are {', '.join(sorted(available))}.")
-    for group in task.groups:
-        if group in EXAMPLE_KEYS:
-            raise MolaError(f"`groups` must not hold a name of the prepared form: got `{group}`. Rename it.")
-
-
 def _check_scoring(task: Task) -> None:
-    _check_more_metrics(task)
-    given = [task.answer is not None, task.answer_pattern is not None, task.metric is not None]
-    if any(given) and not all(given):
-        raise MolaError("`answer`, `answer_pattern` and `metric` go together: give all three, or none.")
-    if task.answer_pattern is None:
-        return
-    if task.metric != "accuracy":
-        raise MolaError(f"`metric` must be 'accuracy': got {task.metric!r}.")
-    try:
-        groups = re.compile(task.answer_pattern).groups
-    except (re.error, OverflowError, RecursionError) as error:
-        raise MolaError(f"`answer_pattern` is not a regular expression: {error}. Correct it.") from error
-    if groups != 1:
-        raise MolaError(f"`answer_pattern` must have exactly one group: got {groups}. Use (?:...) for others.")
-
-
-def _check_more_metrics(task: Task) -> None:
+    """Check the keys that decide about a score."""
     for name in task.more_metrics:
         if name not in BINARY_METRICS or task.more_metrics.count(name) > 1:
             raise MolaError(
@@ -212,3 +164,41 @@ def _check_more_metrics(task: Task) -> None:
             f"`more_metrics` {list(task.more_metrics)!r} needs `words` of the labels 0 and 1, two different ones: "
             f"got the answer rule {task.answer!r}. Leave `more_metrics` out, or correct `answer`."
         )
+    given = [task.answer is not None, task.answer_pattern is not None, task.metric is not None]
+    if any(given) and not all(given):
+        raise MolaError("`answer`, `answer_pattern` and `metric` go together: give all three, or none.")
+    if task.answer_pattern is None:
+        return
+    if task.metric != "accuracy":
+        raise MolaError(f"`metric` must be 'accuracy': got {task.metric!r}.")
+    try:
+        groups = re.compile(task.answer_pattern).groups
+    except re.error as error:
+        raise MolaError(f"`answer_pattern` is not a regular expression: {error}. Correct it.") from error
+    if groups != 1:
+        raise MolaError(f"`answer_pattern` must have exactly one group: got {groups}. Use (?:...) for others.")
+
+
+def _check_names(task: Task) -> None:
+    """Check that names of columns, fields and the template exist, and that each has one meaning."""
+    if task.template not in template_names():
+        raise MolaError(f"`template` must be one of {', '.join(template_names())}: got {task.template!r}.")
+    used = {rule.column for rule in task.fields.values()}
+    given_by_answer: set[str] = set()
+    if task.answer is not None:
+        used |= {task.answer.column, task.answer.choices or task.answer.column}
+        given_by_answer = {"answer", "options"} if task.answer.choices else {"answer"}
+        for name in sorted(given_by_answer & ({*task.fields} | {*task.columns} - used)):
+            raise MolaError(
+                f"`{name}` is what the `answer` rule gives: no field or other column can be called so. Rename it."
+            )
+    for column in sorted(used - set(task.columns)):
+        raise MolaError(f"`columns` must list every column in use: `{column}` is not in it. Add it.")
+    available = {*task.columns, *task.fields, *given_by_answer}
+    for key in ("instruction", "input", "output"):
+        for name in field_names(getattr(task, key) or ""):
+            if name not in available:
+                raise MolaError(f"`{key}` uses {{{name}}}, but the fields are {', '.join(sorted(available))}.")
+    for group in task.groups:
+        if group in EXAMPLE_KEYS:
+            raise MolaError(f"`groups` must not hold a name of the prepared form: got `{group}`. Rename it.")

@@ -16,19 +16,26 @@ BINARY_METRICS = ("f1", "matthews")
 EXAMPLE_KEYS = ("id", "instruction", "input", "output", "answer", "num_choices")
 
 
-TRUTH = {"true": "True", "false": "False"}  # in files without truth values, which a task's `true` means too
+# CSV files have no truth values: the text "true" is the same label as a task's `true`, which Python writes as True.
+TRUTH = {"true": "True", "false": "False"}
 
 
 @dataclass(frozen=True)
 class AnswerRule:
-    """Where the answer of a row is: `column`, with either `choices` (letters) or `words` (labels)."""
+    """Where the answer of a row is.
+
+    Attributes:
+        column: holds the answer: an index or letter of `choices`, or a label of `words`.
+        choices: column with the choices; None for a task with `words`.
+        words: label -> the answer in words; None for a task with `choices`.
+    """
 
     column: str
     choices: str | None = None
     words: Mapping[str, str] | None = None
 
     def resolve(self, row: Mapping[str, Any], row_id: str) -> tuple[str, str, int]:
-        """Answer, options text (``""`` for words) and number of choices of one row."""
+        """The answer of one row, the text of its options (``""`` for words) and the number of choices."""
         value = row[self.column]
         if self.words is not None:
             label = TRUTH.get(str(value), str(value))
@@ -66,14 +73,20 @@ class AnswerRule:
 
 @dataclass(frozen=True)
 class FieldRule:
-    """A column as text without blanks around it (`strip` `both`) or only behind it (`end`); `default` if empty."""
+    """A field whose text is in a column.
+
+    Attributes:
+        column: holds the text.
+        default: the text if the column is empty; None makes an empty column an error.
+        strip: remove blanks on `both` sides of the text, or at its `end` only.
+    """
 
     column: str
     default: str | None = None
     strip: str = "both"
 
     def resolve(self, row: Mapping[str, Any], row_id: str) -> str:
-        """The text of one row."""
+        """The field's text in one row."""
         value = row[self.column]
         if value is not None and not isinstance(value, str):
             raise MolaError(f"row `{row_id}`: `{self.column}` must be text: got {value!r}. Correct or remove the row.")
@@ -90,7 +103,7 @@ class FieldRule:
 
 @dataclass(frozen=True)
 class StrataRule:
-    """The group of a row when samples are drawn: a column's value, or its part before the first `until`."""
+    """The group of a row when samples are drawn: the value of `column`, or its part before the first `until`."""
 
     column: str
     until: str | None = None
@@ -122,13 +135,13 @@ class Task:
         dataset: Hub name of the source, if there is one.
         input: format string of the further context, usually empty.
         filters: column -> value that a row must have to be kept; an absent column counts as None.
-        fields: name -> rule: a column without blanks around it, or a default if it is empty.
+        fields: name -> rule for the text of a further field.
         answer: where the answer is; None for free text.
         answer_pattern: regular expression with one group that finds the answer in generated text.
         metric: `accuracy`, or None for free text.
-        more_metrics: `f1` and `matthews`, of a task whose `words` are of the labels 0 and 1.
+        more_metrics: `f1` and `matthews`; they need an answer with `words` for the labels 0 and 1.
         groups: columns by which a score is broken down.
-        strata: groups that keep their shares when samples are drawn; None for one group.
+        strata: groups that keep their shares when samples are drawn; None for a single group.
     """
 
     name: str
@@ -151,7 +164,7 @@ class Task:
 
     @property
     def binary_labels(self) -> tuple[str, str] | None:
-        """Words of the labels 0 and 1, the second being the positive class; None if that is not what there is."""
+        """The words of the labels 0 and 1 (the positive class); None if the task has other labels or no words."""
         words = None if self.answer is None else self.answer.words
         if words is None or set(words) != {"0", "1"} or words["0"] == words["1"]:
             return None
@@ -166,17 +179,14 @@ class Task:
         return [column for column in self.columns if column not in row]
 
     def blank_column(self, row: Mapping[str, Any]) -> str | None:
-        """First column without any text that `instruction` or `output` cannot do without; None if there is none."""
+        """The first column that `instruction` or `output` needs and that has no text in this row; None if all have."""
         for layout in (self.instruction, self.output):
             for name in field_names(layout or ""):
                 rule = self.fields.get(name, FieldRule(name))
+                if rule.default is not None or rule.column not in self.columns:
+                    continue
                 value = row.get(rule.column)
-                is_column = name in self.fields or name in self.columns
-                if (
-                    is_column
-                    and rule.default is None
-                    and (value is None or (isinstance(value, str) and not value.strip()))
-                ):
+                if value is None or (isinstance(value, str) and not value.strip()):
                     return rule.column
         return None
 
@@ -227,26 +237,26 @@ class Task:
         return {group: row[group] for group in self.groups if row.get(group) is not None}
 
     def fingerprint(self) -> str:
-        """Sha256 (hex) of what can change a score while the examples stay as they are."""
+        """Sha256 (hex) of the parts of the task that can change a score although the examples stay the same."""
         words = None if self.answer is None else self.answer.words
         rules = [self.template, self.answer_pattern, words, self.more_metrics]
         return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
     def extract_answer(self, text: str, num_choices: int | None = None) -> str | None:
-        """Answer in generated text: the first match of `answer_pattern`.
+        """The answer in generated text: the first match of `answer_pattern`.
 
-        A letter is case-sensitive. A word is found in any case that the pattern lets through ("yes" for
-        "Yes"), unless the task has words that differ in nothing else.
+        A letter is case-sensitive. A word counts in any case that the pattern allows ("yes" for "Yes"), unless the
+        task has two words that differ only in case.
 
         Args:
             text: the generated text without the prompt.
-            num_choices: options of this question; a letter beyond them counts as unanswered.
+            num_choices: number of options of this question; a letter beyond them counts as no answer.
 
         Returns:
             The letter or the word; None if the text has no answer.
 
         Raises:
-            MolaError: the task has no answer to extract.
+            MolaError: the task has no answers.
         """
         if self.answer is None or self.answer_pattern is None:
             raise MolaError(f"`task` must have an answer to extract: `{self.name}` is free text. Choose another task.")
@@ -263,7 +273,7 @@ class Task:
 
 
 def example_id(row: Mapping[str, Any], index: int, split: str | None = None) -> str:
-    """Id of a row as text: its own, else ``<split>-<index>`` (``row-<index>`` without a split)."""
+    """The row's own id as text; without one ``<split>-<index>``, or ``row-<index>`` without a split."""
     value = row.get("id")
     if value is None:
         return f"{split or 'row'}-{index}"
@@ -276,7 +286,7 @@ def example_id(row: Mapping[str, Any], index: int, split: str | None = None) -> 
 
 
 def template_name(asked: str | None, task: Task | None) -> str:
-    """Of the prompt template: what is asked for, the task's own, or alpaca without a task."""
+    """Name of the prompt template: `asked` if it is given, else the task's own, or alpaca without a task."""
     return asked or (task.template if task is not None else "alpaca")
 
 
@@ -289,7 +299,7 @@ def _fill(layout: str, values: Mapping[str, Any], row_id: str) -> str:
 
 @lru_cache(maxsize=256)
 def field_names(layout: str) -> tuple[str, ...]:
-    """Names of the fields of a format string; only plain ``{name}`` is allowed."""
+    """Names of the fields in a format string; only plain ``{name}`` is allowed."""
     try:
         parts = list(string.Formatter().parse(layout))
     except ValueError as error:
