@@ -56,6 +56,12 @@ def test_llama_7b_figures(llama_7b, options, trainable):
     assert result.trainable_share == trainable / 6_738_415_616
 
 
+@pytest.mark.parametrize(("depth", "experts"), [(1, [5]), (2, [3, 7]), (3, [2, 4, 7]), (5, [2, 4, 6, 8, 8])])
+def test_the_default_allocation_fits_any_depth(tmp_path, depth, experts):
+    LlamaConfig(**{**LLAMA_7B, "num_hidden_layers": depth}).save_pretrained(tmp_path)
+    assert [layer.num_experts for layer in plan(PlanOptions(str(tmp_path))).layers] == experts
+
+
 def test_config_file_and_folder_agree(llama_7b):
     assert plan(PlanOptions(llama_7b + "/config.json")) == plan(PlanOptions(llama_7b))
 

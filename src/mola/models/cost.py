@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from mola.architecture.allocation import AllocationPlan, LinearShape, plan_allocation, top_k_of_module
 from mola.architecture.layer_stacks import LayerStacks
-from mola.architecture.notation import pattern_with, resolve_per_layer
+from mola.architecture.notation import default_num_experts, pattern_with, resolve_per_layer
 from mola.architecture.patterns import by_pattern, check_pattern
 from mola.architecture.targets import find_stacks, linear_shapes, resolve_target_modules
 from mola.insight.kernels import TOKENS, inputs_for_shapes, kernel_choices
@@ -21,7 +21,7 @@ from mola.tuner.kernels.api import MixtureSettings
 
 def cost_of_allocation(
     base_model: str,
-    num_experts: str,
+    num_experts: str | None,
     top_k: str,
     r: str,
     target_modules: str | None = None,
@@ -36,7 +36,8 @@ def cost_of_allocation(
 ) -> AllocationPlan:
     """Count the cost of an allocation for a model, without its weights.
 
-    The arguments are options of `mola plan`; `with_kernels` adds which backends compute it on this machine's CPU.
+    The arguments are options of `mola plan`; `num_experts` None stands for the default at the model's depth.
+    `with_kernels` adds which backends compute the allocation on this machine's CPU.
     `model` is the model on the meta device, if it has been built.
 
     Returns:
@@ -46,7 +47,8 @@ def cost_of_allocation(
         MolaError: the model's configuration cannot be read, or an option does not fit the model.
     """
     check_pattern(num_experts_pattern, "num_experts_pattern")
-    num_experts_pattern = pattern_with(num_experts, num_experts_pattern)
+    if num_experts is not None:
+        num_experts_pattern = pattern_with(num_experts, num_experts_pattern)
     check_pattern(rank_pattern, "rank_pattern")
     model = model or model_on_meta(base_model, trust_remote_code, gguf_file)
     num_layers = count_decoder_layers(model, base_model)
@@ -55,7 +57,9 @@ def cost_of_allocation(
     chosen = resolve_per_layer(top_k, num_layers, "top_k")
     result = plan_allocation(
         linears,
-        resolve_per_layer(num_experts, num_layers, "num_experts"),
+        default_num_experts(num_layers)
+        if num_experts is None
+        else resolve_per_layer(num_experts, num_layers, "num_experts"),
         chosen,
         resolve_per_layer(r, num_layers, "r"),
         num_experts_pattern=num_experts_pattern,

@@ -30,10 +30,10 @@ class PlanOptions:
     base_model: str = field(
         metadata={"help": "Model: a folder with config.json, a config.json file, or a name on the hub."}
     )
-    num_experts: str = option(
-        "2468",
+    num_experts: str | None = option(
+        None,
         "Experts per module: an integer and a comma ('8,'), one digit per group of layers ('2468', lowest layers "
-        "first), integers between commas, a shape's name or a JSON file.",
+        "first), integers between commas, a shape's name or a JSON file. Default 2468.",
     )
     r: str = option("8", "Rank of each expert: an integer, or one per layer between commas.")
     top_k: str = option("2", "Experts used per token: an integer, or one per layer between commas.")

@@ -76,7 +76,7 @@ def check_model_options(
     model = model_on_meta(base_model, code, gguf_file, config=config)
     allocation = cost_of_allocation(
         base_model,
-        options.adapter_setting("num_experts"),
+        options.num_experts,
         options.adapter_setting("top_k"),
         options.adapter_setting("r"),
         options.target_modules,
@@ -131,7 +131,7 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
         MolaError: a setting is out of range.
     """
     setting = options.adapter_setting
-    plain = ("num_experts", "r", "top_k", "lora_alpha", "lora_dropout")
+    plain = ("r", "top_k", "lora_alpha", "lora_dropout")
     patterns = ("num_experts_pattern", "rank_pattern", "alpha_pattern")
     start = setting("init_lora_weights")  # a text on the command line, a bool or a text in Python
     if isinstance(start, str):
@@ -139,6 +139,7 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
     router = ("router_aux_loss_coef", "router_aux_loss_reduction", "router_z_loss_coef", "router_jitter_noise")
     return MolaConfig(
         **{name: setting(name) for name in (*plain, *router, *patterns)},
+        num_experts=options.num_experts,  # None: the default of `MolaConfig`, which fits a model of any depth
         use_rslora=bool(setting("use_rslora")),
         init_lora_weights=True if start is None else start,
         target_modules=split_names(setting("target_modules")),
