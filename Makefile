@@ -4,7 +4,7 @@
 # make test-min     the tests of `make test` with the lowest versions that pyproject.toml allows for what they install
 # make test-mid     the same with versions in between
 # make dist         build wheel and source distribution, check what an index would refuse
-# make fuzz         hostile input for every reader, 10,000 inputs each (see docs/reliability.md)
+# make fuzz         properties of mola's own formats, 10,000 inputs each (see docs/reliability.md)
 # make coverage     which lines and branches of the layer and the checkpoints the tests run
 # make mutation     small faults in the layer's code, one by one: do tests notice? (see docs/reliability.md)
 # make test-peft    run PEFT's own tests with MolaConfig (see docs/peft-suite.md)
