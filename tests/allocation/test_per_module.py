@@ -266,7 +266,7 @@ def test_reallocate_refuses_a_pattern(file, probe, tiny_model_dir, tiny_model, t
     same, other = (save_adapter(tiny_model_dir, tmp_path / n, c) for n, c in (("same", same), ("other", other)))
     settings = checked_settings({"num_experts": str(file)})
     assert continued_config(tiny_model, str(same), settings).num_experts_pattern
-    with pytest.raises(MolaError, match="`num_experts` is .* leave it out, or begin"):
+    with pytest.raises(MolaError, match="`num_experts` is .* leave it out, or start"):
         continued_config(tiny_model, str(other), settings)
 
 

@@ -1,6 +1,7 @@
 """The table of traps in the documentation is complete, its tests exist, and some of its rows are shown here."""
 
 import ast
+import dataclasses
 import importlib.metadata
 import json
 import re
@@ -74,7 +75,8 @@ def test_each_list_may_be_given_alone(flag, value, field, expected, tmp_path):
         for flags in ({}, {flag: value})
     )
     assert getattr(changed, field) == expected
-    differing = {name for name in vars(plain) if getattr(plain, name) != getattr(changed, name)}
+    names = [each.name for each in dataclasses.fields(plain)]
+    differing = {name for name in names if getattr(plain, name) != getattr(changed, name)}
     assert differing == {field}
 
 

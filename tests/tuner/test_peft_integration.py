@@ -245,6 +245,32 @@ def test_two_adapters_are_saved_apart(base, inputs, tmp_path):
     assert torch.equal(logits(again, inputs), expected)
 
 
+def test_disable_adapter(base, inputs):
+    model = get_peft_model(clone(base), random_config())
+    before = logits(model, inputs)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), logits(base, inputs))
+    assert torch.equal(logits(model, inputs), before)
+
+
+def test_every_attention_gives_the_same_logits(base, inputs):
+    model = get_peft_model(clone(base), random_config())
+    found = {}
+    for name in ("eager", "sdpa"):
+        model.base_model.model.set_attn_implementation(name)
+        assert model.config._attn_implementation == name
+        found[name] = logits(model, inputs)[inputs["attention_mask"].bool()]
+    torch.testing.assert_close(found["eager"], found["sdpa"], atol=1e-5, rtol=1e-5)
+
+
+def test_greedy_generation_with_and_without_cache(base, inputs):
+    model = get_peft_model(clone(base), random_config()).eval()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    prompt = {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(inputs["input_ids"])}
+    cached = model.generate(**prompt, **options)
+    assert torch.equal(cached, model.generate(**prompt, **options, use_cache=False))
+
+
 def test_delete_adapter(base, inputs):
     model = get_peft_model(clone(base), random_config(), adapter_name="one")
     with_one = logits(model, inputs)
