@@ -143,11 +143,11 @@ def force(monkeypatch):
 
     def set_name(name):
         monkeypatch.setenv("MOLA_KERNEL", name)
-        dispatch._read_choice.cache_clear()
+        dispatch._read_variable.cache_clear()
 
     yield set_name
     monkeypatch.undo()
-    dispatch._read_choice.cache_clear()
+    dispatch._read_variable.cache_clear()
 
 
 def save_adapter(base, folder, config):

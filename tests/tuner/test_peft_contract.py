@@ -235,7 +235,7 @@ def test_the_head_of_a_task_is_trained_and_saved(task_type, model_class, head, t
 def test_mixtures_are_not_added_up():
     model = adapted(num_experts=3, top_k=2)
     model.add_adapter("second", config(num_experts=3, top_k=2))
-    with pytest.raises(MolaError, match="cannot add up mixtures"):
+    with pytest.raises(MolaError, match="cannot combine mixtures"):
         model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum")
 
 

@@ -26,7 +26,7 @@ from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS
 REDUCTIONS = ("module", "layer")
 _CHOICES = {"router": ROUTERS, "router_aux_loss_reduction": REDUCTIONS, "bias": ("none", "all", "mola_only")}
 _PATTERNS = ("num_experts_pattern", "rank_pattern", "alpha_pattern")
-# With another value of one of these fields an adapter is another model, so a saved one must have them.
+# These fields define the function an adapter computes, so a saved adapter must contain them.
 _REQUIRED_WHEN_SAVED = ("r", "num_experts", "top_k", "lora_alpha")
 # Fields that earlier versions had and saved, with the value that has no effect.
 _REMOVED_FIELDS = {"layer_replication": None}
@@ -37,7 +37,7 @@ _Class = TypeVar("_Class")
 def _refuse_unknown_fields(cls: type[_Class]) -> type[_Class]:
     """Class decorator: unknown fields raise MolaError.
 
-    PEFT's loader catches the TypeError of a dataclass, drops the field with a warning and loads another model.
+    PEFT's loader would catch a dataclass's TypeError, drop the field with a warning and load a different model.
     """
     dataclass_init: Any = cls.__init__
 
@@ -49,8 +49,8 @@ def _refuse_unknown_fields(cls: type[_Class]) -> type[_Class]:
         if unknown:
             raise MolaError(
                 f"MolaConfig has no field {unknown}. The known ones are {known}. docs/lora-fields.md explains which "
-                "fields of LoraConfig it lacks. A field of a saved adapter comes from another version: change the "
-                "version of mola-peft or of peft."
+                "fields of LoraConfig it lacks. If the field comes from a saved adapter, a different version wrote it: "
+                "install the matching mola-peft or peft."
             )
         dataclass_init(self, *args, **kwargs)
 
@@ -92,34 +92,34 @@ class MolaConfig(PeftConfig):
             ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]. Each of these experts gets one LoRA and no mixture,
             as with PEFT's field. With it `target_modules` may be an empty list, which adapts no linears.
         bias (`str`): biases that are trained: "none", "all" or "mola_only" (those of adapted linears).
-        init_lora_weights (`bool | str`): initial values of the experts, see `mola.tuner.initialization`. Training
-            starts at the base model with True (`B` zero), "gaussian", "orthogonal" and "principal". False draws `B` at
-            random, for tests.
+        init_lora_weights (`bool | str`): initial values of the experts, see `mola.tuner.initialization`. With True
+            (`B` zero), "gaussian", "orthogonal" and "principal" the initial model equals the base model. False draws
+            `B` at random, for tests.
         use_rslora (`bool`): multiply the update by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
-        num_experts_pattern (`dict[str, int]`): experts of single modules, such as `{"mlp.*": 8}`. A key matches the
-            end of a module's name, from a dot on, as a regular expression; the first match counts. Other modules have
-            their layer's number. A JSON file in `num_experts` may hold it.
+        num_experts_pattern (`dict[str, int]`): experts of individual modules, such as `{"mlp.*": 8}`. A key is a
+            regular expression, matched against the end of a module's name from a dot on; the first match counts. Other
+            modules use their layer's `num_experts`. A JSON file given as `num_experts` may contain this pattern.
         rank_pattern (`dict[str, int]`): the same for `r`.
         alpha_pattern (`dict[str, float]`): the same for `lora_alpha`.
         trainable_token_indices (`list[int] | dict[str, list[int]]`): tokens whose embeddings are trained, as in PEFT.
-        ensure_weight_tying (`bool`): keep weights tied that `modules_to_save` or `trainable_token_indices` train, as
-            in PEFT.
+        ensure_weight_tying (`bool`): keep tied weights tied when `modules_to_save` or `trainable_token_indices` train
+            them, as in PEFT.
         router (`str`): how experts are chosen, a name in `mola.tuner.routing.ROUTERS`.
         router_aux_loss_coef (`float`): weight of the balance loss, 0 = off. The paper's code uses 1e-3
             together with the "layer" reduction.
-        router_aux_loss_reduction (`str`): "module" = one loss per router, averaged, without padding and ignored
-            positions; "layer" = as in the paper's code: logits pooled per decoder layer, summed
+        router_aux_loss_reduction (`str`): "module" = the mean of one loss per router, excluding padding and
+            ignored positions; "layer" = as in the paper's code: logits pooled per decoder layer, summed
             over layers, with padding.
         router_z_loss_coef (`float`): weight of the mean squared log-sum-exp of router logits, 0 = off.
         router_jitter_noise (`float`): in training the router's input is multiplied by uniform noise
             from [1 - noise, 1 + noise]; 0 = off.
         base_model_type (`str`): `model_type` in the `config.json` of the base model. mola fills it in, and refuses
-            to load the adapter into a model of another type.
+            to load the adapter into a model of a different type.
         weights_sha256 (`str`): sha256 of the weights file. mola fills it in when it saves the adapter, and checks it
             when it loads the adapter.
 
     Raises:
-        MolaError: a value is out of range, contradicts another one, or a saved file lacks a field.
+        MolaError: a value is out of range, two values contradict each other, or a saved file lacks a field.
     """
 
     r: int | list[int] | str | None = None
@@ -152,7 +152,8 @@ class MolaConfig(PeftConfig):
     has_default_num_experts = False  # not a field: whether the user left `num_experts` out
 
     def __post_init__(self) -> None:
-        is_loaded = self.peft_type is not None  # also true for a copy of a configuration
+        # Set in a saved file, and also if the fields of an existing `MolaConfig` are passed to a new one.
+        is_loaded = self.peft_type is not None
         try:
             super().__post_init__()
         except ValueError as error:  # PEFT checks `task_type` only
@@ -184,47 +185,49 @@ class MolaConfig(PeftConfig):
         missing = [name for name in _REQUIRED_WHEN_SAVED if getattr(self, name) is None]
         if missing:
             raise MolaError(
-                f"`adapter_config.json` of a MOLA adapter must hold {list(_REQUIRED_WHEN_SAVED)}: "
-                f"{missing} missing. Without them another model would be loaded; restore the file."
+                f"`adapter_config.json` of a MOLA adapter must contain {list(_REQUIRED_WHEN_SAVED)}: "
+                f"{missing} are missing. Without them a different model would be loaded; restore the file."
             )
         if self.peft_type != "MOLA":
             raise MolaError(f"`peft_type` must be 'MOLA' for MolaConfig, got {self.peft_type!r}.")
 
     def _read_older_version(self) -> None:
-        is_saved = self.base_model_type is not None or self.weights_sha256 is not None  # a copy has neither
+        # mola fills in these fields when it uses or saves an adapter; a configuration before that has neither.
+        is_saved = self.base_model_type is not None or self.weights_sha256 is not None
         if is_saved and self.target_parameters and self.target_modules is None:
-            self.target_modules = []  # no target_modules once meant that no linears are adapted
+            self.target_modules = []  # in earlier versions None meant that no linears are adapted
         if is_saved and self.layers_to_transform == []:
-            self.layers_to_transform = self.layers_pattern = None  # PEFT adapts all layers then
+            self.layers_to_transform = self.layers_pattern = None  # PEFT adapts all layers if the list is empty
 
     # ------------------------------------------------------------------ saving and loading
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, see PEFT, with the digest of the weights in the same folder.
+        """Write `adapter_config.json` (see PEFT), with the digest of the weights in the same folder.
 
-        The digest is written only in calls of PEFT, which pass `auto_mapping_dict` and save the weights first.
-        Transformers saves them later.
+        The digest is written only in calls from PEFT, which pass `auto_mapping_dict` and save the weights first.
+        Transformers saves the weights later.
         """
         saved = copy.copy(self)
         saved.weights_sha256 = weights_sha256(save_directory) if "auto_mapping_dict" in kwargs else None
         super(MolaConfig, saved).save_pretrained(save_directory, **kwargs)
         patterns = {name: pattern for name in _PATTERNS if (pattern := getattr(saved, name))}
-        if patterns:  # written again: PEFT sorts all keys, but the first match of a pattern counts
+        if patterns:  # written again in their own order: PEFT sorts all keys, but the first key that matches counts
             path = Path(save_directory, CONFIG_NAME)
             atomic_write_json(path, read_json_object(path) | patterns)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read a configuration, see PEFT. Weights in the same folder must be those that it was saved with.
+        """Read a configuration (see PEFT). Weights in the same folder must be those that it was saved with.
 
         Raises:
-            MolaError: a setting is wrong or passed as an argument, or the weights have another digest.
+            MolaError: a setting is wrong or passed as an argument, or the weights have a different digest.
         """
+        # `number_experts` is the research code's name for `num_experts`.
         own = {"number_experts", *(each.name for each in fields(cls))} - {each.name for each in fields(PeftConfig)}
         if given := sorted(own & kwargs.keys()):
             raise MolaError(
-                f"`{given[0]}` must not be passed beside a saved adapter, which has a value of its own: got "
-                f"{kwargs[given[0]]!r} and {pretrained_model_name_or_path!r}. Leave it out."
+                f"`{given[0]}` cannot be overridden when loading a saved adapter: got {kwargs[given[0]]!r} for "
+                f"{pretrained_model_name_or_path!r}. Leave it out."
             )
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         check_digest(Path(pretrained_model_name_or_path, subfolder or ""))
@@ -268,7 +271,7 @@ def _plain_pattern(pattern: Any, field: str) -> Any:
 
 
 def _name_list(value: Any, field: str) -> list[str] | None:
-    """A list of names; PEFT would read one name that stands alone as a list of letters."""
+    """A list of names; PEFT would read a single name as a list of letters."""
     if value is None:
         return None
     names = [value] if isinstance(value, str) else value
@@ -278,7 +281,7 @@ def _name_list(value: Any, field: str) -> list[str] | None:
 
 
 def _module_names(value: Any, field: str) -> set[str] | str | None:
-    """Names as a set, or a regular expression; PEFT would read one name that stands alone as an expression."""
+    """Names as a set, or a regular expression; PEFT would read a single name as an expression."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -296,16 +299,18 @@ def _layer_numbers(value: Any) -> list[int] | int | None:
     is_list = isinstance(numbers, (range, list, tuple, set)) and len(numbers) > 0
     if not is_list or not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 0 for n in numbers):
         raise MolaError(
-            "`layers_to_transform` must be the number of a layer, the lowest is 0, or a non-empty list of numbers: got "
+            "`layers_to_transform` must be a layer number (from 0) or a non-empty list of layer numbers: got "
             f"{value!r}. Leave it out to adapt all layers."
         )
     return int(value) if isinstance(value, Integral) else [int(number) for number in numbers]
 
 
 def _check_combinations(config: MolaConfig) -> None:
-    """Raise MolaError for values that are allowed one by one, but not together."""
+    """Raise MolaError for values that are allowed individually, but not together."""
     if config.target_modules == set() and not config.target_parameters:
-        raise MolaError("`target_modules` must be a non-empty list of module names, or `target_parameters` be given.")
+        raise MolaError(
+            "`target_modules` must be a non-empty list of module names, or `target_parameters` must be set."
+        )
     if config.target_parameters and config.lora_dropout:
         raise MolaError(
             "`lora_dropout` must be 0 with `target_parameters`, as with LoRA: an update of a weight has no input to "
@@ -313,8 +318,8 @@ def _check_combinations(config: MolaConfig) -> None:
         )
     if config.target_parameters and config.init_lora_weights == "principal":
         raise MolaError(
-            "`init_lora_weights` 'principal' reads the weights of linears, which `target_parameters` are not: take "
-            "another start."
+            "`init_lora_weights` 'principal' reads the weights of linears, but `target_parameters` are not linears: "
+            "choose a different initialisation."
         )
     # PEFT would ignore the layers in these two cases.
     has_layers = config.layers_to_transform is not None

@@ -24,7 +24,7 @@ from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS, Routing, router_logits
 
 @dataclass(frozen=True)
 class ExpertSettings:
-    """Settings of one adapter for one module; fields as in `MolaConfig`, with the number of this module."""
+    """Settings of one adapter for one module; fields as in `MolaConfig`, resolved for this module."""
 
     r: int
     num_experts: int
@@ -56,7 +56,10 @@ def keep_requires_grad(module: nn.Module) -> Iterator[None]:
 
 
 def offloaded_error() -> MolaError:
-    """The error for experts without values: accelerate has offloaded them, and loads weights of called modules only."""
+    """The error for experts without values.
+
+    accelerate offloaded them, and restores weights only for modules that are called.
+    """
     return MolaError(
         "the experts have no values: the model was offloaded to the CPU or a disk, and accelerate only restores the "
         "weights of modules that are called. Keep the model on its device."
@@ -120,7 +123,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.top_k: dict[str, int] = {}
         # Router output by adapter, recorded in training forward passes while `router_losses` is collecting.
         self.router_outputs: dict[str, RouterOutput] = {}
-        self.router_runs: dict[str, int] = {}  # how many calls an output is made of; a missing number means 1
+        self.router_runs: dict[str, int] = {}  # number of calls concatenated in each output; 1 if absent
         self.router_losses: RouterCollector | None = None
         self.observer: RouterObserver | None = None  # set while `mola.insight` records routers
         self.merged_adapters: list[str] = []
@@ -158,13 +161,13 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.top_k[adapter_name] = settings.top_k
 
     def reset_parameters(self, adapter_name: str) -> None:
-        """Draw new values for experts and router, by the method `init_lora_weights`."""
+        """Draw new values for experts and router, using the initialisation named by `init_lora_weights`."""
         method = self.settings[adapter_name].init_lora_weights
         router = self.mola_router.get(adapter_name)
         initialize(method, self.mola_A[adapter_name], self.mola_B[adapter_name], router, self.get_base_layer())
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # Keeps the dtype. PEFT's method casts to the base's dtype, also after it has loaded a file in float32.
+        # Keeps the dtype. PEFT's method casts to the base's dtype, even weights just loaded in float32.
         dicts = [each for each in (self.mola_A, self.mola_B, self.mola_router) if adapter_name in each]
         originals = [parameters[adapter_name] for parameters in dicts]
         with keep_requires_grad(self):
@@ -184,7 +187,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     # ------------------------------------------------------------------ forward
 
     def train(self, mode: bool = True) -> MolaLinear:
-        """Set the mode, as in any module. Before training, kernels drop what they cached of frozen experts."""
+        """As `nn.Module.train`. Before training, kernels drop their cached copies of frozen experts."""
         if mode:
             forget(self.mola_A.values())
         return super().train(mode)
@@ -199,11 +202,11 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             return self.mixed_batch.forward(self, x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.scaling]
         if len(names) == 1 and not args and not kwargs:
-            # Few tokens without gradients: one native function computes base and experts.
+            # For few tokens without gradients, one native function computes base and experts.
             output = decode_layer(self, names[0], x)
             if output is not None:
                 return output
-            # A plain frozen base layer: a backend computes it together with the experts.
+            # If the base layer is plain and frozen, a backend computes it together with the experts.
             if not torch.compiler.is_compiling() and (base := self.frozen_linear(x)) is not None:
                 return self.add_experts(names[0], x, base).to(x.dtype)
         result = self.base_layer(x, *args, **kwargs)
@@ -215,7 +218,8 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     def frozen_linear(self, x: torch.Tensor) -> FrozenLinear | None:
         """The base layer as tensors for a backend, if it is a plain frozen `nn.Linear` in the dtype of `x`; else None.
 
-        None means that the caller must call the base layer: it has hooks, trained or cast weights, or another class.
+        None means that the caller must call the base layer, because it has hooks, is trained, needs a cast, or is of a
+        different class.
         """
         base: Any = self._modules["base_layer"]
         if type(base) is not nn.Linear or has_hooks(base):
@@ -233,7 +237,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         return FrozenLinear(weight, bias)
 
     def add_experts(self, adapter_name: str, x: torch.Tensor, base: torch.Tensor | FrozenLinear) -> torch.Tensor:
-        """Base output plus the update of one adapter, `(..., out)`, in the wider of their dtypes.
+        """Base output plus the update of one adapter, `(..., out)`, in the wider of the two dtypes.
 
         Args:
             adapter_name: the adapter.
@@ -283,7 +287,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             self.observer.observe(adapter_name, output)
         if self.router_losses is not None and self.router_losses.collecting:
             before = self.router_outputs.get(adapter_name)
-            if before is not None:  # this module ran before in the same forward pass
+            if before is not None:  # this module has already run in this forward pass
                 self.router_runs[adapter_name] = self.router_runs.get(adapter_name, 1) + 1
                 output = RouterOutput(*(torch.cat(parts) for parts in zip(before, output, strict=True)))
             self.router_outputs[adapter_name] = output
@@ -292,7 +296,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         """Chosen experts and gates for `x: (..., in)`, both `(N, top_k)`, without jitter.
 
         Raises:
-            MolaError: as `router_logits`.
+            MolaError: see `router_logits`.
         """
         logits = self.router_logits(adapter_name, x)
         return ROUTERS[self.settings[adapter_name].router](logits, self.top_k[adapter_name], -1)
@@ -301,7 +305,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         """Router logits for `x: (..., in)`: float32 `(N, E)`.
 
         Raises:
-            MolaError: the module does not have this adapter, or the adapter has one expert here and so no router.
+            MolaError: the module does not have this adapter, or the adapter has one expert in it and so no router.
         """
         if adapter_name not in self.settings:
             known = ", ".join(self.settings)
@@ -311,7 +315,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         return router_logits(x, self.mola_router[adapter_name])
 
     def __getstate__(self) -> dict[str, Any]:
-        # Router outputs cannot be copied: they hold a graph. Collectors hold the whole model; a copied
+        # Router outputs cannot be copied: they hold an autograd graph. Collectors hold the whole model; a copied
         # `RouterLosses` finds the copied layers by itself.
         return {**self.__dict__, "router_outputs": {}, "router_runs": {}, "observer": None, "router_losses": None}
 
@@ -330,6 +334,6 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
 
 def _tensor(module: nn.Module, name: str) -> Any:
-    """A parameter of a module, read without `__getattr__`; None if there is none of this name."""
+    """A parameter of a module, read without `__getattr__`; None if the module has no parameter of this name."""
     found = module._parameters.get(name)
     return module.__dict__.get(name) if found is None else found  # replicas of nn.DataParallel have plain tensors

@@ -31,14 +31,14 @@ class _RowOrder(NamedTuple):
     Attributes:
         adapters: names of the adapters, sorted.
         sizes: number of rows of each adapter.
-        order: indices that sort the rows; None if they are sorted.
-        inverse: indices that undo this; None if the rows are sorted.
+        order: indices that sort the rows; None if the rows were sorted already.
+        original_order: indices that restore the order before sorting; None if the rows were sorted already.
     """
 
     adapters: list[str]
     sizes: list[int]
     order: torch.Tensor | None
-    inverse: torch.Tensor | None
+    original_order: torch.Tensor | None
 
 
 class MixedBatch:
@@ -53,7 +53,7 @@ class MixedBatch:
         self._names, self._copies = names, copies
         self._tokens_per_row = 1
         self._row_orders: dict[tuple[int, torch.device], _RowOrder] = {}
-        self._tables: dict[tuple[Any, ...], Any] = {}  # tables of rows for few tokens, see `row_table`
+        self._row_tables: dict[tuple[Any, ...], Any] = {}  # tables of rows for few tokens, see `row_table`
 
     def adapters_of_rows(self, num_rows: int) -> list[str]:
         """Adapter of each row of a layer's input.
@@ -67,24 +67,24 @@ class MixedBatch:
             for rows_per_name in (copies, copies * self._tokens_per_row):
                 if num_rows == rows_per_name * len(self._names):
                     return [name for name in self._names for _ in range(rows_per_name)]
-        raise MolaError(  # here and below in PEFT's words, since programs look for them
+        raise MolaError(  # here and below in PEFT's words, since programs search for them
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(self._names)} and {num_rows} respectively."
         )
 
     def forward(self, layer: MolaLinear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The output of `MolaLinear.forward`, each row with its adapter."""
-        adapters, sizes, order, inverse = self._row_order(len(x), x.device)
-        needs_base_call = bool(args or kwargs) or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        frozen = None if needs_base_call else layer.frozen_linear(x)
+        """The output of `MolaLinear.forward`, applying to each row its own adapter."""
+        adapters, sizes, order, original_order = self._row_order(len(x), x.device)
+        must_call_base = bool(args or kwargs) or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        frozen = None if must_call_base else layer.frozen_linear(x)
         result = layer.base_layer(x, *args, **kwargs) if frozen is None else linear(x, *frozen)
-        # Few tokens: one native function adds the updates of all adapters.
-        table = None if frozen is None else self._table(layer, x)
+        # For few tokens, one native function adds the updates of all adapters.
+        table = None if frozen is None else self._row_table(layer, x)
         if table is not None:
             return table.add(result, x)
         if not any(name in layer.scaling for name in adapters):
             return result
-        # Many tokens: each adapter adds its update to its own rows.
+        # For many tokens, each adapter adds its update to its own rows.
         if order is not None:
             x, result = x.index_select(0, order), result.index_select(0, order)
         parts = [
@@ -92,13 +92,13 @@ class MixedBatch:
             for name, rows, base in zip(adapters, x.split(sizes), result.split(sizes), strict=True)
         ]
         result = torch.cat(parts)
-        return result if inverse is None else result.index_select(0, inverse)
+        return result if original_order is None else result.index_select(0, original_order)
 
-    def _table(self, layer: MolaLinear, x: torch.Tensor) -> Any:
+    def _row_table(self, layer: MolaLinear, x: torch.Tensor) -> Any:
         key = id(layer), x.shape, x.dtype
-        if key not in self._tables:
-            self._tables[key] = row_table(layer, self.adapters_of_rows(len(x)), x)
-        return self._tables[key]
+        if key not in self._row_tables:
+            self._row_tables[key] = row_table(layer, self.adapters_of_rows(len(x)), x)
+        return self._row_tables[key]
 
     def _row_order(self, num_rows: int, device: torch.device) -> _RowOrder:
         # Cached for all layers, since moving the indices to a GPU waits for it.
@@ -107,9 +107,9 @@ class MixedBatch:
             names = self.adapters_of_rows(num_rows)
             adapters = sorted(set(names))
             order = sorted(range(num_rows), key=names.__getitem__)
-            inverse = sorted(range(num_rows), key=order.__getitem__)
-            is_sorted = order == inverse == [*range(num_rows)]
-            tensors = (None if is_sorted else torch.tensor(way, device=device) for way in (order, inverse))
+            original_order = sorted(range(num_rows), key=order.__getitem__)
+            is_sorted = order == original_order == [*range(num_rows)]
+            tensors = (None if is_sorted else torch.tensor(way, device=device) for way in (order, original_order))
             self._row_orders[key] = _RowOrder(adapters, [names.count(name) for name in adapters], *tensors)
         return self._row_orders[key]
 
@@ -129,7 +129,7 @@ class MixedBatch:
 
 
 class RowAdapters:
-    """A context in which each row of a model's forward passes has its adapter; it may be entered again and again.
+    """A context in which each row of a model's forward passes has its adapter; it may be entered repeatedly.
 
     Args:
         tuner: the `MolaModel`, with the adapters it has now.
@@ -179,7 +179,7 @@ class RowAdapters:
 
 
 def why_not_mixed(tuner: Any) -> str | None:
-    """Why rows of one batch cannot have different adapters of a `PeftModel`'s tuner; None if they can."""
+    """None if rows of one batch can have different adapters of a `PeftModel`'s tuner, else the reason."""
     configs = tuner.peft_config.values()
     if any(getattr(config, "target_parameters", None) for config in configs):
         return "`target_parameters` change weights that all rows share"
@@ -190,14 +190,14 @@ def why_not_mixed(tuner: Any) -> str | None:
     if RowAdapters.supports(tuner):
         return None
     if any({*tuner.peft_config} - wrapper._adapters for wrapper in wrappers):
-        return "PEFT mixes trained modules only where every adapter has them"
+        return "PEFT mixes trained modules only if every adapter has them"
     if any(config.peft_type != "LORA" or config.use_dora for config in configs):
         return "this method of PEFT has one active adapter for all rows"
     return None
 
 
 def _check_can_mix(tuner: Any, names: Any, modules: list[nn.Module]) -> None:
-    """Raise MolaError if rows cannot have these adapters, in PEFT's words where PEFT has this error."""
+    """Raise MolaError if rows cannot have these adapters, in PEFT's words if PEFT has the same error."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise MolaError(f"`adapter_names` must be a list with an adapter's name, or {BASE!r}, per row: got {names!r}.")
     if tuner.training:
@@ -220,8 +220,8 @@ def _check_can_mix(tuner: Any, names: Any, modules: list[nn.Module]) -> None:
     for name, config in tuner.peft_config.items():
         if getattr(config, "bias", "none") != "none" and {*names} != {name}:
             raise MolaError(
-                f"Cannot pass `adapter_names` of others than {name!r} beside it: its `bias` is the base model's, "
-                "which is one for all rows. Load the others into a model without it."
+                f"Cannot pass `adapter_names` that combine {name!r} with others: its `bias` changes the base model, "
+                f"which all rows share. Load the other adapters into a model without {name!r}."
             )
 
 

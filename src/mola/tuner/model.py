@@ -1,4 +1,4 @@
-"""`MolaModel`: puts MoLA layers into any PyTorch model, layer by layer with its own number of experts."""
+"""`MolaModel`: puts MoLA layers into any PyTorch model, each layer with its own number of experts."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _TRL_REFERENCE = "ref"  # name of the adapter that TRL's preference trainers add
 class MolaModel(BaseTuner):
     """A model whose targeted linears are `MolaLinear` (paper, section 3), and its stacked experts `StackedParameters`.
 
-    `get_peft_model(model, MolaConfig(...))` makes one. PEFT's functions work on it: several adapters, also in one batch
+    `get_peft_model(model, MolaConfig(...))` makes one. It supports PEFT's features: several adapters, also in one batch
     (`adapter_names`), `disable_adapter`, `delete_adapter`, `modules_to_save`, saving and loading. The passed
     configuration is copied, so one object can be used for models of different depth.
 
-    Two functions raise an error: merging more than one expert, whose gates depend on the input, and
-    `add_weighted_adapter`. PEFT's `hotswap_adapter`, `rescale_adapter_scale` and `PeftMixedModel` accept PEFT's own
-    methods only.
+    Not supported: merging several experts (their gates depend on the input), `add_weighted_adapter`, and unsloth's
+    merged or GGUF files. These raise an error. PEFT's `hotswap_adapter`, `rescale_adapter_scale` and `PeftMixedModel`
+    accept PEFT's own methods only.
     """
 
     prefix: str = "mola_"
@@ -63,7 +63,7 @@ class MolaModel(BaseTuner):
 
         Raises:
             MolaError: a target matches nothing, the per-layer numbers do not fit the model, or the installed PEFT
-                lacks what a setting needs. The model has not changed then.
+                lacks what a setting needs. The model is left unchanged.
         """
         passed = self._passed_config = self.peft_config[adapter_name]
         if not isinstance(passed, MolaConfig):
@@ -72,11 +72,12 @@ class MolaModel(BaseTuner):
                 "one kind, here MOLA."
             )
         _check_peft_version(passed)
-        # Such names do harm when an adapter is saved. Adapters for inference only are checked when they are saved.
+        # An adapter with the name of a module would be saved incompletely. Adapters for inference only are checked when
+        # they are saved.
         if not all(each.inference_mode for each in self.peft_config.values()):
             check_adapter_names(self.peft_config, model)
         check_base_model(passed, model)
-        # A copy, so that values which depend on this model do not change the user's object.
+        # Values that depend on this model are written into a copy, so that the user's object does not change.
         config = self.peft_config[adapter_name] = copy.deepcopy(passed)
         is_new = config.base_model_type is None and config.weights_sha256 is None
         config.base_model_type = getattr(getattr(model, "config", None), "model_type", None) or config.base_model_type
@@ -100,21 +101,23 @@ class MolaModel(BaseTuner):
 
     def _resolve(self, model: nn.Module, config: MolaConfig, *, is_new: bool) -> None:
         """Write the names and numbers for this model into the configuration, and check that they fit the model."""
-        self._stacks = LayerStacks.of(model)
+        self._layer_stacks = LayerStacks.of(model)
         has_no_linears = config.target_parameters and config.target_modules is not None and not config.target_modules
         if not has_no_linears:
             config.target_modules, config.exclude_modules = resolve_target_modules(
-                model, self._stacks, config.target_modules, config.exclude_modules
+                model, self._layer_stacks, config.target_modules, config.exclude_modules
             )
         # A model without decoder layers counts as one layer.
-        self._per_layer = PerLayer.resolve(config, self._stacks.num_layers or 1)
-        self._stacked = self._find_stacks(model, config)
+        self._per_layer = PerLayer.resolve(config, self._layer_stacks.num_layers or 1)
+        self._parameter_stacks = self._find_parameter_stacks(model, config)
         modules = dict(model.named_modules())
         adapted = [name for name in modules if name and self._check_target_module_exists(config, name)]
         config.modules_to_save = resolve_modules_to_save(config.modules_to_save, modules, is_new=is_new)
-        check_injection(config, modules, adapted, self._per_layer, self._stacks, self._stacked, is_new=is_new)
+        check_injection(
+            config, modules, adapted, self._per_layer, self._layer_stacks, self._parameter_stacks, is_new=is_new
+        )
 
-    def _find_stacks(self, model: nn.Module, config: MolaConfig) -> list[StackShape]:
+    def _find_parameter_stacks(self, model: nn.Module, config: MolaConfig) -> list[StackShape]:
         if not config.target_parameters:
             return []
         # PEFT's rule for linears, so that `exclude_modules` and `layers_to_transform` apply to parameters too.
@@ -128,7 +131,8 @@ class MolaModel(BaseTuner):
         """Name of the trained adapter, if the new adapter is the reference "ref" of a preference trainer; else None.
 
         TRL adds "ref" with the configuration object of the trained adapter. It then copies the tensors whose names
-        contain ".default.". Names of mola's tensors end with ".default", so the reference would keep new values.
+        contain ".default.". Names of mola's tensors end with ".default", so the reference would keep its freshly
+        initialised values.
         """
         others = {name: config for name, config in self.peft_config.items() if name != adapter_name}
         same = [name for name, config in others.items() if config is passed]
@@ -139,7 +143,7 @@ class MolaModel(BaseTuner):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: Any) -> None:
-        # PEFT reads the names from the object that the user passed, the model keeps the copy: both get them.
+        # PEFT reads names from the user's object, but the model keeps a copy: update both.
         tie_saved_embeddings(self.model, (peft_config, self._passed_config), tied_weight_keys)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
@@ -156,8 +160,8 @@ class MolaModel(BaseTuner):
         parameter_name: str | None = None,
         **optional_kwargs: Any,
     ) -> None:
-        """PEFT calls this for each targeted module: wrap it, or add the adapter to the `MolaLinear` that it is."""
-        index = self._stacks.index(current_key)
+        """PEFT calls this for each targeted module: wrap it or, if it is a `MolaLinear`, add the adapter to it."""
+        index = self._layer_stacks.index(current_key)
         settings = self._per_layer.settings(peft_config, current_key, index)
         if isinstance(target, MolaLinear):
             target.update_layer(adapter_name, settings, inference_mode=peft_config.inference_mode)
@@ -170,7 +174,7 @@ class MolaModel(BaseTuner):
             )
         layer = MolaLinear(target, adapter_name, settings, layer_index=index, inference_mode=peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # a further adapter is trainable only after `set_adapter`
+            layer.requires_grad_(False)  # an additional adapter is trainable only after `set_adapter`
         self._replace_module(parent, target_name, layer, target)
 
     def _inject_parameters(
@@ -180,7 +184,7 @@ class MolaModel(BaseTuner):
 
         PEFT's method nests one wrapper per parameter. A `StackedParameters` has all parameters of a module.
         """
-        for stack in self._stacked:
+        for stack in self._parameter_stacks:
             target: Any = model.get_submodule(stack.module)
             if not isinstance(target, StackedParameters):
                 target = StackedParameters(target, adapter_name)
@@ -191,7 +195,7 @@ class MolaModel(BaseTuner):
             )
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 target.update_layer(adapter_name, stack, settings, inference_mode=peft_config.inference_mode)
-        names = [stack.name for stack in self._stacked]
+        names = [stack.name for stack in self._parameter_stacks]
         # PEFT before 0.21 ignores the returned names.
         self.targeted_parameter_names = list(dict.fromkeys([*self.targeted_parameter_names, *names]))
         return names
@@ -207,10 +211,10 @@ class MolaModel(BaseTuner):
     # ------------------------------------------------------------------ merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters with one expert into the base weights, see PEFT; the active ones by default.
+        """Merge adapters with one expert into the base weights (see PEFT); the active ones by default.
 
         Raises:
-            MolaError: one of them has several experts in some layer. No layer has changed then.
+            MolaError: one of them has several experts in some layer. No layer is changed.
         """
         self.check_mergeable(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
@@ -250,8 +254,9 @@ class MolaModel(BaseTuner):
             MolaError: always.
         """
         raise MolaError(
-            "`add_weighted_adapter` cannot add up mixtures, each of which has its own routers. `mola convert --to "
-            "lora` makes LoRAs of them, which PEFT adds up, and `mola convert --from lora` makes a mixture of LoRAs."
+            "`add_weighted_adapter` cannot combine mixtures, because each has its own routers. `mola convert --to "
+            "lora` turns them into LoRAs, which PEFT can combine, and `mola convert --from lora` turns LoRAs into a "
+            "mixture."
         )
 
     def save_pretrained_merged(self, *args: Any, **kwargs: Any) -> None:
@@ -261,9 +266,9 @@ class MolaModel(BaseTuner):
             MolaError: always.
         """
         raise MolaError(
-            "A merged or GGUF file cannot hold a mixture, whose gates depend on the input: save the adapter with "
+            "A merged or GGUF file cannot hold a mixture, because its gates depend on the input: save the adapter with "
             "`save_pretrained`. With one expert everywhere, call `merge_and_unload` first. With several, `mola convert "
-            "ADAPTER --to lora --rank R ...` writes the plain LoRA nearest to it, and `mola merge` then a model."
+            "ADAPTER --to lora --rank R ...` writes the plain LoRA nearest to it, which `mola merge` merges."
         )
 
     push_to_hub_merged = save_pretrained_gguf = push_to_hub_gguf = save_pretrained_merged
@@ -274,7 +279,7 @@ class MolaModel(BaseTuner):
         return nullcontext() if adapter_names is None else RowAdapters(self, adapter_names, kwargs)
 
     def get_balance_loss(self, adapter_name: str | None = None) -> torch.Tensor:
-        """Balance loss of the last forward pass in training mode, before its coefficient.
+        """Balance loss of the last forward pass in training mode, not yet multiplied by its coefficient.
 
             loss = E * sum_e f_e P_e       of each router, with E experts
 
@@ -308,7 +313,7 @@ class MolaModel(BaseTuner):
             Scalar, float32.
 
         Raises:
-            MolaError: as `get_balance_loss`, or with re-entrant gradient checkpointing.
+            MolaError: see `get_balance_loss`; also with re-entrant gradient checkpointing.
         """
         loss = RouterLosses.install(self.model).weighted_loss()
         return self.get_balance_loss() if loss is None else loss  # `get_balance_loss` raises with the reason
@@ -328,7 +333,7 @@ class MolaModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        # `inject_adapter` allows such names for adapters that are only used; saving does not.
+        # `inject_adapter` allows names of modules for adapters that are only used for inference; saving does not.
         check_adapter_names(unwanted_adapter_names, model)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
@@ -364,7 +369,7 @@ def _disable_fast_paths(model: nn.Module) -> None:
 
 
 def _delete_experts(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter that PEFT refused halfway: PEFT would save its experts with the other adapters."""
+    """Remove an adapter whose injection failed halfway: PEFT would save its experts with the other adapters."""
     for module in model.modules():
         if isinstance(module, (MolaLinear, StackedParameters)) and adapter_name in module.settings:
             module.delete_adapter(adapter_name)

@@ -30,12 +30,13 @@ from mola.tuner.router_statistics import (
 )
 from mola.tuner.router_warnings import RouterWarnings
 
-# Statistics of routers with outputs of one shape, computed together, and the decoder layer of each router.
-Stack = tuple[list[int | None], RouterStatistics]
+# Routers whose outputs have the same shape: the decoder layer of each, and their statistics, computed together.
+StatisticsGroup = tuple[list[int | None], RouterStatistics]
 _ATTRIBUTE = "_mola_router_losses"
 # Tasks whose labels stand at the position of their token; labels of causal language models stand one position later.
 _UNSHIFTED_TASKS = ("SEQ_2_SEQ_LM", "TOKEN_CLS", "SEQ_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-# Task by `loss_type` of Transformers' models, for adapters without `task_type`; PEFT has none for masked models.
+# Task by `loss_type` of Transformers' models, for adapters without `task_type`. PEFT has no task type
+# for masked language models.
 _TASKS_OF_LOSSES = {
     "ForMaskedLM": "FEATURE_EXTRACTION",
     "ForTokenClassification": "TOKEN_CLS",
@@ -62,7 +63,7 @@ class RouterLosses:
         self._warnings = RouterWarnings()
         self._likelihood_check = LikelihoodCheck()
         self._layers: list[MolaLinear] = []
-        self._stacks = LayerStacks.of(model)
+        self._layer_stacks = LayerStacks.of(model)
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -97,7 +98,7 @@ class RouterLosses:
     # ------------------------------------------------------------------ hooks
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Clear the records of earlier forward passes, and start recording if this pass is one in training."""
+        """Clear the records of earlier forward passes, and start recording if the model is in training mode."""
         if not module.training:
             # No loop over layers: this runs for each generated token, and a compiler guards all that it reads.
             self.collecting = False
@@ -146,8 +147,8 @@ class RouterLosses:
 
     def _clear(self) -> None:
         for layer in self._layers:
-            # Also drops what a recomputation under gradient checkpointing has stored after the last forward pass. The
-            # dict is a new one: a compiler would make another graph for the old one when it is empty.
+            # This also drops what a recomputation under gradient checkpointing stored after the last forward pass.
+            # Assign a new dict: emptying the old one would trigger a recompilation.
             if torch.compiler.is_compiling() or layer.router_outputs:
                 layer.router_outputs = {}
                 layer.router_runs = {}
@@ -165,37 +166,37 @@ class RouterLosses:
         return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
 
     def balance_loss(self, adapter_name: str) -> torch.Tensor:
-        """Balance loss of the last training forward pass, before its coefficient (scalar, float32).
+        """Balance loss of the last training forward pass, not yet multiplied by its coefficient (scalar, float32).
 
         Raises:
             MolaError: there was no training forward pass with a router loss switched on.
         """
-        stacks = self._statistics(adapter_name)
-        if not stacks:
+        groups = self._statistics(adapter_name)
+        if not groups:
             raise MolaError(
                 "No router has run: run a forward pass in training mode first, with `router_aux_loss_coef` or "
                 "`router_z_loss_coef` above 0 and more than one expert somewhere. Call this before the next pass in "
                 "eval mode, which drops the records."
             )
-        return self._reduce_balance_loss(adapter_name, stacks)
+        return self._reduce_balance_loss(adapter_name, groups)
 
     def _weighted_loss_of(self, adapter_name: str) -> torch.Tensor | None:
         config = self._config(adapter_name)
-        stacks = self._statistics(adapter_name)
-        if not stacks or not _has_router_loss(config):
+        groups = self._statistics(adapter_name)
+        if not groups or not _has_router_loss(config):
             return None
         self._refuse_reentrant_checkpointing(adapter_name)
-        loss = config.router_aux_loss_coef * self._reduce_balance_loss(adapter_name, stacks)
+        loss = config.router_aux_loss_coef * self._reduce_balance_loss(adapter_name, groups)
         if config.router_z_loss_coef > 0:
-            loss = loss + config.router_z_loss_coef * _mean([z_loss(statistics) for _, statistics in stacks])
+            loss = loss + config.router_z_loss_coef * _mean([z_loss(statistics) for _, statistics in groups])
         return loss
 
-    def _reduce_balance_loss(self, adapter_name: str, stacks: list[Stack]) -> torch.Tensor:
+    def _reduce_balance_loss(self, adapter_name: str, groups: list[StatisticsGroup]) -> torch.Tensor:
         if self._config(adapter_name).router_aux_loss_reduction == "module":
-            return _mean([balance_loss(statistics) for _, statistics in stacks])
-        # "layer": pool the routers of a layer that have as many experts, then sum over layers.
+            return _mean([balance_loss(statistics) for _, statistics in groups])
+        # "layer": pool the routers of a layer with equal numbers of experts, then sum over layers.
         layers = defaultdict(list)
-        for layer_indices, statistics in stacks:
+        for layer_indices, statistics in groups:
             for row, layer_index in enumerate(layer_indices):
                 router = RouterStatistics(*(each[row] for each in statistics))
                 layers[layer_index, router.expert_counts.shape[-1]].append(router)
@@ -205,32 +206,32 @@ class RouterLosses:
         single = {layer.layer_index for layer in self._layers if layer.num_experts.get(adapter_name) == 1}
         return total + len(single - {layer_index for layer_index, _ in layers})
 
-    def _statistics(self, adapter_name: str) -> list[Stack]:
-        """Statistics of the routers that ran. Routers with outputs of one shape are stacked and computed together."""
-        groups: dict[Any, list[list[tuple[int | None, RouterOutput]]]] = defaultdict(list)
+    def _statistics(self, adapter_name: str) -> list[StatisticsGroup]:
+        """Statistics of the routers that ran. Routers whose outputs have the same shape form a group."""
+        by_key: dict[Any, list[list[tuple[int | None, RouterOutput]]]] = defaultdict(list)
         for layer in self._layers:
             output = layer.router_outputs.get(adapter_name)
             if output is None:
                 continue
             shape = layer.num_experts[adapter_name], layer.top_k[adapter_name]
             runs = layer.router_runs.get(adapter_name, 1)
-            key = *shape, output.logits.device, self._stacks.is_encoder(layer.layer_index), runs
-            # The number of tokens is compared and not part of the key: a compiler would make a graph for each number.
-            same = [each for each in groups[key] if each[0][1].logits.shape[0] == output.logits.shape[0]]
+            key = *shape, output.logits.device, self._layer_stacks.is_encoder(layer.layer_index), runs
+            # The number of tokens is compared, and not part of the key: else each number would trigger a recompilation.
+            same = [each for each in by_key[key] if each[0][1].logits.shape[0] == output.logits.shape[0]]
             if not same:
                 same = [[]]
-                groups[key] += same
+                by_key[key] += same
             same[0].append((layer.layer_index, output))
-        stacks = []
-        for runs, routers in ((key[-1], each) for key, found in groups.items() for each in found):
+        groups = []
+        for runs, routers in ((key[-1], each) for key, found in by_key.items() for each in found):
             layer_indices, outputs = zip(*routers, strict=True)
             stacked = RouterOutput(*(torch.stack(each) for each in zip(*outputs, strict=True)))
             mask = self._token_mask(adapter_name, stacked.logits.shape[1], layer_indices[0], runs)
-            stacks.append((list(layer_indices), router_statistics(stacked, mask)))
-        return stacks
+            groups.append((list(layer_indices), router_statistics(stacked, mask)))
+        return groups
 
     def _refuse_reentrant_checkpointing(self, adapter_name: str) -> None:
-        """Raise if trained routers have logits without a gradient, as in re-entrant gradient checkpointing."""
+        """Raise MolaError if trainable routers have logits without gradient: re-entrant gradient checkpointing."""
         trained = [
             layer.router_outputs[adapter_name].logits
             for layer in self._layers
@@ -239,14 +240,14 @@ class RouterLosses:
         if torch.is_grad_enabled() and not all(logits.requires_grad for logits in trained):
             raise MolaError(
                 "`router_aux_loss_coef` and `router_z_loss_coef` do not work with re-entrant gradient "
-                "checkpointing: the routers' losses get no gradient there. Pass "
+                "checkpointing: router losses would have no gradient. Pass "
                 "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
             )
 
     # ------------------------------------------------------------------ into the model's output
 
     def _attach(self, output: Any, loss: torch.Tensor, inputs: dict[str, Any]) -> Any:
-        """The model's output with `loss` added, whatever kind of output it is; a warning if it has no loss."""
+        """The model's output with `loss` added, for every kind of output; warns if the output has no loss."""
         log_probs = getattr(output, "log_probs", None)
         if torch.is_tensor(log_probs):
             # TRL's SFTTrainer computes its loss from the log-probabilities and ignores `output.loss`.
@@ -270,7 +271,10 @@ class RouterLosses:
         return output
 
     def _share_of_tokens(self, num_items: Any, device: torch.device) -> Any:
-        """Trained tokens of this micro-batch / tokens of the whole batch; 1 if the model's loss is not divided so."""
+        """The share of this micro-batch in the labelled tokens of the whole batch.
+
+        1 if the model's loss is not divided by `num_items_in_batch`.
+        """
         if num_items is None or self._label_mask is None or not self._divides_by_num_items:
             return 1.0
         share = self._label_mask.sum() / num_items
@@ -285,24 +289,25 @@ class RouterLosses:
             if has_shifted_labels:  # position t predicts the label at t + 1, and the last position predicts none
                 mask = torch.cat([mask[:, 1:], mask.new_zeros(len(mask), 1)], 1)
             self._label_mask = mask
-        elif inputs.get("shift_labels") is not None:  # beside `labels` they may be those of `logits_to_keep` only
+        elif inputs.get("shift_labels") is not None:
+            # Used only without `labels`: otherwise it may cover just the positions in `logits_to_keep`.
             self._label_mask = inputs["shift_labels"].ne(-100)
 
     def _token_mask(
         self, adapter_name: str, num_tokens: int, layer_index: int | None, runs: int
     ) -> torch.Tensor | None:
-        """The `(num_tokens,)` mask of counted tokens, or None when all count.
+        """The `(num_tokens,)` mask of counted tokens, or None if all count.
 
-        The "layer" reduction counts padding, as the paper's code does. A module with another number of tokens than
-        the mask (an expert of a MoE base) counts all of its tokens. A module that runs `runs` times in a forward pass
-        (ALBERT's layers) has the tokens of the mask as many times.
+        The "layer" reduction counts padding, like the paper's code. A module whose number of tokens differs from the
+        mask's (an expert of a MoE base) counts all of its tokens. A module that runs several times in a forward pass
+        (ALBERT's layers) sees the mask's tokens `runs` times.
         """
         if self._config(adapter_name).router_aux_loss_reduction == "layer":
             return None
-        # In an encoder-decoder the attention mask is that of the encoder's tokens, the labels are the decoder's.
-        has_encoder = bool(self._stacks.num_encoder_layers)
+        # In an encoder-decoder the attention mask belongs to the encoder's tokens, and the labels to the decoder's.
+        has_encoder = bool(self._layer_stacks.num_encoder_layers)
         masks = [self._attention_mask]
-        if not (has_encoder and self._stacks.is_encoder(layer_index)):
+        if not (has_encoder and self._layer_stacks.is_encoder(layer_index)):
             masks.append(self._label_mask)
         known = [mask for mask in masks if mask is not None]
         fitting = [mask.reshape(-1).repeat(runs) for mask in known if num_tokens == runs * mask.numel()]
@@ -337,7 +342,7 @@ def _task_of_model(model: nn.Module) -> str | None:
 
 
 def _uses_loss_function(model: nn.Module) -> bool:
-    """Whether an encoder-decoder divides its loss as causal models do (T5Gemma); T5 and BART always take the mean."""
+    """Whether an encoder-decoder divides its loss like causal models (T5Gemma); T5 and BART always use the mean."""
     code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
     return code is not None and "loss_function" in code.co_names
 

@@ -16,7 +16,7 @@ _FEW_TOKENS = 32  # up to this many tokens one sort is faster than `top_k` passe
 
 
 class Routing(NamedTuple):
-    """Chosen experts of `N` tokens and their gates; both are `(top_k, N)` if the logits are `(E, N)`.
+    """Chosen experts of `N` tokens and their gates; shapes are for `(N, E)` logits; transposed for `(E, N)`.
 
     Attributes:
         expert_indices: chosen experts, integers `(N, top_k)`: largest logit first, or in the order of the experts if
@@ -29,9 +29,9 @@ class Routing(NamedTuple):
 
 
 def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Router logits `x Wr^T` in float32 (float64 for float64 input), also under autocast.
+    """Router logits `x Wr^T` in float32 (float64 for float64 input), even under autocast.
 
-    In bfloat16, rounding would reorder nearly equal logits, and some tokens would get other experts.
+    In bfloat16, rounding would reorder nearly equal logits, and some tokens would be routed to different experts.
 
     Args:
         hidden_states: `(..., in)`.
@@ -68,7 +68,7 @@ def top_k_softmax(logits: torch.Tensor, top_k: int, dim: int = -1) -> Routing:
         p = softmax(z),   S = the top_k largest,   g_e = p_e / sum_{S} p    (paper, section 3.1)
 
     Renormalised probabilities equal the softmax over the chosen logits, which this function computes.
-    Of equal logits the one with the lower index is chosen, on every device and for every batch size.
+    Ties are broken by the lowest index, on every device and for every batch size.
 
     Args:
         logits: float32 `(N, E)`, or `(E, N)` with `dim=0`.
@@ -90,22 +90,22 @@ ROUTERS: dict[str, Router] = {DEFAULT_ROUTER: top_k_softmax}
 
 def dense_gates(routing: Routing, num_experts: int, dim: int = -1) -> torch.Tensor:
     """Gates of all experts along `dim`, zero for experts that were not chosen: float32 `(N, E)`, or `(E, N)`."""
-    indices, weights = routing
-    shape = [num_experts if size == dim % 2 else weights.shape[size] for size in range(2)]
-    return weights.new_zeros(shape).scatter_(dim, indices, weights)
+    indices, gates = routing
+    shape = [num_experts if size == dim % 2 else gates.shape[size] for size in range(2)]
+    return gates.new_zeros(shape).scatter_(dim, indices, gates)
 
 
 def route_all(router: str, logits: torch.Tensor, top_k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gates of all experts, as `dense_gates` returns them, and the chosen experts, by a router of `ROUTERS`."""
-    expert_indices, weights = routing = ROUTERS[router](logits, top_k, dim)
+    """Gates of all experts, in the form of `dense_gates`, and the chosen experts; `router` is a name in `ROUTERS`."""
+    expert_indices, gates = routing = ROUTERS[router](logits, top_k, dim)
     num_experts = logits.shape[dim]
     # The default router returns all experts in their order, so that its gates need no scatter.
     in_order = router == DEFAULT_ROUTER and top_k == num_experts
-    return weights if in_order else dense_gates(routing, num_experts, dim), expert_indices
+    return gates if in_order else dense_gates(routing, num_experts, dim), expert_indices
 
 
 def top_k_softmax_backward(
-    agreement: torch.Tensor,
+    grad_log_gates: torch.Tensor,
     weights: torch.Tensor,
     scaling: float,
     grad_logits: torch.Tensor | None = None,
@@ -119,37 +119,39 @@ def top_k_softmax_backward(
         dz_e = v_e - g_e * sum_e v_e
 
     Args:
-        agreement: `v`, `(E, N)` with zeros for experts that were not chosen, or `(top_k, N)`; it may be overwritten.
-        weights: `scaling * g`, same shape.
-        scaling: the scaling of the adapter.
+        grad_log_gates: `v`, `(E, N)` with zeros for experts that were not chosen, or `(top_k, N)`; may be overwritten.
+        weights: `scaling * g`, in the same shape.
+        scaling: the adapter's scaling.
         grad_logits: gradient of the router losses, same shape.
         out: tensor that receives the result.
     """
-    mean = agreement.sum(0, keepdim=True)
+    total = grad_log_gates.sum(0, keepdim=True)
     if grad_logits is not None:
-        agreement += grad_logits
-    return torch.addcmul(agreement, weights, mean, value=-1.0 / scaling, out=out)
+        grad_log_gates += grad_logits
+    return torch.addcmul(grad_log_gates, weights, total, value=-1.0 / scaling, out=out)
 
 
-def router_backward(router: str, logits: torch.Tensor, top_k: int, agreement: torch.Tensor) -> torch.Tensor:
-    """As `top_k_softmax_backward`, for any router: autograd through its gates, whose gradient is `v_e / g_e`.
+def router_backward(router: str, logits: torch.Tensor, top_k: int, grad_log_gates: torch.Tensor) -> torch.Tensor:
+    """Like `top_k_softmax_backward`, for any router: backpropagates the gate gradients `v_e / g_e` with autograd.
 
     Args:
         router: name in `ROUTERS`.
         logits: `(E, N)`.
         top_k: experts per token.
-        agreement: `v`, `(E, N)`.
+        grad_log_gates: `v`, `(E, N)`.
     """
     with torch.enable_grad():
         logits = logits.detach().requires_grad_()
         routing = ROUTERS[router](logits, top_k, 0)
-    gates, chosen = routing.routing_weights, agreement.gather(0, routing.expert_indices)
-    grad_gates = torch.where(gates > 0, chosen / gates, 0.0).detach()  # an expert with gate 0 has no output
+    gates, chosen = routing.routing_weights, grad_log_gates.gather(0, routing.expert_indices)
+    grad_gates = torch.where(
+        gates > 0, chosen / gates, 0.0
+    ).detach()  # an expert with gate 0 contributes nothing, so its gradient is 0
     return torch.autograd.grad(gates, logits, grad_gates)[0]
 
 
 def _largest(logits: torch.Tensor, count: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest logits along `dim` and their indices, largest first, of equal logits the lowest index first.
+    """The `count` largest logits along `dim` and their indices, largest first, ties broken by the lowest index.
 
     `torch.topk` does not define the order of equal values. `sort(stable=True)` and `max` do.
     """

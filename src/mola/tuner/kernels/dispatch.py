@@ -28,7 +28,7 @@ from mola.tuner.kernels.grouped import Grouped
 from mola.tuner.kernels.reference import Gathered, Lora, Reference
 from mola.tuner.kernels.tensors import autocast_is_on
 
-_CHOICE = "MOLA_KERNEL"
+_VARIABLE = "MOLA_KERNEL"
 
 BACKENDS: tuple[Backend, ...] = (
     cpu_decode.CPU_DECODE,
@@ -51,20 +51,23 @@ def decode_layer(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | No
     Arguments as in `mola.tuner.kernels.cpu.decode.decode_layer`. None if there is no native function for the layer, or
     `MOLA_KERNEL` is set: the caller then calls `mixture`.
     """
-    if not cpu_decode.is_available() or _choice():
+    if not cpu_decode.is_available() or _forced_name():
         return None
     return cpu_decode.decode_layer(layer, adapter_name, x)
 
 
 def row_table(layer, names: list[str], x: torch.Tensor) -> Any:
-    """A `mola.tuner.kernels.cpu.decode.RowTable` for a batch whose rows have different adapters; None as above."""
-    if not cpu_decode.is_available() or _choice() or not is_decode(x):
+    """A `mola.tuner.kernels.cpu.decode.RowTable` for a batch whose rows have different adapters.
+
+    None as for `decode_layer`.
+    """
+    if not cpu_decode.is_available() or _forced_name() or not is_decode(x):
         return None
     return cpu_decode.row_table(layer, names, x)
 
 
 def mixture(inputs: MixtureInputs) -> Mixture:
-    """Compute a mixture by the backend that `select` returns; errors as there."""
+    """Compute a mixture with the backend that `select` returns; raises as `select` does."""
     inputs = cast_float32_input(inputs)
     backend = select(inputs)
     return compute(backend, inputs if backend.casts_inputs else cast_inputs(inputs))
@@ -74,7 +77,7 @@ def cast_float32_input(inputs: MixtureInputs) -> MixtureInputs:
     """On a GPU under autocast, cast a float32 input to the dtype of the products, once for router and products.
 
     LayerNorm returns float32 under autocast, and the dtype of the base without it. After the cast, routers get the same
-    input in training and when the model answers. A layer with one expert is left to autocast, as PEFT's LoRA is.
+    input in training and at inference. A layer with one expert is left to autocast, like PEFT's LoRA.
     """
     if inputs.router is None:
         return inputs
@@ -95,8 +98,8 @@ def select(inputs: MixtureInputs) -> Backend:
         reason = forced.supports(inputs)
         if reason is not None:
             raise MolaError(
-                f"{_CHOICE}={forced.name} cannot compute input {tuple(inputs.x.shape)} with experts "
-                f"{tuple(inputs.experts_A.shape)}: {reason}. Unset {_CHOICE} to let mola choose."
+                f"{_VARIABLE}={forced.name} cannot compute input {tuple(inputs.x.shape)} with experts "
+                f"{tuple(inputs.experts_A.shape)}: {reason}. Unset {_VARIABLE} to let mola choose."
             )
         return forced
     for backend in _BACKENDS_FOR_GPUS if inputs.x.is_cuda else BACKENDS:
@@ -106,7 +109,7 @@ def select(inputs: MixtureInputs) -> Backend:
 
 
 def explain(inputs: MixtureInputs) -> list[tuple[str, str | None]]:
-    """Names of all backends in the order of choice, each with the reason against it for these inputs, or None."""
+    """Names of all backends in the order of choice, each with the reason it would not be used, or None."""
     return [(backend.name, backend.supports(inputs) or backend.is_slower(inputs)) for backend in BACKENDS]
 
 
@@ -116,27 +119,27 @@ def forced_backend() -> Backend | None:
     Raises:
         MolaError: there is no such backend.
     """
-    name = _choice()
+    name = _forced_name()
     if name and name not in _BY_NAME:
-        raise MolaError(f"The environment variable {_CHOICE} must be one of {', '.join(_BY_NAME)}, got {name!r}.")
+        raise MolaError(f"The environment variable {_VARIABLE} must be one of {', '.join(_BY_NAME)}, got {name!r}.")
     return _BY_NAME.get(name)
 
 
 @torch.compiler.assume_constant_result
-def _choice() -> str:
-    return _read_choice()
+def _forced_name() -> str:
+    return _read_variable()
 
 
 @functools.cache
-def _read_choice() -> str:
-    return os.environ.get(_CHOICE, "")
+def _read_variable() -> str:
+    return os.environ.get(_VARIABLE, "")
 
 
 def cast_inputs(inputs: MixtureInputs) -> MixtureInputs:
     """Cast the input to the dtype of the products, for backends that do not cast.
 
-    A base weight in another dtype is replaced by the base output, computed here. Under autocast the input stays as it
-    is: autocast casts it for the products, and the router gets the original.
+    If the base weight has a different dtype, the base output is computed here and passed instead. Under autocast the
+    input is left unchanged: autocast casts it for the products, and the router gets the original.
     """
     x, weight, dtype = inputs.x, inputs.weight, inputs.settings.dtype
     if weight is not None and (weight.dtype is not dtype or x.dtype is not dtype):

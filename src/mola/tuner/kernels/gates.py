@@ -85,13 +85,13 @@ def gates_backward(
     by_expert = num_experts, size // num_experts, -1
     # In float16 the products could overflow.
     first = grad_gated.float() if gated.dtype is torch.float16 else grad_gated
-    agreement = (first * gated).view(by_expert).sum(1, dtype=weights.dtype)
+    grad_log_gates = (first * gated).view(by_expert).sum(1, dtype=weights.dtype)
     if settings.router == DEFAULT_ROUTER:
-        top_k_softmax_backward(agreement, weights, settings.scaling, grad_logits, out=both[size:])
+        top_k_softmax_backward(grad_log_gates, weights, settings.scaling, grad_logits, out=both[size:])
         keep_losses_only(both[size:], grad_logits, settings)
     else:
         assert logits is not None
-        grad_of_gates = router_backward(settings.router, logits, settings.top_k, agreement)
+        grad_of_gates = router_backward(settings.router, logits, settings.top_k, grad_log_gates)
         both[size:] = grad_of_gates if grad_logits is None else grad_of_gates + grad_logits
     torch.mul(grad_gated.view(by_expert), weights.to(gated.dtype).unsqueeze(1), out=both[:size].view(by_expert))
     return both

@@ -24,10 +24,10 @@ from mola.tuner.kernels.api import MixtureInputs
 from mola.tuner.kernels.tensors import PLAIN_TYPES, are_plain_cpu_tensors, as_rows
 
 _CPU_INFO = Path("/proc/cpuinfo")  # on Linux `platform.processor` does not name the vendor
-# Measured on Zen 4 and Zen 5. Zen 3 is of Zen 4's family, but has no AVX-512.
+# Measured on Zen 4 and Zen 5. Zen 3 belongs to Zen 4's family, but has no AVX-512.
 _VENDOR, _FIRST_FAMILY = "AuthenticAMD", 25
-_CHOICE = "MOLA_ONEDNN"
-_MAX_TOKENS, _COLUMNS = 32, 16  # of mola's native product: at most so many tokens, inputs in multiples of 16
+_VARIABLE = "MOLA_ONEDNN"
+_MAX_TOKENS, _COLUMNS = 32, 16  # mola's native product: at most 32 tokens, input features in multiples of 16
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -36,7 +36,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor) -> torch.Tensor:
-    """`x W^T + b + addend` of matrices, in one product; only where `uses_onednn(x, weight)`."""
+    """`x W^T + b + addend` of matrices, in one product; call it only if `uses_onednn(x, weight)`."""
     return torch.ops.mkldnn._linear_pointwise.binary(x, addend, weight, bias, "add")
 
 
@@ -83,7 +83,7 @@ def uses_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
 def onednn_is_faster() -> bool:
     """Whether oneDNN makes float32 products on this processor.
 
-    The processor's name decides, and not a measurement: the library decides about the last bits of a result.
+    The processor's name decides, not a measurement, because the choice of library changes the last bits of a result.
 
     Raises:
         MolaError: `MOLA_ONEDNN` is neither 0 nor 1.
@@ -94,9 +94,9 @@ def onednn_is_faster() -> bool:
 
 @functools.cache
 def _is_onednn_chosen() -> bool:
-    choice = os.environ.get(_CHOICE, "")
+    choice = os.environ.get(_VARIABLE, "")
     if choice not in ("", "0", "1"):
-        raise MolaError(f"The environment variable {_CHOICE} must be 0 or 1, or not be set: got {choice!r}.")
+        raise MolaError(f"The environment variable {_VARIABLE} must be 0 or 1, or not be set: got {choice!r}.")
     if choice == "0" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return choice == "1" or (torch.backends.cpu.get_cpu_capability() == "AVX512" and _is_new_amd_processor())
@@ -113,7 +113,10 @@ def _is_new_amd_processor() -> bool:
 
 
 def float32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x W^T + b` where `uses_onednn`: few tokens on one thread by mola's native product, everything else by oneDNN."""
+    """`x W^T + b` for inputs that `uses_onednn` accepts.
+
+    mola's native kernel computes a few tokens on one thread, oneDNN everything else.
+    """
     kernel = _native_linear(x, weight, bias)
     if kernel is None:
         return _onednn_linear(x, weight, bias)
@@ -126,7 +129,7 @@ def float32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 
 def _native_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
-    """The native function `linear_kernel` for these tensors; None if there is none."""
+    """The native function `linear_kernel` for these tensors; None if it cannot compute them."""
     in_features = weight.shape[1]
     if x.shape[-1] != in_features:
         return None  # torch raises its own error

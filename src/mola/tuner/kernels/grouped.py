@@ -105,11 +105,11 @@ class Grouped(Backend):
         rows = as_rows(grad_output).to(dtype)
         sorted_rows = rows.index_select(0, sort.tokens)  # (M, out)
         grad_hidden = F.grouped_mm(sorted_rows, inputs.experts_B.to(dtype).transpose(1, 2), offs=sort.ends)  # (M, r)
-        agreement, by_choice = (
+        grad_log_gates, by_choice = (
             torch.empty_like(values).index_copy_(0, sort.permutation, values).view(sort.expert_indices.shape)
             for values in ((grad_hidden * gated).sum(1), weights)
         )
-        grad_chosen = top_k_softmax_backward(agreement, by_choice, inputs.settings.scaling)
+        grad_chosen = top_k_softmax_backward(grad_log_gates, by_choice, inputs.settings.scaling)
         keep_losses_only(grad_chosen, None, inputs.settings)
         if grad_logits is None:
             grad_logits = grad_chosen.new_zeros(len(inputs.router), len(rows))

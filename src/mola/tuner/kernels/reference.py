@@ -1,6 +1,7 @@
 """The formula of a mixture in plain operators of torch. All other backends are tested against it.
 
-These backends also compute what needs plain operators: calls under `torch.compile`, and router jitter.
+The backends in this file also handle calls that need plain operators: those under `torch.compile`, and those with
+router jitter.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.tensors import as_rows
 from mola.tuner.routing import ROUTERS, Routing, dense_gates, jitter, router_logits
 
-_MAX_GATHERED_TOKENS = 8  # compiled for a CPU, `gathered` is faster up to so many tokens
+_MAX_GATHERED_TOKENS = 8  # on a CPU, compiled `gathered` is faster up to this many tokens
 
 
 class Reference(Backend):
@@ -23,12 +24,14 @@ class Reference(Backend):
     is_recorded = True
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """Everything with a router."""
+        """None for any input with a router, else the reason."""
         return NO_ROUTER if inputs.router is None else None
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """`y = base output + scaling * sum_e g_e B_e A_e dropout(x)`, with the gates `g` of the router."""
-        result = _base(inputs)  # first, so that autograd adds up gradients in this order
+        # The base comes first: the order of these calls fixes the order in which autograd adds up the gradients of
+        # `x`, and so their rounding.
+        result = _base(inputs)
         logits, routing = _route(inputs)
         experts_A, experts_B = inputs.experts_A, inputs.experts_B
         gates = dense_gates(routing, len(experts_A)) * inputs.settings.scaling
@@ -38,18 +41,24 @@ class Reference(Backend):
 
 
 class Gathered(Reference):
-    """Chosen experts only, for compilers without gradients: compiled loops read the experts' matrices in place."""
+    """Computes the chosen experts only, for compiled calls without gradients.
+
+    Compiled loops read the experts' matrices in place.
+    """
 
     name = "gathered"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """Calls without gradients."""
+        """None for calls without gradients on inputs with a router, else the reason."""
         if inputs.router is None:
             return NO_ROUTER
         return "gradients are recorded" if torch.is_grad_enabled() else None
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """Slower without a compiler, which would copy matrices for every token, and for many tokens."""
+        """None for compiled calls with few tokens, else the reason.
+
+        Without a compiler, indexing copies the experts' matrices for every token.
+        """
         if not torch.compiler.is_compiling():
             return "only faster under a compiler"
         num_tokens = inputs.x.numel() // inputs.x.shape[-1]
@@ -57,7 +66,7 @@ class Gathered(Reference):
         return None if few or (inputs.x.is_cpu and num_tokens <= _MAX_GATHERED_TOKENS) else "too many tokens"
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
-        """As `Reference.forward`, but the sum is over the chosen experts; in float32, or float64 for float64."""
+        """Like `Reference.forward`, but sums over the chosen experts only, in float32 (float64 for float64 input)."""
         result = _base(inputs)
         logits, routing = _route(inputs)
         rows = as_rows(_dropped(inputs))
@@ -74,7 +83,7 @@ class Lora(Reference):
     name = "lora"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """Layers with one expert."""
+        """None for inputs of a layer with one expert, else the reason."""
         return None if inputs.router is None else "there are several experts"
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
@@ -93,12 +102,12 @@ def _route(inputs: MixtureInputs) -> tuple[torch.Tensor, Routing]:
 
 
 def _dropped(inputs: MixtureInputs) -> torch.Tensor:
-    """The experts' input after dropout, by the given mask or else by torch's dropout.
+    """The experts' input after dropout, with the given mask if there is one, else with torch's dropout.
 
-    With a mask, `scaling` already holds the division by the probability of keeping an element.
+    With a mask, `scaling` already includes the factor 1 / (1 - p).
     """
     if inputs.dropout_mask is not None:
-        # By `torch.where`, which autograd records, and not by `drop` itself, which may be a native function.
+        # `torch.where` and not `drop` itself, which may be a native function that autograd cannot record.
         return torch.where(drop(torch.ones_like(inputs.x), inputs.dropout_mask).bool(), inputs.x, 0.0)
     return F.dropout(inputs.x, inputs.settings.dropout) if inputs.settings.dropout else inputs.x
 

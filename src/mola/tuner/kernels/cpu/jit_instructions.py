@@ -16,7 +16,7 @@ LANES = 16  # of 4 bytes in a vector
 BYTES = 4 * LANES
 _FIRST_LLVM = 20  # the first version whose bfloat16 type fits these instructions
 
-# Before, names of LLVM's functions contained the types that pointers had.
+# In earlier versions, names of LLVM's functions contained the types of their pointers.
 _PREFETCH = "llvm.prefetch.p0" if llvm.llvm_version_info[0] >= _FIRST_LLVM else "llvm.prefetch.p0i8"
 
 _FLOAT, _BYTE, _HALF, WORD, LONG = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -40,7 +40,7 @@ class _Bfloat(ir.Type):
 def has_vectors(*, is_bf16: bool) -> bool:
     """Whether the processor has the instructions of `jit_vectors` for float32 or, if `is_bf16`, for bfloat16.
 
-    For bfloat16 also False if it has matrix instructions (AMX): libraries use them and are faster then.
+    For bfloat16 also False if the processor has matrix instructions (AMX): libraries that use them are faster.
     """
     features = _features()
     if not is_bf16:
@@ -49,7 +49,7 @@ def has_vectors(*, is_bf16: bool) -> bool:
 
 
 def _features() -> list[str]:
-    """Features of the processor that numba compiles for; its settings may name another one than this machine's."""
+    """Features of the CPU that numba compiles for; numba can be configured for a CPU other than this machine's."""
     return cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 
 
@@ -83,7 +83,7 @@ def load_address(builder, table, index):
 
 
 def shuffle(builder, first, second, places):
-    """A vector of numbers of two vectors; `places` count through the first vector and on through the second."""
+    """A vector of elements of two vectors; `places` count through the first vector and continue in the second."""
     return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(WORD, len(places)), places))
 
 

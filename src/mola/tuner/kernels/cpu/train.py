@@ -26,7 +26,7 @@ from mola.tuner.kernels.tensors import are_plain_cpu_tensors, as_rows
 from mola.tuner.routing import DEFAULT_ROUTER
 
 _FUNCTIONS = "jit_train"
-_COLUMNS = 32  # the native functions take features in multiples of this
+_COLUMNS = 32  # the native functions need features in multiples of this
 
 
 class CpuTrain(Backend):
@@ -36,7 +36,7 @@ class CpuTrain(Backend):
     device_type = "cpu"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """Sizes in multiples of 32, plain tensors, and a processor with the instructions."""
+        """None for sizes in multiples of 32, plain tensors and a processor with the instructions, else the reason."""
         reason = why_no_own_backward(inputs)
         if reason is not None:
             return reason
@@ -56,7 +56,7 @@ class CpuTrain(Backend):
         return None
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """Slower with so many threads that each has less work with all experts."""
+        """The reason if there are so many threads that computing all experts gives each thread less work, else None."""
         if inputs.settings.top_k * torch.get_num_threads() > len(inputs.experts_A):
             return "slower than dense with so many threads: top_k * threads > num_experts"
         return None
@@ -90,7 +90,7 @@ class CpuTrain(Backend):
         return Mixture(output, logits, expert_indices), Saved(x, (gated, weights, expert_indices))
 
     def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Grads) -> Grads:
-        """As `Dense.backward`, from the rows of chosen experts."""
+        """Like `Dense.backward`, from the rows of the chosen experts."""
         x, weight, dropout_mask = as_rows(inputs.x), inputs.weight, inputs.dropout_mask
         dy = as_rows(grad_output).to(inputs.settings.dtype).contiguous()
         base = mm(dy, weight) if wanted.x and weight is not None else None
@@ -118,7 +118,7 @@ def _shapes_fit(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tenso
 def _native_gradients(inputs: MixtureInputs, saved, dy, grad_logits, total, wanted: Grads):
     """Compute the gradients of A, B and router, in float32, and add the input's gradient to `total`.
 
-    Without dropout and router losses the router's part is included. In other cases the last returned value is the
+    Without dropout and router losses the router's part is included. In all other cases the last returned value is the
     gradient of the logits, in the dtype of the products, from which the caller computes the router's part; else None.
     """
     settings: MixtureSettings = inputs.settings

@@ -3,7 +3,7 @@
 - The router is part of A's product: its float32 weight is split into three parts of 16 bits, whose sum has the bits of
   float32. So no float32 copy of `x` is made, TF32 has no effect, and the experts are those that float32 would choose.
 - Dropout is drawn from a seed on the device; no mask is stored.
-- Without gradients, packed weights are used again, see `_packed`.
+- Without gradients, packed weights are reused, see `_packed`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Triton(Backend):
     device_type = "cuda"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """Dtypes of 16 bits, on NVIDIA's GPUs since Ampere, if the first results on this device were right."""
+        """None for dtypes of 16 bits on NVIDIA's GPUs since Ampere with correct first results, else the reason."""
         settings, x, experts_A = inputs.settings, inputs.x, inputs.experts_A
         reason = why_no_own_backward(inputs) or _why_not_on(x.device)
         if reason is not None:
@@ -54,45 +54,45 @@ class Triton(Backend):
         return first_use.why_wrong(self, inputs)
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
-        """Pack the weights for this pass, since they are trained, and compute the mixture."""
+        """Pack the weights for this pass only, since training changes them, and compute the mixture."""
         _packed_of.pop(inputs.experts_A, None)
         return _forward(inputs, *_pack(inputs))
 
     def infer(self, inputs: MixtureInputs) -> Mixture:
-        """Compute the mixture; the packed copies of frozen weights are used again."""
+        """Compute the mixture; reuses cached packed copies of frozen weights."""
         return _forward(inputs, *_packed(inputs))[0]
 
     def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Grads) -> Grads:
-        """As `Dense.backward`."""
+        """Like `Dense.backward`."""
         launch, mask, settings = native.load("launch", "gpu"), inputs.dropout_mask, inputs.settings
         gated, weights, packed, matrix_B = saved
         x, rows = as_rows(inputs.x), as_rows(grad_output).to(settings.dtype)
         matrix_B = inputs.experts_B.flatten(0, 1) if matrix_B is None else matrix_B
         grad_both = launch.gates_backward(torch.mm(matrix_B, rows.t()), gated, weights, grad_logits, settings.scaling)
         keep_losses_only(grad_both[len(gated) :], grad_logits, settings)
-        size, params = len(gated), inputs.experts_A.dtype
-        joined = packed[: len(grad_both)]  # A and the router's first part, which is its weight rounded to 16 bits
+        rank_size, params = len(gated), inputs.experts_A.dtype
+        A_and_router = packed[: len(grad_both)]  # A and the router's first part, which is its weight rounded to 16 bits
         grad_x = grad_A = grad_B = grad_router = None
         if wanted.experts_B:
             grad_B = _mm(gated, rows, inputs.experts_B.dtype)
         if mask is None and (wanted.experts_A or wanted.router):
             both = _mm(grad_both, x, params)
-            grad_A, grad_router = both[:size], both[size:]
+            grad_A, grad_router = both[:rank_size], both[rank_size:]
         elif mask is not None:
-            grad_A = _mm(grad_both[:size], drop(x, mask), params) if wanted.experts_A else None
-            grad_router = _mm(grad_both[size:], x, torch.float32) if wanted.router else None
+            grad_A = _mm(grad_both[:rank_size], drop(x, mask), params) if wanted.experts_A else None
+            grad_router = _mm(grad_both[rank_size:], x, torch.float32) if wanted.router else None
         if wanted.x:
             grad_x = None if inputs.weight is None else rows @ inputs.weight
             if mask is None:
-                grad_x = _mm_add(grad_x, grad_both.t(), joined)
+                grad_x = _mm_add(grad_x, grad_both.t(), A_and_router)
             else:
-                grad_x = _drop_add(torch.mm(grad_both[:size].t(), joined[:size]), mask, grad_x)
-                grad_x = _mm_add(grad_x, grad_both[size:].t(), joined[size:])
+                grad_x = _drop_add(torch.mm(grad_both[:rank_size].t(), A_and_router[:rank_size]), mask, grad_x)
+                grad_x = _mm_add(grad_x, grad_both[rank_size:].t(), A_and_router[rank_size:])
         return Grads(grad_x, grad_A, grad_B, grad_router)
 
 
 def _why_not_on(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device; None if they can."""
+    """None if the kernels can run on a device, else the reason."""
     launch = native.load("launch", "gpu") if device.type == "cuda" or native.is_interpreting() else None
     if launch is None:
         return "needs a GPU and Triton"
@@ -116,7 +116,7 @@ def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _mm_add(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Add `a @ b` to `total` in place, where there is one."""
+    """Add `a @ b` to `total` in place if there is one."""
     return torch.mm(a, b) if total is None else addmm_(total, a, b)
 
 
@@ -129,14 +129,15 @@ def _drop_add(rows: torch.Tensor, mask: torch.Tensor, total: torch.Tensor | None
 
 
 def _forward(inputs: MixtureInputs, packed: torch.Tensor, matrix_B: torch.Tensor) -> tuple[Mixture, Saved]:
+    """The mixture and the tensors for its gradient, from the two matrices that `_pack` returns."""
     settings, rows, mask = inputs.settings, as_rows(inputs.x), inputs.dropout_mask
-    num_experts, size = len(inputs.experts_A), len(matrix_B)
+    num_experts, rank_size = len(inputs.experts_A), len(matrix_B)
     if mask is None:
         products = _mm(packed, rows.t(), torch.float32)
-        hidden, router_products = products[:size], products[size:]
+        hidden, router_products = products[:rank_size], products[rank_size:]
     else:
-        hidden = torch.mm(packed[:size], drop(rows, mask).t())
-        router_products = _mm(packed[size:], rows.t(), torch.float32)
+        hidden = torch.mm(packed[:rank_size], drop(rows, mask).t())
+        router_products = _mm(packed[rank_size:], rows.t(), torch.float32)
     launch = native.load("launch", "gpu")
     gates = launch.gates_forward(router_products, hidden, num_experts, settings.top_k, settings.scaling, settings.dtype)
     output = base_output(inputs, inputs.x)
@@ -156,9 +157,9 @@ _packed_of: Any = WeakTensorKeyDictionary()
 
 
 def _packed(inputs: MixtureInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_pack`, but frozen weights are packed once and used again until one of them changes.
+    """Like `_pack`, but frozen weights are packed once and reused until one of them changes.
 
-    A change is noticed by the weight's version. Fused optimisers and writes to `.data` change no version, so trained
+    A change is noticed by the weight's version. Fused optimisers and writes to `.data` change no version, so trainable
     weights are packed for every pass, and weights that are frozen later are packed anew after any pass with gradients.
     A CUDA graph packs in every replay.
     """
@@ -176,14 +177,16 @@ def _packed(inputs: MixtureInputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def forget(experts: Iterable[torch.Tensor]) -> None:
-    """Forget the packed weights of these A. Call it before they are trained: another backend may compute the training,
-    and the optimiser may not change their versions."""
+    """Forget the packed weights of these A. Call it before training.
+
+    A different backend may compute the training, and the optimiser may not change the versions of the weights.
+    """
     for experts_A in experts:
         _packed_of.pop(experts_A, None)
 
 
 def _stream(tensor: torch.Tensor) -> int:
-    """The stream of operators: weights that another stream packs may not be ready yet."""
+    """The current stream of operators: weights that a different stream packs may not be ready yet."""
     if not tensor.is_cuda or not torch.cuda.is_initialized():  # not initialized: fake tensors on a machine without GPU
         return 0
     return torch.cuda.current_stream(tensor.device).stream_id
