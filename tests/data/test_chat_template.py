@@ -135,8 +135,10 @@ def test_no_token_contains_the_border_between_prompt_and_answer(crossing_tokeniz
     sample = next(iter(tokenized([example], crossing_tokenizer, template, [])))
     prompt = template.prompt("Which one?")
     asked = predicting.encode_before_answer(crossing_tokenizer, [prompt], template)[0]
-    assert sample.ids[: sample.start] == asked == crossing_tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    assert crossing_tokenizer.decode(sample.ids[sample.start :]) == "\n</think>It."
+    assert (
+        sample.ids[: sample.answer_start] == asked == crossing_tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    )
+    assert crossing_tokenizer.decode(sample.ids[sample.answer_start :]) == "\n</think>It."
 
 
 def test_a_row_with_a_token_across_the_border_is_tokenised_in_two_parts(crossing_tokenizer):
@@ -154,8 +156,8 @@ def test_a_row_with_a_token_across_the_border_is_tokenised_in_two_parts(crossing
     prompt = template.prompt("Which one?")
     asked = crossing_tokenizer(prompt, add_special_tokens=False)["input_ids"]
     for sample, row in zip(tokenized(rows, crossing_tokenizer, template, []), rows, strict=True):
-        assert sample.ids[: sample.start] == asked
-        assert crossing_tokenizer.decode(sample.ids[sample.start :]) == row["output"]
+        assert sample.ids[: sample.answer_start] == asked
+        assert crossing_tokenizer.decode(sample.ids[sample.answer_start :]) == row["output"]
         (ids,) = _encode(crossing_tokenizer, [[prompt + row["output"]]], template, [prompt])
         assert ids == [sample.ids]
 

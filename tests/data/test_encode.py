@@ -267,7 +267,7 @@ def test_no_answer_is_lost_in_silence(pairs, cutoff_len, truncation, train_on_in
     assert max(dataset["length"]) <= cutoff_len
     assert report.longest == max(full["length"])
     long = [row for row in full if row["length"] > cutoff_len]
-    # One token too many costs EOS only; what ends before the answer starts has nothing to train.
+    # One token too many costs EOS only; what ends before the answer starts has no token to train on.
     empty = [row for row in long if len(masked(row)) >= cutoff_len and not train_on_inputs]
     cut = [row for row in long if row["length"] > cutoff_len + 1 and row not in empty]
     dropped, truncated, answer_cut = {
@@ -288,7 +288,7 @@ def test_summary_is_one_line_with_the_numbers():
     report = encode([example(), example("w" * 500, number=1)], TOKENIZERS["bos"])[1]
     assert report.summary() == (
         f"2 of 2 samples kept, 0 dropped, 0 truncated (0 with a cut answer); longest {report.longest} "
-        f"tokens; {report.tokens} tokens, {report.trained_tokens} trained"
+        f"tokens; {report.tokens} tokens, {report.trained_tokens} of them in the loss"
     )
 
 
@@ -296,7 +296,7 @@ def test_summary_is_one_line_with_the_numbers():
     ("options", "message"),
     [
         ({"cutoff_len": 7}, "`cutoff_len` must be at least 8: got 7"),
-        ({"truncation": "cut"}, "`truncation` must be one of error, drop, left, right: got 'cut'"),
+        ({"truncation": "cut"}, "`truncation` must be one of 'error', 'drop', 'left', 'right': got 'cut'"),
     ],
 )
 def test_wrong_option_is_explained(options, message):

@@ -124,7 +124,7 @@ def test_nan_is_refused(tmp_path):
     path.write_text('{"instruction": "a", "output": "b", "score": NaN}\n')
     layout = {"name": "own", "version": 1, "template": "meta", "columns": ["instruction", "output"]}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(layout | {"instruction": "{instruction}", "output": "{output}"}))
-    with pytest.raises(MolaError, match=r"row 0 of train\.json: .*Write null there"):
+    with pytest.raises(MolaError, match=r"row 0 of train\.json: .*Write null instead"):
         prepare(PrepareOptions(str(tmp_path / "own.yaml"), str(tmp_path / "new"), data=str(path)))
 
 

@@ -1,6 +1,6 @@
 """What an allocation of experts to layers costs. Pure functions, no torch.
 
-- `check_top_k`, `effective_top_k`, `top_k_of_module`: experts per token against experts per layer.
+- `check_top_k`, `effective_top_k`, `top_k_of_module`: experts per token, checked against experts per layer.
 - `plan_allocation`: parameters, FLOPs and bytes from the shapes of the adapted linears.
 """
 
@@ -18,7 +18,7 @@ def check_top_k(num_experts: Sequence[int], top_k: Sequence[int]) -> None:
     """Check `1 <= top_k <= num_experts` in every layer.
 
     A layer with one expert is plain LoRA without a router. It may have a larger `top_k` if `top_k` is the same in
-    all layers, see `effective_top_k`. Per-layer values of `top_k` must fit exactly.
+    all layers, see `effective_top_k`. If `top_k` differs between layers, no layer may have more than `num_experts`.
 
     Args:
         num_experts: experts per layer.
@@ -50,7 +50,7 @@ def effective_top_k(num_experts: Sequence[int], top_k: Sequence[int]) -> list[in
         One integer per layer.
 
     Raises:
-        MolaError: as `check_top_k`.
+        MolaError: for the reasons of `check_top_k`.
     """
     check_top_k(num_experts, top_k)
     return [1 if experts == 1 else chosen for experts, chosen in zip(num_experts, top_k, strict=True)]
@@ -87,7 +87,7 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class StackShape:
-    """An adapted parameter that stacks `count` linear maps of one size; a matrix has a `count` of 1."""
+    """An adapted parameter that stacks `count` linear maps of one size; for a matrix, `count` is 1."""
 
     module: str
     parameter: str
@@ -106,7 +106,7 @@ class StackShape:
 class LayerPlan:
     """Settings and cost of one decoder layer; `plan_allocation` has the formulas.
 
-    `num_experts`, `top_k` and `r` are those of modules that match no key of a pattern.
+    `num_experts`, `top_k` and `r` are the numbers for modules that match no key of a pattern.
     """
 
     layer_index: int
@@ -133,7 +133,7 @@ class AllocationPlan:
     Attributes:
         layers: one `LayerPlan` per decoder layer, lowest first.
         base_parameters: parameters of the model without the adapter; None if not counted.
-        kernels: the backends that would compute it on this machine, one line each; empty if not requested.
+        kernels: the backends that would compute the adapter on this machine, one line each; empty if not requested.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -152,7 +152,7 @@ class AllocationPlan:
 
     @property
     def trainable_parameters(self) -> int:
-        """Experts and routers together."""
+        """Parameters of experts and routers together."""
         return self.expert_parameters + self.router_parameters
 
     @property
@@ -162,18 +162,18 @@ class AllocationPlan:
 
     @property
     def active_flops_per_token(self) -> int:
-        """FLOPs that the adapter adds to the forward pass of one token if only chosen experts are computed."""
+        """FLOPs that the adapter adds to the forward pass of one token if only the chosen experts are computed."""
         return sum(layer.active_flops_per_token for layer in self.layers)
 
     @property
     def adapted_layers(self) -> list[LayerPlan]:
-        """Layers with an adapted linear. Without any: layers with an adapted parameter."""
+        """Layers with an adapted linear; if there are none, layers with an adapted parameter."""
         with_linears = [layer for layer in self.layers if layer.flops_per_token]
         return with_linears or [layer for layer in self.layers if layer.expert_parameters]
 
     @property
     def num_experts(self) -> int:
-        """Sum over the adapted layers of the experts per module."""
+        """Experts per module, summed over the adapted layers."""
         return sum(layer.num_experts for layer in self.adapted_layers)
 
     @property
@@ -183,7 +183,7 @@ class AllocationPlan:
 
     @property
     def trainable_share(self) -> float | None:
-        """Trainable parameters / parameters of the base model; None if the latter are not counted."""
+        """Trainable parameters / parameters of the base model; None if the base model's are not counted."""
         return self.trainable_parameters / self.base_parameters if self.base_parameters else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -215,11 +215,11 @@ def plan_allocation(
         forward  2*E*r*(in + out) + 2*E*in  FLOPs per token (the last term only with a router)
         active   2*K*r*(in + out) + 2*E*in  FLOPs per token, with K = top_k
 
-    A parameter with `N` stacked experts of the base model adds `N * r * (in + out)` to the experts' parameters. Its
-    update costs the same for any number of tokens, so the FLOPs leave it out.
+    A parameter with `N` stacked experts of the base model adds `N * r * (in + out)` to the experts' parameters. The
+    cost of its update does not depend on the number of tokens, so FLOPs per token leave it out.
 
     `flops_per_token` holds for backends that compute all experts for every token (`dense`), `active_flops_per_token`
-    for those that compute chosen experts only (`cpu_train`, `cpu_decode`, `grouped`).
+    for those that compute the chosen experts only (`cpu_train`, `cpu_decode`, `grouped`).
 
     Args:
         linears: the adapted linears.
@@ -288,6 +288,6 @@ def _layer_of(adapted: LinearShape | StackShape, num_layers: int) -> int:
 def _check_same_length(num_experts: Sequence[int], other: Sequence[int], name: str = "top_k") -> None:
     if len(num_experts) != len(other):
         raise MolaError(
-            f"`num_experts` and `{name}` need one entry per decoder layer each: got {len(num_experts)} and "
-            f"{len(other)} entries. Resolve both for the same model."
+            f"`num_experts` and `{name}` must each have one entry per decoder layer: got {len(num_experts)} and "
+            f"{len(other)} entries. Compute both from the same model."
         )

@@ -1,7 +1,7 @@
 """In which layer a module is, and how many layers a model has.
 
 - `layer_index`, `count_layers`: position and depth from module names and the model's config.
-- `LayerStacks`: the same for a whole model, also with an encoder below the decoder or towers beside it.
+- `LayerStacks`: position and depth for a whole model, also if it has an encoder or towers for images or sound.
 - `module_kinds`: names that modules of all layers share.
 """
 
@@ -63,7 +63,7 @@ def count_layers(model_config: Mapping[str, Any], module_names: Iterable[str]) -
 def module_kinds(module_names: Iterable[str]) -> dict[str, str]:
     """The kind of each module, which is the same in all layers: the last part of its name, such as `q_proj`.
 
-    If two kinds end alike, as GPT-2's `attn.c_proj` and `mlp.c_proj` do, all kinds are whole names below the layer.
+    If two kinds end alike, like GPT-2's `attn.c_proj` and `mlp.c_proj`, all kinds are whole names below the layer.
     """
     names = list(module_names)
     below_layer = {name: _below_layer(name) for name in names}
@@ -82,22 +82,22 @@ class LayerStacks:
     """The layers of a model that each get a number of experts, lowest first.
 
     - A decoder, or an encoder: its layers.
-    - An encoder-decoder: the encoder's layers, then the decoder's. Each has a number of its own.
+    - An encoder-decoder: the encoder's layers, then the decoder's. Each layer has a number of experts of its own.
     - A language model beside towers for images or sound: the layers of the language model only.
 
     Attributes:
         num_layers: number of layers; None if neither the config nor module names show it.
         num_encoder_layers: number of layers in the encoder of an encoder-decoder; 0 for other models.
-        encoder_decoder_lists: names of the lists of layers of an encoder-decoder: the encoder's and the decoder's.
-            Empty for other models.
-        language_model: name of the language model, or of its list of layers, if other parts stand beside it. None for
-            an encoder-decoder, and for a model that is nothing but a language model.
+        encoder_decoder_names: names of the two lists of layers of an encoder-decoder, the encoder's and the decoder's;
+            empty for other models.
+        language_model: name of the language model, or of its list of layers, if the model has other submodules. None
+            for an encoder-decoder, and for a model that is nothing but a language model.
         has_towers: whether an encoder-decoder has further lists of layers, such as those for images.
     """
 
     num_layers: int | None
     num_encoder_layers: int = 0
-    encoder_decoder_lists: tuple[str, ...] = field(default=(), compare=False)
+    encoder_decoder_names: tuple[str, ...] = field(default=(), compare=False)
     language_model: str | None = None
     has_towers: bool = False
 
@@ -122,7 +122,8 @@ class LayerStacks:
         depth = count_layers(model_config, names)
         sizes = {*lists.values()}
         if len(sizes) == 1 and depth not in sizes:
-            # ALBERT's config counts how often its layers run, but a layer has one number of experts: its list counts.
+            # ALBERT's config says how often its layers run. The depth is the length of its list: a layer that runs
+            # several times has one number of experts.
             within_lists = tuple(f"{name}." for name in lists)
             modules = dict(model.named_modules())
             numbered = [name for name in names if layer_index(name) is not None and is_adaptable(modules[name])]
@@ -132,9 +133,9 @@ class LayerStacks:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the modules that the layers are in, if other parts stand beside them; else empty."""
+        """Names of the submodules that contain the layers; empty if the model has no other submodules."""
         if self.has_towers:
-            return self.encoder_decoder_lists
+            return self.encoder_decoder_names
         return (self.language_model,) if self.language_model else ()
 
     def index(self, module_name: str) -> int | None:
@@ -145,9 +146,9 @@ class LayerStacks:
         """
         if self.parts and not module_name.startswith(tuple(f"{part}." for part in self.parts)):
             return None
-        if not self.encoder_decoder_lists:
+        if not self.encoder_decoder_names:
             return layer_index(module_name)
-        for name, first in zip(self.encoder_decoder_lists, (0, self.num_encoder_layers), strict=True):
+        for name, first in zip(self.encoder_decoder_names, (0, self.num_encoder_layers), strict=True):
             if module_name.startswith(f"{name}."):
                 index = layer_index(module_name.removeprefix(f"{name}."))
                 return None if index is None else first + index
@@ -158,7 +159,7 @@ class LayerStacks:
         return index is not None and index < self.num_encoder_layers
 
     def also_excluding_towers(self, exclude_modules: Names | None) -> Names | None:
-        """`exclude_modules` extended by the towers beside the language model; unchanged for a model without towers.
+        """`exclude_modules` extended by the towers for images or sound; unchanged for a model without towers.
 
         Args:
             exclude_modules: names, a regular expression, or None.
@@ -177,7 +178,7 @@ class LayerStacks:
 def _layer_lists(model: nn.Module) -> dict[str, int]:
     """Name -> length of the lists whose entries contain linears, without lists inside layers.
 
-    Lists whose entries are linears themselves, such as several heads, count only if there is no other list.
+    Lists whose entries are linears themselves, such as several heads, count only if no list of the first kind exists.
     """
     found: dict[str, int] = {}
     lists_of_linears: dict[str, int] = {}
@@ -210,13 +211,13 @@ def _shared_parts(one: str, other: str) -> int:
 
 
 def _role(module_name: str) -> str | None:
-    """The first part of a name that is "encoder" or "decoder", with or without "text_"; None without one."""
+    """The first part of a name that is "encoder" or "decoder", with or without "text_"; None if no part is."""
     parts = (part.removeprefix("text_") for part in module_name.split("."))
     return next((part for part in parts if part in ("encoder", "decoder")), None)
 
 
 def config_of(module: nn.Module) -> Mapping[str, Any] | None:
-    """The configuration of a module as a mapping; None if it has none, or if PEFT cannot make a mapping of it."""
+    """The configuration of a module as a mapping; None if the module has none, or if PEFT cannot convert it."""
     config = BaseTuner.get_model_config(module) if hasattr(module, "config") else None
     return config if isinstance(config, Mapping) else None
 
@@ -226,7 +227,7 @@ def _language_model(model: nn.Module, model_config: Mapping[str, Any]) -> str | 
     parts = {name: part for name, part in model_config.items() if isinstance(part, Mapping)}
     if "text_config" in parts:
         return _decoder_in(model, model)
-    # A part of the model has the towers, and a vocoder for instance stands beside that part.
+    # The towers are in one part of the model, and there are further parts, such as a vocoder.
     if any("text_config" in part for part in parts.values()):
         for module in model.modules():
             if module is not model and "text_config" in (config_of(module) or ()):
@@ -240,7 +241,7 @@ def _language_model(model: nn.Module, model_config: Mapping[str, Any]) -> str | 
 
 
 def _decoder_in(model: nn.Module, part: nn.Module) -> str | None:
-    """Name of the decoder of a part of a model; None if it has none, or if the decoder is the whole model."""
+    """Name of the decoder in a part of a model; None if the part has no decoder or the decoder is the whole model."""
     get_decoder = getattr(part, "get_decoder", None)
     decoder = get_decoder() if get_decoder is not None else None
     return next((name for name, module in model.named_modules() if name and module is decoder), None)

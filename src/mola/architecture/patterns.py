@@ -1,7 +1,7 @@
 """Numbers for single modules by patterns of their names, as in PEFT's `rank_pattern`. Pure functions, no torch.
 
-A key matches a module if it matches, as a regular expression, the end of the module's name from a dot on. The first
-matching key counts.
+A key matches a module if it matches, as a regular expression, the whole name of the module or its end after a dot. The
+first matching key counts.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ def check_pattern(pattern: Any, name: str, *, is_integer: bool = True, place: st
             raise MolaError(f"`{name}` must give {kind} for every key: got {value!r} for {key!r}{place}.")
         try:
             re.compile(key)
-            _compile(key)  # fails for flags, which may only stand at the start of an expression
+            _compile(key)  # also rejects flags, which are allowed only at the start of an expression
         except (re.error, TypeError) as error:
             raise MolaError(f"`{name}` has a key that is no regular expression{place}: {key!r}: {error}.") from error
 
 
 def by_pattern(pattern: Mapping[str, Number] | None, module: str, default: Number) -> Number:
-    """The number of the first key that matches the name of a module; the default if none does."""
+    """The number of the first key that matches the name of a module; the default if no key does."""
     return next((value for key, value in (pattern or {}).items() if _matches(key, module)), default)
 
 
 def scaling_of(config: Mapping[str, Any], module: str, r: int) -> float:
-    """Scaling of the update of a module of rank `r`, from the content of an `adapter_config.json`."""
+    """Factor on the update of a module of rank `r`, given the parsed `adapter_config.json`."""
     alpha = by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
@@ -63,7 +63,7 @@ def check_matches(pattern: Mapping[str, Any] | None, modules: Iterable[str], nam
     """Check that every key of the field `name` matches an adapted module.
 
     Raises:
-        MolaError: a key matches none.
+        MolaError: a key matches no adapted module.
     """
     modules = list(modules)
     for key in pattern or {}:
@@ -78,6 +78,6 @@ def _matches(key: str, module: str) -> bool:
     return _compile(key).match(module) is not None
 
 
-@functools.lru_cache(maxsize=1 << 16)  # `re` caches fewer: a pattern may name every linear of a deep model
+@functools.lru_cache(maxsize=1 << 16)  # the cache of `re` is too small for every linear of a deep model
 def _compile(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")

@@ -1,8 +1,8 @@
 """Examples become token ids and labels.
 
-- The text is prompt + output. Only the output is trained, unless `train_on_inputs` is set.
-- A sample that is too long is an error, or `truncation` says what happens to it. The report counts every loss, so no
-  answer is lost silently.
+- The text is prompt + output. Only the output contributes to the loss, unless `train_on_inputs` is set.
+- `truncation` says what happens to samples that are too long; by default they are an error. The report counts every
+  dropped or truncated sample.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TRUNCATIONS = ("error", "drop", "left", "right")
 _SMALLEST_CUTOFF = 8
-_CHUNK = 10_000  # samples that are Python lists at the same time; lists take several times the memory of Arrow
+_CHUNK = 10_000  # samples held as Python lists at the same time; lists need several times the memory of Arrow
 _NO_LIMIT = 1 << 30
 
 
@@ -37,12 +37,12 @@ class EncodeReport:
     Attributes:
         total: samples received, `kept` + `dropped`.
         kept: samples in the result.
-        dropped: samples left out because they were too long or had nothing to train.
+        dropped: samples left out because they were too long or had no token to train on.
         truncated: kept samples that lost a token, even if only the end-of-sequence token.
         answer_cut: kept samples that lost a token of the answer's text.
-        longest: tokens of the longest sample before truncation.
+        longest: length in tokens of the longest sample, before truncation.
         tokens: tokens in the result.
-        trained_tokens: labels in the result that are trained.
+        trained_tokens: tokens in the result that contribute to the loss.
     """
 
     total: int
@@ -59,7 +59,7 @@ class EncodeReport:
         return (
             f"{self.kept} of {self.total} samples kept, {self.dropped} dropped, {self.truncated} truncated "
             f"({self.answer_cut} with a cut answer); longest {self.longest} tokens; {self.tokens} tokens, "
-            f"{self.trained_tokens} trained"
+            f"{self.trained_tokens} of them in the loss"
         )
 
 
@@ -76,21 +76,22 @@ def encode_examples(
     """Tokenise examples for training.
 
     The tokenizer's special tokens (BOS) stand before the text. With `add_eos_token` exactly one EOS stands after it,
-    even if the tokenizer adds none. A chat template that ends a turn with a token of its own has that token before EOS.
+    even if the tokenizer adds none. If a chat template ends a turn with a token of its own, that token stands before
+    EOS.
 
-    A token that contains the border between prompt and output counts as output, so it is trained. With a chat template
-    prompt and output are tokenised separately where a token would contain their border.
+    A token that contains the border between prompt and output counts as output, so it contributes to the loss. With a
+    chat template, prompt and output are tokenised separately if a token would contain their border.
 
     Args:
         examples: as `load_examples` returns them.
         tokenizer: fast or slow; a slow one tokenises prompt and output separately.
         template: prompt template.
         cutoff_len: maximum length of a sample in tokens, at least 8.
-        train_on_inputs: train the prompt's tokens as well; the labels are then a copy of the ids.
+        train_on_inputs: let the prompt's tokens contribute to the loss as well; the labels become a copy of the ids.
         add_eos_token: end every sample with EOS.
-        truncation: what happens to a longer sample. `error`: raise; `drop`: leave it out; `left`: cut
-            the prompt after BOS and keep the whole answer; `right`: cut the end, including the answer,
-            and leave the sample out if nothing to train remains.
+        truncation: what happens to a longer sample. 'error': raise; 'drop': leave it out; 'left': cut the prompt
+            after BOS and keep the whole answer; 'right': cut the end, including the answer, and leave the sample out
+            if no token to train on remains.
 
     Returns:
         Dataset with `input_ids`, `attention_mask`, `labels` (each a list of integers) and `length`, and
@@ -116,13 +117,13 @@ def encode_whole(
 
     Args:
         examples: as in `encode_examples`.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         template: prompt template.
-        positions: maximum length that the model can read, in tokens; None for any.
+        positions: maximum length that the model can read, in tokens; None if unlimited.
         add_eos_token: end every sample with EOS.
 
     Raises:
-        MolaError: a sample is longer than `positions`; and as `encode_examples`.
+        MolaError: a sample is longer than `positions`, or for the reasons of `encode_examples`.
     """
     limit = _NO_LIMIT if positions is None else positions
     _check_options(examples, tokenizer, limit, add_eos_token, "error")
@@ -155,7 +156,7 @@ def _check_options(
     if cutoff_len < _SMALLEST_CUTOFF:
         raise MolaError(f"`cutoff_len` must be at least {_SMALLEST_CUTOFF}: got {cutoff_len!r}. Raise it.")
     if truncation not in TRUNCATIONS:
-        raise MolaError(f"`truncation` must be one of {', '.join(TRUNCATIONS)}: got {truncation!r}.")
+        raise MolaError(f"`truncation` must be one of {', '.join(map(repr, TRUNCATIONS))}: got {truncation!r}.")
     if add_eos_token and tokenizer.eos_token_id is None:
         raise MolaError(
             "`add_eos_token` needs a tokenizer with an EOS token: this one has none. Set "
@@ -178,21 +179,21 @@ def _make_dataset(
         longest = max(longest, *(len(sample.ids) for sample in chunk))
         too_long += sum(len(sample.ids) > cutoff_len for sample in chunk)
         if too_long and truncation == "error":
-            continue  # the message needs their number
+            continue  # keep counting for the error message
         columns = _fit_samples(chunk, cutoff_len, train_on_inputs, truncation, counts)
         if columns["input_ids"]:
             parts.append(datasets.Dataset.from_dict(columns))
     total = counts["total"]
     if too_long and truncation == "error":
         raise MolaError(
-            f"`cutoff_len` must not be smaller than a sample: {too_long} of {total} samples "
-            f"would lose tokens, the longest has {longest}, `cutoff_len` is {cutoff_len}. Raise `cutoff_len` "
-            f"to {longest}, or choose `truncation` drop, left or right."
+            f"`cutoff_len` is too small: {too_long} of {total} samples would lose tokens, the longest has {longest}, "
+            f"`cutoff_len` is {cutoff_len}. Raise `cutoff_len` to {longest}, or set `truncation` to 'drop', 'left' "
+            "or 'right'."
         )
     if not parts:
         raise MolaError(
             f"`cutoff_len` leaves no sample: all {total} were dropped, the longest has {longest} "
-            f"tokens, `cutoff_len` is {cutoff_len}. Raise `cutoff_len`, or choose `truncation` left."
+            f"tokens, `cutoff_len` is {cutoff_len}. Raise `cutoff_len`, or set `truncation` to 'left'."
         )
     names = ("total", "kept", "truncated", "answer_cut", "tokens", "trained_tokens")
     report = EncodeReport(**{name: counts[name] for name in names}, dropped=total - counts["kept"], longest=longest)
@@ -202,7 +203,7 @@ def _make_dataset(
 def _fit_samples(
     samples: Iterable[Sample], cutoff_len: int, train_on_inputs: bool, truncation: str, counts: Counter[str]
 ) -> dict[str, list[Any]]:
-    """Columns of the samples that are kept; adds to the report's `counts`."""
+    """Columns of the dataset, with the samples that are kept; adds to the report's `counts`."""
     columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "attention_mask", "labels", "length")}
     for sample in samples:
         fitted = _fit(sample, cutoff_len, truncation)
@@ -215,7 +216,7 @@ def _fit_samples(
         columns["length"].append(len(fitted.ids))
         counts["kept"] += 1
         counts["truncated"] += len(fitted.ids) < len(sample.ids)
-        counts["answer_cut"] += fitted.text_end - fitted.start < sample.text_end - sample.start
+        counts["answer_cut"] += fitted.text_end - fitted.answer_start < sample.text_end - sample.answer_start
         counts["tokens"] += len(fitted.ids)
         counts["trained_tokens"] += len(labels) - labels.count(IGNORED)
     return columns
@@ -232,33 +233,33 @@ def _fit(sample: Sample, cutoff_len: int, truncation: str) -> Sample | None:
         return replace(
             sample,
             ids=sample.ids[:cutoff_len],
-            start=min(sample.start, cutoff_len),
+            answer_start=min(sample.answer_start, cutoff_len),
             text_end=min(sample.text_end, cutoff_len),
         )
-    before = max(sample.prefix, 1)  # no token predicts the first one
-    if before + excess > sample.start:
-        needed = len(sample.ids) - sample.start + before
+    kept_prefix = max(sample.prefix, 1)  # no token predicts the first one
+    if kept_prefix + excess > sample.answer_start:
+        needed = len(sample.ids) - sample.answer_start + kept_prefix
         raise MolaError(
             f"`cutoff_len` must leave room for the answer: example `{sample.row_id}` needs {needed} tokens "
-            f"without its prompt, `cutoff_len` is {cutoff_len}. Raise it, or choose "
-            "`truncation` drop, or right, which cuts the answer."
+            f"without its prompt, `cutoff_len` is {cutoff_len}. Raise it, or set "
+            "`truncation` to 'drop', or to 'right', which cuts the answer."
         )
     return replace(
         sample,
         ids=sample.ids[: sample.prefix] + sample.ids[sample.prefix + excess :],
-        start=sample.start - excess,
+        answer_start=sample.answer_start - excess,
         text_end=sample.text_end - excess,
     )
 
 
 def _has_labels(sample: Sample, train_on_inputs: bool, truncation: str) -> bool:
-    """Whether anything is trained; raises if it is not and `truncation` does not allow to drop the sample."""
-    first_label = max(0 if train_on_inputs else sample.start, 1)  # no token predicts the first one
+    """Whether any token contributes to the loss; raises if none does and `truncation` does not allow dropping it."""
+    first_label = max(0 if train_on_inputs else sample.answer_start, 1)  # no token predicts the first one
     if first_label < len(sample.ids):
         return True
     if truncation in ("error", "left"):
         raise MolaError(
-            f"`output` must not be empty without `add_eos_token`: example `{sample.row_id}` has nothing to "
-            "train. Correct or remove it, or choose `truncation` drop."
+            f"`output` must not be empty without `add_eos_token`: example `{sample.row_id}` has no token "
+            "to train on. Correct or remove it, or set `truncation` to 'drop'."
         )
     return False

@@ -1,4 +1,4 @@
-"""Rows become examples in memory, ready to be encoded or evaluated; hashes find equal examples among millions."""
+"""Make examples from rows, ready to be encoded or evaluated; find equal examples among millions by hashes."""
 
 import hashlib
 import json
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 _SHOWN_VALUES = 12  # in a message
 _TURNS = "Conversations of several turns are for TRL (docs/trainers.md)"
-# Columns that other programs put into a prompt, and what to do with each.
+# Columns that other programs put into a prompt, and advice on each of them.
 _PROMPT_COLUMNS_OF_OTHERS = {
     "system": "Put it into `instruction`, or write a task that does",
     **dict.fromkeys(("history", "messages", "conversations"), _TURNS),
 }
 _CHATS = "Conversations are for TRL: python -m mola.integrations.trl_command sft, see docs/trainers.md. "
-_Rows = list[tuple[int, dict[str, Any]]]  # positions in the source, which ids are made of, and rows
+_Rows = list[tuple[int, dict[str, Any]]]  # (position in the source, row); missing ids are made from positions
 
 
 def load_examples(
@@ -37,8 +37,9 @@ def load_examples(
 ) -> list[dict[str, Any]]:
     """Examples of a data source, ready to be encoded or evaluated.
 
-    Prepared rows, which have `instruction` and `output`, are taken as they are; others go through the task. Where the
-    task itself reads one of these columns, prepared rows have `id` and `input` too, as `mola prepare` writes them.
+    Prepared rows, which have `instruction` and `output`, are used as they are; raw rows go through the task. If
+    the task itself reads one of these columns, prepared rows must have `id` and `input` too, as `mola prepare` writes
+    them.
 
     Args:
         path: anything that `read_rows` reads.
@@ -49,7 +50,7 @@ def load_examples(
 
     Returns:
         Dicts with `id`, `instruction`, `input`, `output`, `answer` and `num_choices` (both None if
-        unknown), and the task's group columns where the row has them.
+        unknown), and those of the task's group columns that the row has.
 
     Raises:
         MolaError: a column is missing, a value does not fit, an id occurs twice, or no row is left.
@@ -79,7 +80,7 @@ def load_examples(
 
 
 def _apply_filters(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> _Rows:
-    """Rows that have the wanted values; a column that no row has, and an empty result, are errors."""
+    """Rows that have the wanted values; it is an error if no row has a column, or if no row is left."""
     all_rows = rows
     for column, wanted in filters.items():
         if not any(column in row for _, row in rows):
@@ -94,11 +95,10 @@ def _apply_filters(rows: _Rows, filters: Mapping[str, Any], path: str | Path) ->
             more = ", ..." if len(found) > _SHOWN_VALUES else ""
             raise MolaError(
                 f"`filters` must leave rows: `{column}` is {wanted!r} in none of the "
-                f"{len(rows)} rows left of `{path}`, it is {', '.join(found[:_SHOWN_VALUES])}{more}. Choose one of "
-                "these."
+                f"{len(rows)} rows left of `{path}`, but {', '.join(found[:_SHOWN_VALUES])}{more}. Choose one of these."
             )
         missing = [value for value in values if all(row.get(column) != value for _, row in all_rows)]
-        if missing:  # no error: one split may lack what another one has
+        if missing:  # no error: one split may lack values that a different split has
             logger.warning("`filters`: no row of %s has %s as `%s`.", path, ", ".join(map(repr, missing)), column)
         logger.info("%s: `filters` leave %d of %d rows by `%s`", path, len(kept), len(rows), column)
         rows = kept
@@ -111,7 +111,7 @@ def _is_prepared(row: Mapping[str, Any], task: Task | None) -> bool:
 
 
 def _check_prompt_columns(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> None:
-    """Raise for text that belongs to the prompt in other programs, and that no task puts there."""
+    """Raise if a row has text that other programs put into the prompt, and its prompt does not contain the text."""
     for name, cure in _PROMPT_COLUMNS_OF_OTHERS.items():
         if name in filters:
             continue
@@ -119,7 +119,7 @@ def _check_prompt_columns(rows: _Rows, filters: Mapping[str, Any], path: str | P
         if unread:
             raise MolaError(
                 f"`data` has a column `{name}` that would not be in the prompt: {len(unread)} of {len(rows)} rows of "
-                f"`{path}` have something there, the first is row {unread[0]}. {cure}; drop the column; or pass the "
+                f"`{path}` have a value in it, the first is row {unread[0]}. {cure}; drop the column; or pass the "
                 "task that has prepared the rows."
             )
 
@@ -129,7 +129,7 @@ def _is_in_prompt(row: Mapping[str, Any], value: Any) -> bool:
 
 
 def _check_task_filters(rows: _Rows, task: Task, path: str | Path) -> None:
-    """Raise for raw rows that only look prepared: `mola prepare` has left out what the task's filters leave out."""
+    """Raise for raw rows that only look prepared: a prepared row would have passed the task's filters."""
     if not reads_prompts(task):
         return
     filters = {name: value for name, value in task.filters.items() if name not in (*PROMPT_COLUMNS, "answer")}
@@ -139,8 +139,8 @@ def _check_task_filters(rows: _Rows, task: Task, path: str | Path) -> None:
                 raise MolaError(
                     f"`data` must be rows as `mola prepare` writes them, or raw ones: row {index} of `{path}` has "
                     f"`id`, `input`, `instruction` and `output` as if it were prepared, but `{name}` "
-                    f"{row.get(name)!r}, which the filters of the task `{task.name}` leave out. If it is raw, rename "
-                    "or drop its column `id`."
+                    f"{row.get(name)!r}, which the filters of the task `{task.name}` leave out. If the row is raw, "
+                    "rename or drop its column `id`."
                 )
     logger.info("%s is taken as prepared: its rows have `id`, `input`, `instruction` and `output`", path)
 
@@ -150,7 +150,7 @@ def _prepared_example(row: Mapping[str, Any], index: int, split: str | None, tas
     text = {"instruction": row["instruction"], "input": row.get("input"), "output": row["output"]}
     answer = row.get("answer")
     if not isinstance(answer, str) and (task is None or task.answer is None):
-        answer = None  # a column of the source, which is not used
+        answer = None  # the source has a column of this name, which is not used
     for name, value in {**text, "answer": answer}.items():
         if not isinstance(value, str) and (value is not None or name == "output"):
             raise MolaError(
@@ -171,7 +171,7 @@ def _needs_task(rows: _Rows, path: str | Path) -> MolaError:
     columns = columns_of(row for _, row in rows)
     chats = _CHATS if {"messages", "conversations"} & {*columns} else ""
     return MolaError(
-        f"`task` is needed, since `{path}` has no `{missing}` in some row: its columns are "
+        f"`task` is needed, since `{path}` has no `{missing}` in some row: the columns are "
         f"{', '.join(columns)}. {chats}Name the task, or prepare the data with `mola prepare`."
     )
 
@@ -204,12 +204,12 @@ def check_columns(
     """Raise if a row lacks a column that the task needs.
 
     Args:
-        row: a row that the task's filters keep.
-        number: its position in the source.
-        task: of the row.
+        row: a row that passes the task's filters.
+        number: position of the row in the source.
+        task: the task that reads the row.
         source: name of the source, for the message.
         strata: the rule by which samples are drawn; its column is needed too.
-        columns: gives all columns of the source's first row, for the message, where `row` holds only a part of its own.
+        columns: returns all columns of the source's first row, for the message; needed if `row` has only some columns.
     """
     missing = task.missing_columns(row)
     if strata is not None and strata.column not in row:
@@ -218,7 +218,7 @@ def check_columns(
         return
     if "instruction" in row and "output" not in row and not reads_prompts(task):
         raise MolaError(
-            f"prepared rows have `output` beside `instruction`: row {number} of `{source}` has none. Add it."
+            f"prepared rows have `output` beside `instruction`: row {number} of `{source}` has no `output`. Add it."
         )
     more = "" if strata is None else f", and `{strata.column}` to draw samples"
     found = "its columns" if columns is None else "the columns of the first row"
@@ -242,23 +242,23 @@ def check_ids(ids: Iterable[str], source: str) -> None:
 
 
 def hash_text(text: str) -> int:
-    """Eight bytes for a text, the same in every process."""
+    """A hash of a text in 8 bytes, the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def hash_example(example: Mapping[str, Any]) -> int:
-    """Eight bytes for instruction, input and output together."""
+    """A hash of instruction, input and output together, in 8 bytes."""
     return hash_text(json.dumps([example["instruction"], example["input"], example["output"]]))
 
 
 def hash_instruction(example: Mapping[str, Any]) -> int:
-    """Eight bytes for instruction and input together; 0 without an instruction."""
+    """A hash of instruction and input together, in 8 bytes; 0 without an instruction."""
     instruction = example["instruction"]
     return 0 if instruction is None else hash_text(json.dumps([instruction, example["input"]]))
 
 
 def distinct_questions(examples: Iterable[Mapping[str, Any]]) -> NDArray[np.uint64]:
-    """The distinct hashes of the examples' instructions, sorted; of a text without one, that of the whole example."""
+    """The distinct hashes of the instructions, sorted; an example without instruction is hashed as a whole."""
     hashes = (hash_instruction(example) or hash_example(example) for example in examples)
     return np.unique(np.fromiter(hashes, np.uint64))
 

@@ -61,7 +61,8 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     Returns:
         `output_dir`, `task`, `splits` (per split `rows` and `filtered`) and `shared_instructions`, the
         number of instructions that occur in more than one split. With `num_samples` also `source`: its `rows`,
-        the `candidates` among them, those left out by reason, and the number of `groups`; `filtered` is 0 then.
+        the `candidates` among them, the numbers left out by reason, and the number of `groups`. `filtered` is 0 with
+        `num_samples`.
 
     Raises:
         MolaError: an option or a row does not fit, or the output folder is in use.
@@ -88,7 +89,7 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
 
 
 def _check_options(options: PrepareOptions) -> None:
-    """Raise for options that the task or the way of preparing ignores."""
+    """Raise for options that would have no effect with the given task or the other options."""
     if options.task == "sample":
         if options.num_samples is not None:
             raise MolaError("`num_samples` has no use with the task `sample`. Use `train_size`.")

@@ -1,7 +1,7 @@
-"""Read rows from files, saved datasets and the Hub, all at once or one after the other.
+"""Read rows from files, saved datasets and the Hub, all at once or one by one.
 
 Python's own modules read JSON and CSV, because values must stay as written: `datasets` turns the text "2020-01-01" into
-a date and 007 of a CSV file into 7, and shifts the columns of a CSV line that has one value too many. `datasets` reads
+a date and 007 in a CSV file into 7, and shifts the columns of a CSV line that has one value too many. `datasets` reads
 Parquet files, saved datasets and the Hub.
 """
 
@@ -29,8 +29,8 @@ def read_rows(path: str | Path, split: str | None = None, *, may_be_empty: bool 
 
     Args:
         path: a ``.json`` (array), ``.jsonl``, ``.csv`` (each also with ``.gz``) or ``.parquet`` file, a
-            folder written by `save_to_disk` of Hugging Face datasets, or a Hub name ``owner/name``, of
-            one with several configurations ``owner/name:configuration``.
+            folder written by `save_to_disk` of Hugging Face datasets, or a Hub name ``owner/name``;
+            ``owner/name:configuration`` for a dataset with several configurations.
         split: the split of a folder or a Hub dataset; ignored for a file, which has no splits.
         may_be_empty: accept a source without rows.
 
@@ -44,20 +44,20 @@ def read_rows(path: str | Path, split: str | None = None, *, may_be_empty: bool 
     rows = list(_iterate(path, split))
     if not rows and not may_be_empty:
         part = f"split `{split}` of `{path}`" if split is not None and os.path.isdir(path) else f"`{path}`"
-        raise MolaError(f"`data` must have at least one row: {part} has none. Choose another one.")
+        raise MolaError(f"`data` must have at least one row: {part} has none. Choose a different source.")
     return rows
 
 
 def stream_rows(
     path: str | Path, split: str | None = None, columns: Collection[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of `read_rows` one at a time, so that they need not fit into memory; a ``.json`` array is read whole.
+    """The rows of `read_rows` one by one, so that they need not fit into memory; a ``.json`` array is read as a whole.
 
     Args:
         path: as in `read_rows`; a Hub dataset is streamed instead of stored.
         split: as in `read_rows`.
-        columns: the columns to read of a Parquet file, a saved dataset or a Hub dataset; other formats ignore it, and
-            columns that do not exist are left out.
+        columns: the columns to read from a Parquet file, a saved dataset or a Hub dataset; columns that do not exist
+            are left out. Other formats ignore this argument.
 
     Raises:
         MolaError: as in `read_rows`, except for a source without rows.
@@ -92,7 +92,7 @@ def _iterate(
 
 
 def has_rows(path: str | Path, split: str | None = None) -> bool:
-    """Whether the source has a row; raises as `stream_rows`."""
+    """Whether the source has a row; raises the errors of `stream_rows`."""
     return next(stream_rows(path, split), None) is not None
 
 
@@ -118,13 +118,13 @@ def split_names(path: str | Path) -> list[str]:
 
 
 def check_split(option: str, split: str, default: str, data: str | Path) -> None:
-    """Raise if `split` is neither the option's default nor train, and `data` has no splits: all rows would be read."""
+    """Raise if `split` is neither the default nor train, but `data` has no splits, so that all rows would be read."""
     if split not in (default, "train") and os.path.exists(os.path.expanduser(data)) and not split_names(data):
         raise MolaError(f"`{option}` ({split!r}) must be left out: {str(data)!r} has no splits.")
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether a string has the form of a Hub dataset, ``owner/name[:configuration]``, and no ending of a file."""
+    """Whether a string has the form of a Hub dataset, ``owner/name[:configuration]``, and no file extension."""
     name = source.partition(":")[0].removesuffix(".gz")
     return _HUB_NAME.fullmatch(source) is not None and not name.endswith((*FILE_ENDINGS, ".hf"))
 
@@ -142,7 +142,7 @@ class Source:
     split: str | None = None
 
     def rows(self, columns: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """The rows from the first one on, as `stream_rows`."""
+        """The rows from the first one on; see `stream_rows`."""
         return stream_rows(self.path, self.split, columns)
 
 
@@ -186,7 +186,7 @@ def _unreadable(source: str, error: Exception) -> MolaError:
         return MolaError(f"`data` `{source}` cannot be read ({reason}). Check that it is complete.")
     return MolaError(
         f"`data`: no file or folder `{source}` exists, and the Hub dataset of this name could not be loaded "
-        f"({reason}). Check the path, or the name and the connection. Of a dataset with several configurations pass "
+        f"({reason}). Check the path, or the name and the connection. For a dataset with several configurations pass "
         "owner/name:configuration."
     )
 
@@ -202,7 +202,7 @@ def _read_file(place: Path, columns: Collection[str] | None) -> Iterator[Any]:
     if ending == ".parquet":
         import datasets
 
-        # Streamed, so that no copy goes to the cache of `datasets`.
+        # Streaming stores no copy in the cache of `datasets`.
         loaded = datasets.load_dataset("parquet", data_files=str(place), split="train", streaming=True)
         yield from _rows_of(loaded, columns)
         return
@@ -257,7 +257,7 @@ def _read_csv(file: IO[str], place: Path) -> Iterator[Any]:
         if None in row or None in row.values():
             raise MolaError(
                 f"`data` file `{place}` must have {len(names)} values in every line, as its "
-                f"header: line {reader.line_num} has another number. Correct the line, or quote its commas."
+                f"header: line {reader.line_num} has a different number. Correct the line, or quote its commas."
             )
         yield row
 
@@ -288,13 +288,13 @@ def _read_hub(source: str, split: str | None, columns: Collection[str] | None, i
 
     more: dict[str, Any] = {"streaming": True} if is_stream else {}
     loaded = datasets.load_dataset(*hub_dataset(source), split=split, **more)
-    if isinstance(loaded, dict):  # without `split`, a dataset for each
+    if isinstance(loaded, dict):  # without `split`, one dataset per split
         loaded = loaded[_choose_split(list(loaded), split, source)]
     return _rows_of(loaded, columns)
 
 
 def _choose_split(names: list[str], split: str | None, source: str) -> str:
-    """The split `split`; the only one if `split` is None."""
+    """Name of the split to read: `split`, or the only split if `split` is None."""
     if split is None and len(names) == 1:
         return names[0]
     if split is None or split not in names:
@@ -311,7 +311,7 @@ def _rows_of(dataset: Any, columns: Collection[str] | None) -> Iterator[dict[str
         names = [name for name in dataset.column_names if name in columns]
         dataset = dataset.select_columns(names) if names else dataset
     for table in dataset.with_format("arrow").iter(batch_size=_BATCH_SIZE):
-        # Types of Arrow alone, without metadata: images stay bytes, and values of mixed kinds, which `datasets` stores
-        # as JSON, are decoded.
+        # The types are those of Arrow, without metadata: images stay bytes, and values of mixed kinds, which `datasets`
+        # stores as JSON, are decoded.
         features = datasets.Features.from_arrow_schema(table.schema.remove_metadata())
         yield from map(features.decode_example, table.to_pylist())

@@ -2,7 +2,7 @@
 
 A topic asks one question about a sentence ("The river is 40 kilometres long. What is measured?"). Its options are the
 classes of the topic, always in the same order, so that a letter stands for a class. A very small model can learn that
-from a few hundred samples; shuffled options would take many more. Held-out questions use the same words in other
+from a few hundred samples; shuffled options would need many more. Held-out questions use the same words in other
 sentences.
 """
 
@@ -16,14 +16,14 @@ from mola.errors import MolaError
 DEFAULT_KINDS = 5  # the first of `TOPICS`, with short options
 
 HINT_SHARE = 0.2  # share of questions that have the topic's rule as a hint
-_TRIES = 200  # draws without a new question, after which no more questions of the topic are made
+_TRIES = 200  # draws without a new question after which a topic counts as used up
 
 
 @dataclass(frozen=True)
 class Topic:
     """One kind of question."""
 
-    subject: str  # these four are columns of the rows
+    subject: str  # `subject`, `topic`, `category` and `skill` are columns of the rows
     topic: str
     category: str
     skill: str
@@ -229,7 +229,7 @@ def generate_splits(
     """Generate science questions, all different, in the ScienceQA schema.
 
     No question occurs twice, neither in one split nor in two. Over all splits together, topics have equal shares, and
-    the classes of a topic are the right answer equally often, up to one.
+    the classes of a topic are the correct answer equally often, up to one.
 
     Args:
         sizes: split name -> number of questions, 0 or more.
@@ -237,17 +237,17 @@ def generate_splits(
         kinds: number of topics, from the first of `TOPICS` on; the ones after the fifth are harder.
 
     Returns:
-        Rows by split, with the columns of ScienceQA and an `id`; `answer` is the index of the right
+        Rows by split, with the columns of ScienceQA and an `id`; `answer` is the index of the correct
         choice, `image` is None.
 
     Raises:
-        MolaError: a size is negative, there are fewer kinds, or fewer different questions can be made.
+        MolaError: a size is negative, `kinds` is out of range, or not enough different questions can be made.
     """
     for name, size in sizes.items():
         if size < 0:
             raise MolaError(f"`{name}_size` must be 0 or more: got {size!r}. Correct it.")
     if not 1 <= kinds <= len(TOPICS):
-        raise MolaError(f"`kinds` must be 1 to {len(TOPICS)}: got {kinds}. Ask for fewer kinds, or leave it out.")
+        raise MolaError(f"`kinds` must be 1 to {len(TOPICS)}: got {kinds}. Choose fewer kinds, or leave it out.")
     writer = _Writer(seed, TOPICS[:kinds])
     return {name: [writer.row(f"{name}-{index}") for index in range(size)] for name, size in sizes.items()}
 
@@ -283,13 +283,13 @@ class _Writer:
         }
 
     def _next_topic(self) -> Topic:
-        """Every topic comes once before the first one comes again."""
+        """Every topic comes once before any topic comes again."""
         if not self._topics:
             self._topics = self._random.sample(self._kinds, len(self._kinds))
         return self._topics.pop()
 
     def _next_answer(self, topic: Topic) -> int:
-        """Every class of a topic is the right answer once before one is again."""
+        """Every class of a topic is the correct answer once before any class is the answer again."""
         if not self._answers.get(topic.category):
             self._answers[topic.category] = self._random.sample(range(len(topic.options)), len(topic.options))
         return self._answers[topic.category].pop()
@@ -301,6 +301,6 @@ class _Writer:
                 self._seen.add(question)
                 return question
         raise MolaError(
-            f"`train_size`, `validation_size` and `test_size` ask for more questions than there are: the topic "
-            f"{topic.category!r} is used up after {len(self._seen)} questions in all. Ask for fewer."
+            f"`train_size`, `validation_size` and `test_size` together need more questions than there are: the topic "
+            f"{topic.category!r} is used up after {len(self._seen)} questions in all. Lower the sizes."
         )

@@ -29,12 +29,12 @@ _Build = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Candidates:
-    """Rows that can be drawn, and why others cannot."""
+    """Rows that can be drawn, and how many cannot, by reason."""
 
     numbers: NDArray[np.int64]  # positions in the source
-    texts: NDArray[np.uint64]  # hash of instruction, input and output of each
-    groups: NDArray[np.int64]  # number of the group of each; groups are numbered as they first occur
-    group_names: list[str]  # names of the groups; empty if there are more than a few
+    texts: NDArray[np.uint64]  # hash of instruction, input and output of each row
+    groups: NDArray[np.int64]  # group number of each row; groups are numbered in the order in which they first occur
+    group_names: list[str]  # names of the groups; empty if there are more than `_SHOWN_GROUPS`
     left_out: dict[str, int]  # reason (see `_REASONS`) -> number of rows
 
     @property
@@ -43,7 +43,7 @@ class Candidates:
         return len(self.numbers) + sum(self.left_out.values())
 
     def reasons(self) -> str:
-        """`left_out` in words."""
+        """The numbers of rows left out, by reason, as text."""
         return ", ".join(f"{count} {_REASONS[name]}" for name, count in self.left_out.items())
 
 
@@ -53,7 +53,9 @@ class Drawn:
 
     splits: dict[str, list[dict[str, Any]]]
     candidates: Candidates
-    groups: dict[str, dict[str, int]]  # group -> candidates and rows of every split; empty if there are many groups
+    groups: dict[
+        str, dict[str, int]
+    ]  # group -> counts of its candidates and drawn rows by split; empty for many groups
     num_groups: int
     shared_instructions: int  # instructions, with their input, that occur in more than one split
 
@@ -77,7 +79,7 @@ def drawn_sizes(num_samples: int, num_validation: int | None, num_test: int | No
     """Split -> number of rows to draw; None means 1000.
 
     Raises:
-        MolaError: `num_samples` is below 1, or another number below 0.
+        MolaError: `num_samples` is below 1, or one of the others is below 0.
     """
     given = {"num_samples": num_samples, "num_validation": num_validation, "num_test": num_test}
     sizes = {name: HELD_OUT_SIZE if size is None else size for name, size in given.items()}
@@ -93,14 +95,14 @@ def single_source(data: str, *, may_take_all: bool = True) -> Source:
 
     Args:
         data: as in `source_splits`.
-        may_take_all: whether the command can also take all splits, without `num_samples`; for the message.
+        may_take_all: whether the command can also use the splits as they are, without `num_samples`; for the message.
 
     Raises:
         MolaError: there are several files, or several splits without a `train`.
     """
     splits = source_splits(data)
     if "=" in data and len(splits) > 1 and all(source.split is None for source in splits.values()):
-        otherwise = ", or leave `num_samples` out to take the splits as they are" if may_take_all else ""
+        otherwise = ", or leave `num_samples` out to use the splits as they are" if may_take_all else ""
         raise MolaError(
             f"`data` must be a single source to draw samples from: got the files {data!r}. Name one of them{otherwise}."
         )
@@ -127,14 +129,14 @@ def draw_splits(
     Args:
         source: where rows come from; it is read twice.
         task: turns a row into an example, and says which rows count and which groups they form.
-        sizes: split -> number of rows.
+        sizes: split -> number of rows to draw.
         seed: the same source, sizes and seed give the same rows in the same order.
         build: makes the row of the result from a source row and its example.
-        columns: the columns of a source row that `build` needs besides those of the task; None for all.
+        columns: columns of a source row that `build` needs in addition to those that the task reads; None for all.
         unique_ids: leave out rows with an `id` that an earlier row has.
 
     Raises:
-        MolaError: the source has too few rows, a row does not fit the task, or the source changes between the passes.
+        MolaError: the source has too few rows, a row does not fit the task, or the source changes while it is read.
     """
     needed = {*task.columns, *task.filters, "id"} | ({task.strata.column} if task.strata else set())
     candidates = find_candidates(source, task, needed, unique_ids)
@@ -159,7 +161,7 @@ def draw_splits(
 
 
 def find_candidates(source: Source, task: Task, columns: Collection[str], unique_ids: bool) -> Candidates:
-    """First pass: rows that the task keeps, that have their text, and whose text no earlier row has.
+    """First pass: find rows that pass the task's filters, are not blank, and have a text that no earlier row has.
 
     Args:
         source: where rows come from.
@@ -203,14 +205,14 @@ def find_candidates(source: Source, task: Task, columns: Collection[str], unique
 
 
 def _is_first(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Whether no earlier value is the same."""
+    """For each value, whether no earlier value equals it."""
     result = np.zeros(len(values), dtype=bool)
     result[np.unique(values, return_index=True)[1]] = True
     return result
 
 
 def _number_groups(values: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """The distinct values in the order in which they first occur, and for every value its place among them."""
+    """The distinct values in the order in which they first occur, and the index of every value among them."""
     distinct, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     order = np.argsort(first)
     places = np.empty(len(order), dtype=np.int64)
@@ -222,15 +224,15 @@ def draw(groups: NDArray[np.int64], sizes: Sequence[int], seed: int) -> list[NDA
     """Rows of every split, at random, each group in its share.
 
     Args:
-        groups: number of the group of every row, from 0.
+        groups: group number of every row, from 0.
         sizes: rows of every split, together at most the number of rows.
         seed: the same arguments give the same rows, on every machine.
 
     Returns:
-        Row numbers by split, shuffled; no row is in two splits, or in one twice.
+        Row numbers by split, shuffled; no row is drawn twice.
     """
     counts = np.bincount(groups, minlength=1)
-    # Groups of a single row are drawn from as one: the share of each, rounded down or up, is any number.
+    # All groups of a single row are merged into one group: the rounded share of a single row would be arbitrary.
     is_single = counts == 1
     if is_single.any():
         merged = np.where(is_single, 0, np.cumsum(~is_single))
@@ -249,11 +251,11 @@ def draw(groups: NDArray[np.int64], sizes: Sequence[int], seed: int) -> list[NDA
 
 
 def allocate(counts: Sequence[int] | NDArray[np.int64], sizes: Sequence[int]) -> NDArray[np.int64]:
-    """Rows that each group gives to each split, proportional to the groups (largest remainders).
+    """Rows that each group gives to each split, proportional to the sizes of the groups (largest remainders).
 
-    With ``N`` rows in all, the share of a group of ``c`` rows in a split of ``n`` rows is ``c * n / N``. It is rounded
-    down; the rows that a split still needs come from the groups with the largest remainders that have rows left. So
-    every split gets exactly its rows, and no group gives more than it has.
+    With ``N`` rows in all, the share of a group of ``c`` rows in a split of ``n`` rows is ``c * n / N``, rounded down.
+    The rows that a split still needs come from the groups with the largest remainders that have rows left. So every
+    split gets exactly its number of rows, and no group gives more rows than it has.
 
     Args:
         counts: rows of every group.
@@ -268,7 +270,7 @@ def allocate(counts: Sequence[int] | NDArray[np.int64], sizes: Sequence[int]) ->
     table = floors.copy()
     for split, size in enumerate(sizes):
         while (needed := size - int(table[:, split].sum())) > 0:
-            # Of equal remainders, the group comes first that has given fewest rows to make up for rounding.
+            # Among equal remainders, the group that has given the fewest rows to make up for rounding comes first.
             order = np.lexsort(((table - floors).sum(axis=1), -remainders[:, split]))
             has_rows = (available > table.sum(axis=1))[order]
             table[order[has_rows][:needed], split] += 1
@@ -283,7 +285,7 @@ def _fetch(
     columns: Collection[str] | None,
     build: _Build,
 ) -> tuple[list[dict[str, Any]], NDArray[np.uint64]]:
-    """Second pass: the built rows of ascending positions among the candidates, and the hashes of their instructions."""
+    """Second pass: build the rows at ascending positions among the candidates, and hash their instructions."""
     built: list[dict[str, Any]] = []
     heads = array("Q")
     wanted = zip(candidates.numbers[positions].tolist(), candidates.texts[positions].tolist(), strict=True)
@@ -301,8 +303,8 @@ def _fetch(
         number, text = next(wanted, (-1, 0))
     if number >= 0:
         raise MolaError(
-            f"`data` must not change while it is read: row {number} of `{source.path}` is another one than before. "
-            "Run the command again."
+            f"`data` must not change while it is read: row {number} of `{source.path}` has changed since the first "
+            "pass. Run the command again."
         )
     return built, np.array(heads, dtype=np.uint64)
 

@@ -9,7 +9,7 @@ from mola.errors import MolaError
 
 logger = logging.getLogger(__name__)
 
-CHAT = "chat"  # name of the template that is the tokenizer's own
+CHAT = "chat"  # the name that stands for the tokenizer's own template
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Template:
 
     @property
     def lead(self) -> str:
-        """Text between prompt and answer, which is trained with the answer."""
+        """Text between prompt and answer; it contributes to the loss, like the answer."""
         return ""
 
     def answer(self, output: str) -> str:
-        """The text that is trained after a prompt."""
+        """The text after a prompt that contributes to the loss."""
         return output
 
     def ending(self, tokenizer: Any) -> list[int]:
@@ -80,11 +80,11 @@ class ChatTemplate(Template):
     """The chat template of a tokenizer.
 
     Instruction and input, with an empty line between them, are the user's message. The template writes the special
-    tokens itself, as it does in a server.
+    tokens itself, in training as in a server.
 
     Attributes:
         tokenizer: the tokenizer that has the template.
-        jinja: another template to use instead; None for the tokenizer's own.
+        jinja: a template to use instead of the tokenizer's own; None for the tokenizer's own.
         end_token: text of the end token in the template; None for the tokenizer's own.
     """
 
@@ -97,16 +97,16 @@ class ChatTemplate(Template):
     def is_encoded_apart(self) -> bool:
         """Whether a token would contain the border between prompt and answer.
 
-        A model that is asked gets the tokens of the prompt alone, so training must use the same ones.
+        A model that generates an answer reads the tokens of the prompt alone, so training must use the same tokens.
         """
-        asked, whole = (
+        prompt_ids, all_ids = (
             self.tokenizer(text, add_special_tokens=False)["input_ids"]
             for text in (self.prompt(_QUESTION), self.prompt(_QUESTION) + self.lead + _ANSWER)
         )
-        return whole[: len(asked)] != asked
+        return all_ids[: len(prompt_ids)] != prompt_ids
 
     def answer(self, output: str) -> str:
-        """The output after the `lead`, which is left out if the output itself begins with it, as with a thought."""
+        """`lead` + output; only the output if it already begins with the lead, for example with a thought."""
         first = self.lead.split()[:1]
         return output if first and output.lstrip().startswith(first[0]) else self.lead + output
 
@@ -119,26 +119,26 @@ class ChatTemplate(Template):
         Raises:
             MolaError: a conversation with an answer does not begin with the generation prompt.
         """
-        asked, written = self.prompt(_QUESTION), self._conversation()
-        if not written.startswith(asked) or _ANSWER not in written[len(asked) :]:
+        prompt, conversation = self.prompt(_QUESTION), self._conversation()
+        if not conversation.startswith(prompt) or _ANSWER not in conversation[len(prompt) :]:
             raise MolaError(
                 f"`template` {CHAT} needs a chat template whose generation prompt is the beginning of an answer: this "
-                f"one ends the prompt with {asked[-40:]!r}, and writes answers otherwise. Train with TRL, see "
+                f"template ends the prompt with {prompt[-40:]!r}, and begins answers differently. Train with TRL, see "
                 "docs/trainers.md."
             )
-        return written[len(asked) :].partition(_ANSWER)[0]
+        return conversation[len(prompt) :].partition(_ANSWER)[0]
 
     def prompt(self, instruction: str | None, input: str | None = None) -> str:
-        """The conversation up to the beginning of the assistant's message; arguments as of `Template.prompt`."""
+        """The conversation up to the start of the assistant's message; arguments are those of `Template.prompt`."""
         parts = [part for part in (instruction, input) if part]
         if not parts or not all(isinstance(part, str) for part in parts):
             raise MolaError(f"`instruction` must be text for the template `{CHAT}`: got {instruction!r}. Fill it in.")
         return self._written([{"role": "user", "content": "\n\n".join(parts)}], add_generation_prompt=True)
 
     def ending(self, tokenizer: Any) -> list[int]:
-        """The token that ends a turn, if it is an added token, and the end token, if that is another one.
+        """The token that ends a turn, if it is an added token; then the end token, if that is a different token.
 
-        Generation always stops at the end token, and at the end of a turn only if it is told to.
+        Generation always stops at the end token, and at the end of a turn only if configured to.
         """
         after = self._conversation().rpartition(_ANSWER)[2].lstrip()
         first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after else []
@@ -159,7 +159,7 @@ class ChatTemplate(Template):
             ) from error
 
 
-_QUESTION, _ANSWER = "A question.", "An answer."  # of a conversation that shows how a template writes
+_QUESTION, _ANSWER = "A question.", "An answer."  # the conversation that shows how a template writes
 _ASK = "Below is an instruction that describes a task"
 _ASK_INPUT = f"{_ASK}, paired with an input that provides further context"
 _DO = "Write a response that appropriately completes the request."
@@ -205,7 +205,7 @@ def get_template(
     Args:
         name: one of `template_names`.
         tokenizer: needed for `chat`, which uses the tokenizer's own template.
-        chat_template: another Jinja template for `chat`, such as one that is saved with an adapter.
+        chat_template: a Jinja template for `chat` in place of the tokenizer's, such as one saved with an adapter.
         end_token: text of the end token in the chat template; by default the tokenizer's.
 
     Raises:

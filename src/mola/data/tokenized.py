@@ -1,8 +1,8 @@
 """Examples become token ids, and the position where the output begins.
 
 A fast tokenizer tokenises prompt and output together. Character offsets then say which tokens belong to the output, so
-the tokens are those of the whole text. Prompt and output are tokenised separately by slow tokenizers, and with chat
-templates where one token would contain the border between them.
+the tokens are those of the whole text. Prompt and output are tokenised separately in two cases: the tokenizer is slow,
+or a chat template is used and one token would contain the border between prompt and output.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Sample:
     row_id: str  # the example's id, for messages
     ids: list[int]  # token ids
     prefix: int  # number of special tokens at the beginning
-    start: int  # position of the first token of the output
+    answer_start: int  # position of the first token of the output
     text_end: int  # position after the last token of the output's text; EOS may follow
 
     def labels(self, train_on_inputs: bool) -> list[int]:
-        """The ids, in which the prompt is masked unless `train_on_inputs`."""
-        return list(self.ids) if train_on_inputs else [IGNORED] * self.start + self.ids[self.start :]
+        """The ids; those of the prompt are replaced by `IGNORED` unless `train_on_inputs`."""
+        return list(self.ids) if train_on_inputs else [IGNORED] * self.answer_start + self.ids[self.answer_start :]
 
 
 def tokenized(
@@ -85,13 +85,13 @@ def _text_parts(example: Mapping[str, Any], template: Template) -> tuple[str, st
 def encode_with_border(
     tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]], adds_special_tokens: bool = True
 ) -> Iterator[tuple[list[int], int, int]]:
-    """Tokenise each prompt together with its output; for fast tokenizers.
+    """Tokenise each prompt together with its output; works with fast tokenizers only.
 
     Args:
-        tokenizer: a fast one.
+        tokenizer: a fast tokenizer.
         texts: prompts and outputs.
-        adds_special_tokens: whether the tokenizer adds its special tokens. If not, the prompt's text holds them, and a
-            text with a token that contains the border is tokenised in two parts.
+        adds_special_tokens: whether the tokenizer adds its special tokens. If not, the prompt's text holds them, and
+            prompt and output are tokenised separately if a token would contain the border.
 
     Yields:
         Ids without special tokens after the text, number of special tokens before it, first position of the output.
@@ -127,7 +127,7 @@ def encode_with_border(
 def _encode_apart(
     tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]], adds_special_tokens: bool = True
 ) -> Iterator[tuple[list[int], int, int]]:
-    """As `encode_with_border`, but prompt and output are tokenised separately and joined."""
+    """Like `encode_with_border`, but tokenises prompt and output separately and joins them."""
     special = _special_prefix(tokenizer) if adds_special_tokens else []
     for prompt, output in texts:
         head, tail = (
@@ -139,7 +139,7 @@ def _encode_apart(
 
 
 def _written_prefix(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
-    """1 if the ids of a text that holds its special tokens begin with BOS, else 0."""
+    """Number of special tokens at the start of a text that holds its own: 1 if its ids begin with BOS, else 0."""
     return int(bool(ids) and ids[0] == tokenizer.bos_token_id)
 
 
@@ -151,6 +151,6 @@ def _special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if full[begin : begin + len(plain)] == plain:
             return full[:begin]
     raise MolaError(
-        "`tokenizer` must keep the text's tokens together when it adds special tokens: this one does not. "
+        "`tokenizer` must keep the text's tokens together when it adds special tokens: this tokenizer does not. "
         "Use a fast tokenizer."
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DATASET_FOLDER = "dataset.hf"
 PROMPT_COLUMNS = ("input", "instruction", "output")  # the last columns of a prepared row
-_FINGERPRINT_LENGTH = 16  # of those that `datasets` makes
+_FINGERPRINT_LENGTH = 16  # the length of the fingerprints that `datasets` makes
 _BATCH_SIZE = 1000
 
 Rows = Sequence[Mapping[str, Any]]
@@ -31,14 +31,14 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def reads_prompts(task: Task) -> bool:
-    """Whether a task reads columns that prepared rows have as well; an `id` then marks prepared rows."""
+    """Whether a task reads `instruction` or `output`, which prepared rows have too; an `id` marks prepared ones."""
     return bool({"instruction", "output"} & set(task.columns))
 
 
 def merged_row(row: Mapping[str, Any], example: Mapping[str, Any], with_id: bool = False) -> dict[str, Any]:
     """A prepared row: the source row, then `input`, `instruction` and `output` of its example.
 
-    A column `answer` becomes the text of the answer; `with_id` puts the id of the example first.
+    A column `answer` becomes the text of the answer; `with_id` puts the example's id first.
     """
     new = {name: value for name, value in row.items() if name not in PROMPT_COLUMNS}
     if with_id:
@@ -49,10 +49,10 @@ def merged_row(row: Mapping[str, Any], example: Mapping[str, Any], with_id: bool
 
 
 class RowMerger:
-    """Makes prepared rows of one task by `merged_row`.
+    """Makes the prepared rows of one task with `merged_row`.
 
     Attributes:
-        replaced: columns of the source that prepared rows no longer hold, because the task writes its own.
+        replaced: columns of the source whose values the task has replaced by its own.
     """
 
     def __init__(self, task: Task) -> None:
@@ -60,18 +60,18 @@ class RowMerger:
         self.replaced: set[str] = set()
 
     def merge(self, row: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
-        """The prepared row.
+        """The prepared row for a source row and its example.
 
         Raises:
-            MolaError: the row is a prepared one already.
+            MolaError: the row is prepared already.
         """
         marks = self._marks_of_prepared_rows()
         if marks and marks <= row.keys():
             names = ", ".join(f"`{name}`" for name in sorted(marks))
             raise MolaError(
                 f"`data` must be rows that did not go through the task `{self.task.name}` before: {example['id']!r} "
-                f"has all of {names}, as `mola prepare` writes them. Pass the source; if this is it, rename or drop a "
-                "column that the task does not read."
+                f"has all of {names}, as `mola prepare` writes them. Pass the source. If these rows are the source, "
+                "rename or drop a column that the task does not read."
             )
         merged = merged_row(row, example, with_id=reads_prompts(self.task))
         for name in {*PROMPT_COLUMNS, "answer"} - {*self.task.columns}:
@@ -80,9 +80,9 @@ class RowMerger:
         return merged
 
     def _marks_of_prepared_rows(self) -> set[str]:
-        """Columns that only prepared rows have all of, if the task reads one that it writes; else none.
+        """Columns that together mark a prepared row, for a task that reads a column that it writes; else none.
 
-        Other tasks may prepare a row twice, with the same result.
+        Any other task prepares a row twice with the same result, so no mark is needed.
         """
         if reads_prompts(self.task):
             return {"id", *PROMPT_COLUMNS}
@@ -96,7 +96,7 @@ class RowMerger:
 
 
 def is_prepared_folder(folder: Path) -> bool:
-    """Whether a folder holds what `mola prepare` writes, and nothing else."""
+    """Whether a folder holds only files that `mola prepare` writes."""
     try:
         splits = json.loads((folder / DATASET_FOLDER / "dataset_dict.json").read_text("utf-8"))["splits"]
         return {entry.name for entry in folder.iterdir()} <= {DATASET_FOLDER, *(f"{split}.json" for split in splits)}
@@ -126,13 +126,13 @@ def schema_of(
     last: Sequence[str] = (),
     empty_types: Mapping[str, pyarrow.DataType] | None = None,
 ) -> pyarrow.Schema:
-    """Columns and types that fit the rows of all splits, so that splits cannot differ.
+    """Columns and types that fit the rows of all splits, so that all splits have the same.
 
     Args:
         splits: the rows.
         first: columns that come before all others, whether or not a row has them.
         last: columns that come after all others, whether or not a row has them.
-        empty_types: types of columns that hold nothing but None; else such a column has Arrow's null type.
+        empty_types: types of columns that hold nothing but None; by default such columns have Arrow's null type.
 
     Raises:
         MolaError: a column has values of different kinds.
@@ -162,18 +162,18 @@ def write_json(rows: Rows, columns: Sequence[str], path: Path) -> None:
             texts.append(json.dumps({name: row.get(name) for name in columns}, allow_nan=False))
         except (ValueError, TypeError) as error:  # NaN, dates, bytes
             raise MolaError(
-                f"`data` must hold JSON values: row {number} of {path.name}: {error}. Write null there, or drop the "
-                "column."
+                f"`data` must hold JSON values: row {number} of {path.name}: {error}. Write null instead, or drop "
+                "the column."
             ) from error
     path.write_text(f"[{', '.join(texts)}]", encoding="ascii")
 
 
 def save_dataset(splits: Mapping[str, Rows], schema: pyarrow.Schema, path: Path) -> None:
-    """Save the rows as a `DatasetDict`; the same rows give the same bytes."""
+    """Save the rows as a `DatasetDict`; equal rows give equal bytes."""
     import datasets
 
     saved = {split: _make_dataset(rows, schema) for split, rows in splits.items()}
-    # Without a file of its own an empty split could not be loaded again.
+    # An empty split could not be loaded again without a file of its own.
     shards = {split: None if len(dataset) else 1 for split, dataset in saved.items()}
     datasets.DatasetDict(saved).save_to_disk(str(path), num_shards=shards)
 

@@ -30,10 +30,10 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Objects of a JSON lines file, one at a time; none if the file is missing.
 
-    The last line may be incomplete, because a run writes the file or was killed; it is skipped.
+    An incomplete last line is skipped: a run is still writing it, or was killed.
 
     Raises:
-        MolaError: another line is not a JSON object.
+        MolaError: a line other than an incomplete last one is not a JSON object.
     """
     if not os.path.isfile(path):
         return
@@ -52,7 +52,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 def select_lines(path: Path, is_wanted: Callable[[dict[str, Any]], bool]) -> list[str]:
     """Lines of a JSON lines file whose object is wanted; none if the file is missing.
 
-    An incomplete line, and one for which `is_wanted` fails on a value or key, is left out.
+    Incomplete lines are left out, and lines for which `is_wanted` raises a ValueError, KeyError or TypeError.
     """
     selected = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
@@ -65,7 +65,7 @@ def select_lines(path: Path, is_wanted: Callable[[dict[str, Any]], bool]) -> lis
 
 
 def first_repeated(names: Iterable[str]) -> str | None:
-    """The first name that occurs twice, or None."""
+    """The earliest name that occurs more than once, or None."""
     counts = Counter(names)
     return next((name for name, count in counts.items() if count > 1), None)
 

@@ -141,14 +141,15 @@ def check_shape(tensor: torch.Tensor | None, expected: tuple[int, ...] | None, n
     """Return the tensor if it has the expected shape.
 
     Raises:
-        MolaError: it is missing or not of floating point, or has another shape.
+        MolaError: the tensor is missing or not floating-point, or has a different shape.
     """
     if tensor is None or tuple(tensor.shape) != expected or not tensor.is_floating_point():
         found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)} and {tensor.dtype}"
-        wanted = "no such tensor" if expected is None else str(expected)
+        problem = f"{name!r} of {str(folder)!r} {found}, expected {expected}"
+        if expected is None:
+            problem = f"unexpected tensor {name!r} in {str(folder)!r}"
         raise MolaError(
-            f"the adapter does not fit: {name!r} of {str(folder)!r} {found}, expected {wanted}. Pass the base "
-            "model it was trained on, or copy the folder again."
+            f"the adapter does not fit: {problem}. Pass the base model it was trained on, or copy the folder again."
         )
     return tensor
 

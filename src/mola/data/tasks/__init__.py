@@ -5,7 +5,7 @@
 - ``answer: {column: answer, choices: choices}``: a letter; the column holds an index or the letter.
 - ``answer: {column: label, words: {0: "No", 1: "Yes"}}``: the word of a label.
 
-Without `answer` the task is free text: trained on, not scored.
+Without `answer` the task is free text, which is used for training but not scored.
 """
 
 from mola.data.tasks.loading import load_task, task_names

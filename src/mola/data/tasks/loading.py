@@ -34,7 +34,7 @@ def task_names() -> list[str]:
 
 
 def load_task(name_or_path: str | Path) -> Task:
-    """The packaged task of that name, or the task in a YAML file of the user.
+    """The packaged task of that name, or the task in the user's YAML file.
 
     Raises:
         MolaError: no such task or file exists, or the YAML is not a valid task; the message names the key.
@@ -112,8 +112,8 @@ def _field_rule(name: str, rule: Any) -> FieldRule:
         or set(rule) - {"column", "default", "strip"}
     ):
         raise MolaError(
-            f"`fields.{name}` must be {{column: NAME}}, with `default: TEXT` and `strip: both` or `strip: end` as you "
-            f"like: got {rule!r}. Correct the field."
+            f"`fields.{name}` must be {{column: NAME}}, optionally with `default: TEXT` and `strip: both` or `strip: "
+            f"end`: got {rule!r}. Correct the field."
         )
     return FieldRule(**rule)
 
@@ -152,7 +152,7 @@ def _answer_rule(rule: dict[str, Any]) -> AnswerRule:
 
 
 def _check_scoring(task: Task) -> None:
-    """Check the keys that decide about a score."""
+    """Check the keys that determine how answers are scored."""
     for name in task.more_metrics:
         if name not in BINARY_METRICS or task.more_metrics.count(name) > 1:
             raise MolaError(
@@ -161,12 +161,12 @@ def _check_scoring(task: Task) -> None:
             )
     if task.more_metrics and task.binary_labels is None:
         raise MolaError(
-            f"`more_metrics` {list(task.more_metrics)!r} needs `words` of the labels 0 and 1, two different ones: "
+            f"`more_metrics` {list(task.more_metrics)!r} needs two different `words`, of the labels 0 and 1: "
             f"got the answer rule {task.answer!r}. Leave `more_metrics` out, or correct `answer`."
         )
     given = [task.answer is not None, task.answer_pattern is not None, task.metric is not None]
     if any(given) and not all(given):
-        raise MolaError("`answer`, `answer_pattern` and `metric` go together: give all three, or none.")
+        raise MolaError("`answer`, `answer_pattern` and `metric` depend on each other: set all three, or none.")
     if task.answer_pattern is None:
         return
     if task.metric != "accuracy":
@@ -176,7 +176,7 @@ def _check_scoring(task: Task) -> None:
     except re.error as error:
         raise MolaError(f"`answer_pattern` is not a regular expression: {error}. Correct it.") from error
     if groups != 1:
-        raise MolaError(f"`answer_pattern` must have exactly one group: got {groups}. Use (?:...) for others.")
+        raise MolaError(f"`answer_pattern` must have exactly one group: got {groups}. Use (?:...) for other groups.")
 
 
 def _check_names(task: Task) -> None:
@@ -190,10 +190,10 @@ def _check_names(task: Task) -> None:
         given_by_answer = {"answer", "options"} if task.answer.choices else {"answer"}
         for name in sorted(given_by_answer & ({*task.fields} | {*task.columns} - used)):
             raise MolaError(
-                f"`{name}` is what the `answer` rule gives: no field or other column can be called so. Rename it."
+                f"`{name}` is set by the `answer` rule: no field or other column can have this name. Rename it."
             )
     for column in sorted(used - set(task.columns)):
-        raise MolaError(f"`columns` must list every column in use: `{column}` is not in it. Add it.")
+        raise MolaError(f"`columns` must list every column in use: `{column}` is missing. Add it.")
     available = {*task.columns, *task.fields, *given_by_answer}
     for key in ("instruction", "input", "output"):
         for name in field_names(getattr(task, key) or ""):

@@ -1,4 +1,4 @@
-"""What a task does: a row becomes an example, and generated text gives an answer."""
+"""What a task does: make an example from a row, and find the answer in generated text."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ class AnswerRule:
     """Where the answer of a row is.
 
     Attributes:
-        column: holds the answer: an index or letter of `choices`, or a label of `words`.
+        column: column that holds the answer: an index or letter of `choices`, or a label of `words`.
         choices: column with the choices; None for a task with `words`.
         words: label -> the answer in words; None for a task with `choices`.
     """
@@ -76,7 +76,7 @@ class FieldRule:
     """A field whose text is in a column.
 
     Attributes:
-        column: holds the text.
+        column: column that holds the text.
         default: the text if the column is empty; None makes an empty column an error.
         strip: remove blanks on `both` sides of the text, or at its `end` only.
     """
@@ -103,7 +103,7 @@ class FieldRule:
 
 @dataclass(frozen=True)
 class StrataRule:
-    """The group of a row when samples are drawn: the value of `column`, or its part before the first `until`."""
+    """How rows are grouped when samples are drawn: by the value of `column`, or by its part before `until`."""
 
     column: str
     until: str | None = None
@@ -125,21 +125,21 @@ class Task:
 
     Attributes:
         name: the task's name.
-        version: an integer that goes up whenever a score can change.
+        version: an integer that is raised whenever a score can change.
         template: name of the prompt template.
         columns: columns that every source row must have.
         instruction: format string over `columns`, `fields`, ``{answer}`` and ``{options}``; None for text
             without a prompt.
-        output: format string of the text to be learned.
+        output: format string of the text to be learned, over the same names.
         description: one line for help texts.
         dataset: Hub name of the source, if there is one.
-        input: format string of the further context, usually empty.
+        input: format string of additional context, usually empty.
         filters: column -> value that a row must have to be kept; an absent column counts as None.
-        fields: name -> rule for the text of a further field.
+        fields: name -> rule for the text of an additional field.
         answer: where the answer is; None for free text.
         answer_pattern: regular expression with one group that finds the answer in generated text.
         metric: `accuracy`, or None for free text.
-        more_metrics: `f1` and `matthews`; they need an answer with `words` for the labels 0 and 1.
+        more_metrics: `f1` and `matthews`; both need an answer with `words` for the labels 0 and 1.
         groups: columns by which a score is broken down.
         strata: groups that keep their shares when samples are drawn; None for a single group.
     """
@@ -179,7 +179,7 @@ class Task:
         return [column for column in self.columns if column not in row]
 
     def blank_column(self, row: Mapping[str, Any]) -> str | None:
-        """The first column that `instruction` or `output` needs and that has no text in this row; None if all have."""
+        """The first column that `instruction` or `output` needs and that is blank in this row, or None."""
         for layout in (self.instruction, self.output):
             for name in field_names(layout or ""):
                 rule = self.fields.get(name, FieldRule(name))
@@ -196,7 +196,7 @@ class Task:
         Args:
             row: the source row; columns that the task does not name are ignored.
             index: position in the source, for the id of a row that has none.
-            split: name of the split, for the same purpose.
+            split: name of the split, also for the id of a row that has none.
 
         Returns:
             `id`, `instruction`, `input`, `output`, `answer` and `num_choices` (None for free text), and
@@ -237,7 +237,7 @@ class Task:
         return {group: row[group] for group in self.groups if row.get(group) is not None}
 
     def fingerprint(self) -> str:
-        """Sha256 (hex) of the parts of the task that can change a score although the examples stay the same."""
+        """Sha256 (hex) of the parts of the task that can change a score even if the examples stay the same."""
         words = None if self.answer is None else self.answer.words
         rules = [self.template, self.answer_pattern, words, self.more_metrics]
         return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
@@ -266,8 +266,8 @@ class Task:
             return None
         if self.answer.words is not None:
             words = set(self.answer.words.values())
-            same = [word for word in words if word.casefold() == found.casefold()]
-            return found if found in words else same[0] if len(same) == 1 else None
+            equal_but_case = [word for word in words if word.casefold() == found.casefold()]
+            return found if found in words else equal_but_case[0] if len(equal_but_case) == 1 else None
         letters = LETTERS[:num_choices]
         return found if len(found) == 1 and found in letters else None
 
@@ -285,9 +285,9 @@ def example_id(row: Mapping[str, Any], index: int, split: str | None = None) -> 
     return str(value)
 
 
-def template_name(asked: str | None, task: Task | None) -> str:
-    """Name of the prompt template: `asked` if it is given, else the task's own, or alpaca without a task."""
-    return asked or (task.template if task is not None else "alpaca")
+def template_name(given: str | None, task: Task | None) -> str:
+    """Name of the prompt template: `given` if it is set, else the task's own, or alpaca without a task."""
+    return given or (task.template if task is not None else "alpaca")
 
 
 def _fill(layout: str, values: Mapping[str, Any], row_id: str) -> str:
