@@ -1,7 +1,7 @@
 """mola: fine-tune language models with a mixture of LoRA experts whose number differs per layer.
 
-Importing it registers the method with PEFT; after that `get_peft_model`, `PeftModel.from_pretrained`
-and the other entry points of PEFT and Transformers know it. The `mola` command imports only what it needs.
+Importing mola registers the method with PEFT; after that `get_peft_model`, `PeftModel.from_pretrained`
+and the other entry points of PEFT and Transformers support mixtures. The `mola` command imports only what it needs.
 """
 # ruff: noqa: F403, F405
 
@@ -46,7 +46,7 @@ else:
         from mola.tuner import MolaConfig, MolaLinear, MolaModel  # registers the method
 
     def __getattr__(name):
-        """Import the other names when one is first used: a program that only loads an adapter needs no trainer."""
+        """Import the remaining names when one is first used: a program that only loads an adapter needs no trainer."""
         if name not in __all__:
             raise AttributeError(f"module 'mola' has no attribute {name!r}")
         from mola import _names

@@ -1,6 +1,6 @@
 """Differences between the supported versions of libraries.
 
-Each function names the first version that needs it no more.
+Each function names the first version that no longer needs it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def gguf_arguments(file: str) -> dict[str, Any]:
 def own_tokenizers() -> dict[str, Any]:
     """Arguments of `AutoTokenizer` that choose Transformers' own tokenizers even if mistral-common is installed.
 
-    Empty before Transformers 5.16, which may have no such argument.
+    Empty before Transformers 5.16, whose `AutoTokenizer` may have no such argument.
     """
     from transformers.models.auto import tokenization_auto
 
@@ -39,7 +39,7 @@ def has_activation_checkpointing() -> bool:
 
 
 def share_checkpointing(arguments: Any) -> None:
-    """Before Transformers 5.21, set both names of activation checkpointing, and of its settings, to one value."""
+    """Before Transformers 5.21, copy activation checkpointing and its settings to their older names as well."""
     if not has_activation_checkpointing():
         is_on = bool(arguments.activation_checkpointing or arguments.gradient_checkpointing)
         arguments.activation_checkpointing = arguments.gradient_checkpointing = is_on
@@ -47,7 +47,7 @@ def share_checkpointing(arguments: Any) -> None:
 
 
 def set_adapter_to_infer(model: Any, adapter_name: str) -> None:
-    """Activate an adapter of a `PeftModel` without gradients: PEFT before 0.19 has no argument for this."""
+    """Activate an adapter of a `PeftModel` without gradients: PEFT before 0.19 has no `inference_mode` argument."""
     if "inference_mode" in inspect.signature(model.set_adapter).parameters:
         model.set_adapter(adapter_name, inference_mode=True)
     else:
@@ -56,14 +56,14 @@ def set_adapter_to_infer(model: Any, adapter_name: str) -> None:
 
 
 def cache_argument(model: nn.Module) -> str | None:
-    """Name of the cache argument of a model's `forward`: `cache` since Transformers 5.24; None without one."""
-    taken = inspect.signature(model.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in taken), None)
+    """Name of the cache argument of a model's `forward`: `cache` since Transformers 5.24; None if it has none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
 @functools.cache
 def generation_finds_cache() -> bool:
-    """Whether PEFT's generation with virtual tokens finds a cache of the name `cache`; PEFT 0.21 does not."""
+    """Whether PEFT's generation with virtual tokens finds a cache named `cache`; PEFT 0.21 does not."""
     from peft import PeftModelForCausalLM
 
     try:
@@ -73,9 +73,9 @@ def generation_finds_cache() -> bool:
 
 
 def asks_before_loading(tuner: type[nn.Module]) -> bool:
-    """Whether PEFT calls a method before it loads an adapter's tensors, and saves trained biases of unknown methods.
+    """Whether PEFT lets a method rename an adapter's tensors before loading, and saves trained biases of any method.
 
-    Both since PEFT 0.21.
+    PEFT does both since version 0.21.
     """
     return hasattr(tuner, "_remap_adapter_state_dict_for_load")
 

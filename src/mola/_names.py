@@ -1,6 +1,6 @@
 """The public names of mola, besides its error and version."""
 
-# `X as X`: type checkers pass on only what is imported like this.
+# `X as X`: type checkers re-export only names that are imported like this.
 from mola.evaluation.evaluate import EvaluateOptions as EvaluateOptions
 from mola.evaluation.evaluate import EvaluateResult as EvaluateResult
 from mola.evaluation.evaluate import evaluate as evaluate

@@ -1,6 +1,6 @@
-"""What differs in a process that runs the `mola` command or one of the scripts, before it imports torch.
+"""Settings of a process that runs the `mola` command or one of the scripts, made before it imports torch.
 
-A library must not change the environment and the messages of its host program, so nothing here holds for others.
+A library must not change the environment and the messages of its host program, so no other process gets them.
 """
 
 import ctypes
@@ -17,13 +17,13 @@ SET: list[str] = []
 """Names of the environment variables that `set_up_command` has set."""
 _MALLOPT = {-1: -1, -4: 0}  # M_TRIM_THRESHOLD: never trim; M_MMAP_MAX: no block outside the heap
 _PROGRAMS = ("mola", "mola.exe", "mola-script.py")
-_LINE_OF_SCRIPTS = "from mola.cli import run_script"
+_SCRIPT_LINE = "from mola.cli import run_script"
 
 
 def is_mola_command() -> bool:
-    """Whether this process was started as `mola`, `python -m mola`, or a script that runs a command of mola.
+    """Whether this process was started as `mola`, `python -m mola`, or a script that runs a mola command.
 
-    A script is recognised by its text and not by its name: users have programs with the names of the scripts.
+    A script is recognised by its text and not by its name: users have programs with the same names.
     """
     program = Path(sys.argv[0] if sys.argv else "")
     if program.name == "-m":  # what Python puts there while it imports the package of the module that it will run
@@ -31,18 +31,18 @@ def is_mola_command() -> bool:
     if program.suffix != ".py" or program.name in _PROGRAMS:
         return program.name in _PROGRAMS
     try:
-        return _LINE_OF_SCRIPTS in program.read_text(encoding="utf-8").splitlines()
+        return _SCRIPT_LINE in program.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return False
 
 
 def set_up_command() -> None:
-    """Set what makes a command of mola faster and quieter; call it before torch is imported.
+    """Set what makes a mola command faster and quieter; call this before torch is imported.
 
     - OpenMP threads wait passively, unless the user has chosen otherwise: a thread that spins at a barrier can make a
       step of one second take a minute when other programs hold the cores.
     - Freed memory stays with the process, see `keep_freed_memory`.
-    - bitsandbytes does not recommend another package whenever it is imported. Its errors are still logged.
+    - bitsandbytes does not recommend a further package on every import. Its errors are still logged.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -52,9 +52,9 @@ def set_up_command() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc's malloc keep freed memory, unless the user has chosen otherwise or uses another allocator.
+    """Have glibc's malloc keep freed memory, unless the user has chosen otherwise or uses a different allocator.
 
-    Training soon needs the memory again. Without this, malloc returns the pages of large tensors to the system, which
+    Training soon needs the memory again. By default malloc returns the pages of large tensors to the system, which
     has to fill new pages with zeros: 4 to 7 % of a training step on a CPU.
 
     Returns:
@@ -71,5 +71,5 @@ def keep_freed_memory() -> bool:
 def _is_glibc() -> bool:
     try:
         return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
-    except (AttributeError, ValueError, OSError):  # not Unix, or another C library
+    except (AttributeError, ValueError, OSError):  # not Unix, or a different C library
         return False

@@ -1,6 +1,6 @@
 """`mola <command>`: find the command, parse its options, run it.
 
-Wrong input and errors of files end with one line and exit code 2. Any other exception keeps its traceback.
+Invalid input and file errors print one line and exit with code 2. Any other exception keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import NamedTuple
 
 from mola._version import __version__
 from mola.errors import MolaError
-from mola.files.failures import explain_lack_of_memory
+from mola.files.failures import explain_out_of_memory
 from mola.files.terminal import close_output
 
 _LESS_MEMORY = (
-    "Pass a smaller batch or shorter texts, where the command has options for these, --dtype bfloat16, or a quantised "
+    "Pass a smaller batch or shorter texts, if the command has such options, --dtype bfloat16, or a quantised "
     "base model."
 )
 
 
 class Command(NamedTuple):
-    """Where the code of a command is."""
+    """Where to find the code of a command, and how to describe it."""
 
     module: str  # its function `main` runs the command
     options: str  # name of the options dataclass in the module
     summary: str  # one line for the help text
-    positional: str | None = None  # the option that a first word without dashes sets
+    positional: str | None = None  # option set by a positional first argument
 
 
 COMMANDS = {
@@ -39,12 +39,12 @@ COMMANDS = {
     "continual": Command(
         "mola.studies.continual_learning.continual",
         "ContinualOptions",
-        "train on one task after the other and measure forgetting",
+        "train on one task after another, measure forgetting",
     ),
     "evaluate": Command("mola.evaluation.evaluate", "EvaluateOptions", "measure the accuracy on a test file"),
     "lm-eval": Command("mola.evaluation.lm_eval", "LmEvalOptions", "run a model on tasks of the LM Evaluation Harness"),
     "generate": Command("mola.generation.generate", "GenerateOptions", "answer one prompt, or every line of the input"),
-    "serve": Command("mola.serving.serve", "ServeOptions", "answer over HTTP, with OpenAI's interface"),
+    "serve": Command("mola.serving.serve", "ServeOptions", "answer over HTTP, with an OpenAI-compatible API"),
     "plan": Command(
         "mola.models.plan", "PlanOptions", "show parameters and cost of an allocation, without loading weights"
     ),
@@ -54,15 +54,15 @@ COMMANDS = {
         "train recipes on tasks with several seeds, and test which differences are significant",
     ),
     "allocate": Command(
-        "mola.allocation.allocate", "AllocateOptions", "choose the number of experts of each layer, at exactly a budget"
+        "mola.allocation.allocate", "AllocateOptions", "choose the number of experts per layer for an exact budget"
     ),
     "reallocate": Command(
-        "mola.allocation.reallocate", "ReallocateOptions", "give a trained adapter other numbers of experts"
+        "mola.allocation.reallocate", "ReallocateOptions", "change the numbers of experts of a trained adapter"
     ),
     "convert": Command(
         "mola.exporting.convert",
         "ConvertOptions",
-        "convert a mixture to LoRA, LoRAs to a mixture, or an adapter of another code, and back",
+        "convert between mixtures, LoRAs and adapters of other code bases",
         "source",
     ),
     "merge": Command(
@@ -81,7 +81,7 @@ COMMANDS = {
         "open a page that answers with and without an adapter, and shows its experts",
     ),
     "quickstart": Command(
-        "mola.studies.quickstart", "QuickstartOptions", "prepare, train, evaluate and report once, on a small model"
+        "mola.studies.quickstart", "QuickstartOptions", "run prepare, train, evaluate and report on a small model"
     ),
 }
 
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `mola` command.
 
     Returns:
-        The exit code: 0, 2 for wrong input, 130 after an interrupt, 141 if the reader of a pipe has ended.
+        The exit code: 0, 2 for invalid input, 130 after an interrupt, 141 if the reading end of a pipe was closed.
     """
     try:
         return _main(list(sys.argv[1:] if arguments is None else arguments))
@@ -125,7 +125,7 @@ def _run_with(arguments: Sequence[str]) -> int:
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
-    """Run one command; returns the exit code, as `main`."""
+    """Run one command. Returns its exit code, like `main`."""
     return _run(COMMANDS[name], arguments, f"mola {name}")
 
 
@@ -136,10 +136,10 @@ def run_script(module: str, options: str, summary: str, *, bare_no: bool = False
         module: holds the options and `main`.
         options: name of the options dataclass.
         summary: one line for the help text.
-        bare_no: accept `--noflag` for `--flag=false`, as Python Fire does.
+        bare_no: accept `--noflag` for `--flag=false`, like Python Fire.
 
     Returns:
-        The exit code, as `main`.
+        The exit code, like `main`.
     """
     return _run(Command(module, options, summary), sys.argv[1:], Path(sys.argv[0]).name, bare_no=bare_no)
 
@@ -150,7 +150,7 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool
 
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("mola").setLevel(logging.INFO)
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as standard error does it
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # like stderr
         # PEFT reads a property of Transformers by its old name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         module = importlib.import_module(command.module)
@@ -162,7 +162,7 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool
             positional=command.positional,
             bare_no=bare_no,
         )
-        with explain_lack_of_memory(_LESS_MEMORY):
+        with explain_out_of_memory(_LESS_MEMORY):
             code: int = module.main(options)
         sys.stdout.flush()  # so that a broken pipe is noticed here
         return code
@@ -180,7 +180,7 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     lines.append(
-        f"  {'with':<{width}}  run another program (transformers, lm_eval, accelerate ...) with mola registered"
+        f"  {'with':<{width}}  run a different program (transformers, lm_eval, accelerate ...) with mola registered"
     )
     return "\n".join(
         ["usage: mola COMMAND [--config RECIPE.yaml] [--flag value ...]", "", *lines, "", "mola COMMAND --help"]

@@ -1,8 +1,8 @@
-"""The one error that means "the input is wrong, here is what to change"."""
+"""`MolaError`, the error that means "the input is wrong, here is what to change"."""
 
 
 class MolaError(ValueError):
-    """Wrong input: the message names the field, the rule, the value received and the cure.
+    """Invalid input: the message names the field, the rule, the value received and the cure.
 
     It is a `ValueError`, so library users can catch it as usual. The command line prints the
     message alone and exits with code 2.

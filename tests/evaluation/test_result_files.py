@@ -81,7 +81,7 @@ def test_finished_samples_are_not_asked_again(tiny_model, tiny_tokenizer, task, 
         tiny_tokenizer,
         task,
         examples,
-        finished=marked,
+        finished_records=marked,
         on_batch=again.extend,
         show_progress=False,
     )

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mola.cli import main
 from mola.errors import MolaError
-from mola.files.failures import explain_lack_of_memory, explain_write_errors, memory_error_reason, write_error_reason
+from mola.files.failures import explain_out_of_memory, explain_write_errors, memory_error_reason, write_error_reason
 from mola.training.advice import memory_advice
 from mola.training.checkpoints import newest_complete
 from mola.training.options import TrainOptions
@@ -38,7 +38,7 @@ def test_errors_about_memory_are_known():
 def test_other_errors_pass_unchanged(error):
     assert memory_error_reason(error) is None
     assert write_error_reason(error) is None
-    with pytest.raises(type(error)), explain_lack_of_memory("Buy some."), explain_write_errors("`output`"):
+    with pytest.raises(type(error)), explain_out_of_memory("Buy some."), explain_write_errors("`output`"):
         raise error
 
 

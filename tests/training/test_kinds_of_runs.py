@@ -188,7 +188,7 @@ def test_what_fsdp_cannot_shard_is_refused(monkeypatch):
     with pytest.raises(MolaError, match="`optim` adafactor needs the rows and columns"):
         check(optim="adafactor")
     monkeypatch.setattr("mola.training.distributed.accelerate_version", "1.14.0")
-    with pytest.raises(MolaError, match="needs accelerate 1.15 or newer, .*: here is 1.14.0"):
+    with pytest.raises(MolaError, match="needs accelerate 1.15 or newer, .*: found 1.14.0"):
         check()
 
 

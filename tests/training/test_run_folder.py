@@ -14,7 +14,7 @@ from mola.cli import main
 from mola.evaluation.evaluate import EvaluateOptions
 from mola.models.devices import resolve_device, resolve_dtype
 from mola.training.model import base_config, build_model
-from mola.training.run_folder import claimed
+from mola.training.run_folder import locked
 from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record
 
 
@@ -134,11 +134,11 @@ def test_options_of_the_caller_stay_as_they_are(tiny_model_dir, rows_file, tmp_p
 def test_two_runs_cannot_share_a_folder(flags, tmp_path, error_line):
     folder = tmp_path / "run"
     folder.mkdir()
-    with claimed(folder):
+    with locked(folder):
         assert "another one is at work in" in error_line(flags(max_steps=1, warmup_steps=0, **NO_EVALUATION))
         assert [*folder.iterdir()] == []
     assert main(flags(max_steps=1, warmup_steps=0, **NO_EVALUATION)) == 0
-    with claimed(folder):  # nothing stays behind
+    with locked(folder):  # nothing stays behind
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 

@@ -102,7 +102,7 @@ def test_a_second_signal_stops_at_once(caplog):
     try:
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.received == signal.SIGINT
-        assert "Once more stops at once, without saving" in caplog.text
+        assert "A second signal stops at once, without saving" in caplog.text
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:
@@ -171,10 +171,10 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch):
     args = SimpleNamespace(world_size=2, ddp_timeout=1)
     monkeypatch.setattr(distributed, "new_group", lambda **options: None)
     monkeypatch.setattr(distributed, "all_reduce", lambda *given, **options: interruption._handle(15, None))
-    interruption.share(args)
+    interruption.share_signal(args)
     assert (interruption.signal_number, interruption.received) == (None, 15)
     monkeypatch.setattr(distributed, "all_reduce", lambda *given, **options: None)
-    interruption.share(args)
+    interruption.share_signal(args)
     assert interruption.signal_number == 15
 
 

@@ -1,4 +1,4 @@
-"""The core of an evaluation: a loaded model answers examples in memory, and the right answers are counted."""
+"""The core of an evaluation: a loaded model answers examples in memory, and the correct answers are counted."""
 
 import logging
 import math
@@ -26,12 +26,14 @@ from mola.options.fields import check_positive
 
 logger = logging.getLogger(__name__)
 
-# Padding changes the answers of these models, although it is masked: it enters their state, or moves the windows into
-# which they cut a sequence.
-_CHANGED_BY_PADDING = (
-    *("rwkv", "recurrent_gemma", "xlstm"),
-    *("deepseek_v4", "minimax_m3_vl", "minimax_m3_vl_text", "blt"),
-)
+# Padding changes the answers of these models, although it is masked.
+_PADDING_ENTERS_STATE = ("rwkv", "recurrent_gemma", "xlstm")  # recurrent models, whose state reads the padding
+_PADDING_MOVES_WINDOWS = (
+    "deepseek_v4",
+    "minimax_m3_vl",
+    "minimax_m3_vl_text",
+    "blt",
+)  # they cut a sequence into windows
 
 
 @dataclass
@@ -39,19 +41,18 @@ class EvaluateResult:
     """Result of an evaluation; the fields are those of the result file.
 
     Attributes:
-        accuracy: right answers as a fraction of all samples.
-        correct: number of right answers.
+        accuracy: correct answers as a fraction of all samples.
+        correct: number of correct answers.
         total: number of samples.
         unanswered: samples without an extractable answer; they count as wrong.
         interval_95: Wilson interval of `accuracy`.
-        metrics: name -> value of the task's `more_metrics` (`f1`, `matthews`); an unanswered sample counts as
-            the wrong label.
+        metrics: the task's `more_metrics`, by name (`f1`, `matthews`); an unanswered sample counts as the wrong label.
         groups: column -> value -> accuracy, correct, total, interval_95.
         samples: id, prompt, output, predicted, answer, correct of each sample, in the order of the data.
         settings: the options used.
         versions: of mola, torch, transformers, peft and Python.
         data_fingerprint: SHA-256 of the examples, the same as in a training run's `run.json`.
-        task_fingerprint: SHA-256 of how the task asks and how it reads answers.
+        task_fingerprint: SHA-256 of the task's prompts and answer extraction.
         seconds: wall time of answering all samples, without loading; resumed parts included.
         machine: cpu, gpu, threads.
     """
@@ -86,11 +87,11 @@ def evaluate_examples(
     scoring: str = "generate",
     batch_size: int = 8,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    finished: Iterable[Mapping[str, Any]] = (),
+    finished_records: Iterable[Mapping[str, Any]] = (),
     on_batch: Callable[[list[dict[str, Any]]], None] | None = None,
     show_progress: bool = True,
 ) -> EvaluateResult:
-    """Ask a loaded model and score its answers; model and tokenizer are left as they were.
+    """Ask a loaded model the examples' questions and score its answers; model and tokenizer are left unchanged.
 
     Args:
         model: causal language model, in training or eval mode.
@@ -101,7 +102,7 @@ def evaluate_examples(
         scoring: `"generate"` or `"likelihood"`.
         batch_size: samples per batch.
         max_new_tokens: tokens to generate per sample.
-        finished: records of samples that were answered before, as `on_batch` received them.
+        finished_records: records of samples that were answered before, as `on_batch` received these records.
         on_batch: called after every batch with its records `{"index", "seconds", "sample"}`: place in `examples`,
             the sample's share of the batch's wall time, and the sample as in the result.
         show_progress: show a progress bar on stderr.
@@ -117,9 +118,9 @@ def evaluate_examples(
     questions, lengths = checked_questions(tokenizer, task, examples, template, scoring, max_new_tokens, limit)
     longest = max(lengths) + (max_new_tokens if scoring == "generate" else 0)
     if batch_size > 1 and (reason := _why_one_by_one(model, longest)) is not None:
-        logger.warning("Samples are asked one by one: %s.", reason)
+        logger.warning("Samples are processed one at a time: %s.", reason)
         batch_size = 1
-    records: dict[int, Mapping[str, Any]] = {record["index"]: record for record in finished}
+    records: dict[int, Mapping[str, Any]] = {record["index"]: record for record in finished_records}
     remaining = [index for index in range(len(questions)) if index not in records]
     batches = [
         [remaining[i] for i in batch]
@@ -154,15 +155,15 @@ def evaluate_examples(
     result = _result(task, examples, [records[index] for index in range(len(questions))], settings, device)
     if (answer := constant_prediction(result.samples)) is not None:
         logger.warning(
-            "All %d samples got one answer, %r, which is right for %.1f %% of them: this accuracy says how frequent it "
-            "is, not what the model has learnt.",
+            "All %d samples got one answer, %r, which is correct for %.1f %% of them: accuracy only reflects how "
+            "common that answer is.",
             *(result.total, answer, 100 * result.accuracy),
         )
     return result
 
 
 def _why_one_by_one(model: Any, longest: int) -> str | None:
-    """Why an answer would depend on the other samples of a batch; None if it does not.
+    """None if an answer does not depend on the other samples of its batch, else the reason why it does.
 
     Args:
         model: the model.
@@ -170,10 +171,10 @@ def _why_one_by_one(model: Any, longest: int) -> str | None:
     """
     if longest > (predicting.max_length_of_shared_rope(model.config) or longest):
         return "positions of this model depend on a batch's longest sample"
-    if getattr(model.config, "model_type", None) in _CHANGED_BY_PADDING:
-        return "padding changes the answers of models of this type"
+    if getattr(model.config, "model_type", None) in (*_PADDING_ENTERS_STATE, *_PADDING_MOVES_WINDOWS):
+        return "padding changes the answers of this type of model"
     if predicting.prompt_learning_configs(model):
-        return "between virtual tokens and a prompt there would be padding"
+        return "padding would come between the virtual tokens and the prompt"
     return None
 
 
@@ -184,7 +185,7 @@ def _answer_batch(
     questions: Sequence[Question],
     max_new_tokens: int,
 ) -> Iterator[tuple[str, str | None]]:
-    """Output text and extracted answer of each question."""
+    """Yield the output text and the extracted answer of each question."""
     template, prompts = questions[0].template, [question.prompt for question in questions]
     if questions[0].options:
         end = end_text(tokenizer, template)
@@ -193,7 +194,7 @@ def _answer_batch(
         for question, values in zip(questions, scores, strict=True):
             if any(map(math.isnan, values)):
                 raise NotFiniteError(
-                    f"scores must be numbers to be compared: those of sample {question.example['id']!r} are NaN. Pass "
+                    f"the scores of sample {question.example['id']!r} are NaN and cannot be compared. Pass "
                     "--dtype float32 or bfloat16, and check that the weights of `base_model` are finite."
                 )
             answer = question.options[values.index(max(values))]

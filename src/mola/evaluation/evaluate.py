@@ -1,4 +1,4 @@
-"""`mola evaluate`: a model answers the questions of a test file, and the right answers are counted.
+"""`mola evaluate`: a model answers the questions of a test file, and the correct answers are counted.
 
 - `evaluate_examples` in `mola.evaluation.core` asks a loaded model about examples in memory.
 - `evaluate` checks the options, loads model and data, resumes an interrupted evaluation and writes the result file.
@@ -101,7 +101,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         scoring=options.scoring,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
-        finished=finished,
+        finished_records=finished,
         on_batch=None if answers is None else answers.append,
     )
     result = replace(result, settings=asdict(options))

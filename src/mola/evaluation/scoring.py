@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import binomtest
 
-_MIN_SAMPLES = 20  # a model that makes a choice hardly gives so many samples the same answer by chance
+_MIN_SAMPLES = 20  # a model that discriminates hardly gives 20 samples the same answer by chance
 
 
 def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -20,14 +20,14 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
         confidence: level, strictly between 0 and 1.
 
     Returns:
-        Lower and upper end, fractions of 1.
+        Lower and upper end, as fractions.
     """
     interval = binomtest(correct, total).proportion_ci(confidence_level=confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def accuracy_summary(correct: int, total: int) -> dict[str, Any]:
-    """Accuracy over at least one sample with its 95 % interval, as the result files write it.
+    """Accuracy over at least one sample with its 95 % interval, as in the result files.
 
     Returns:
         `{"accuracy": fraction, "correct": int, "total": int, "interval_95": [low, high]}`.
@@ -37,9 +37,9 @@ def accuracy_summary(correct: int, total: int) -> dict[str, Any]:
 
 
 def constant_prediction(samples: Sequence[Mapping[str, Any]]) -> str | None:
-    """The answer of a model that gives every sample the same one, though their right answers differ.
+    """The answer of a model that gives every sample the same one, though their correct answers differ.
 
-    The accuracy then only says how frequent this answer is in the data.
+    The accuracy of such a model only reflects how common its answer is in the data.
 
     Args:
         samples: with `predicted` and `answer`, as the result files have them.
@@ -47,8 +47,8 @@ def constant_prediction(samples: Sequence[Mapping[str, Any]]) -> str | None:
     Returns:
         The answer; None if there are several, fewer than 20 samples, or samples that got none.
     """
-    given, right = ({sample[name] for sample in samples} for name in ("predicted", "answer"))
-    return given.pop() if len(samples) >= _MIN_SAMPLES and len(given) == 1 < len(right) else None
+    given, correct = ({sample[name] for sample in samples} for name in ("predicted", "answer"))
+    return given.pop() if len(samples) >= _MIN_SAMPLES and len(given) == 1 < len(correct) else None
 
 
 def accuracy_by_group(
@@ -90,13 +90,13 @@ class BinaryCounts(NamedTuple):
 
 
 def binary_counts(answers: Sequence[str], predicted: Sequence[str | None], labels: tuple[str, str]) -> BinaryCounts:
-    """Count right and wrong predictions of each of two labels.
+    """Count correct and wrong predictions of each of two labels.
 
-    An unanswered sample counts as if the other, wrong label had been predicted, so right predictions are
-    the same samples as for accuracy.
+    An unanswered sample counts as if the wrong label had been predicted, so the correct predictions are the same
+    samples as for accuracy.
 
     Args:
-        answers: right label of each sample.
+        answers: correct label of each sample.
         predicted: predicted label of each sample; None for unanswered.
         labels: the negative and the positive label.
 
@@ -117,9 +117,9 @@ def f1_score(counts: BinaryCounts) -> float:
         F1 = 2 TP / (2 TP + FP + FN)
 
     Returns:
-        0 to 1; 0 where it is not defined, with no positive sample and none predicted.
+        0 to 1; 0 if F1 is undefined, because no sample is positive and none is predicted to be.
 
-    Source: van Rijsbergen 1979, Information Retrieval, chapter 7 (there as ``1 - E``).
+    Source: van Rijsbergen 1979, Information Retrieval, chapter 7 (as ``1 - E``).
     """
     wrong = counts.false_positive + counts.false_negative
     total = 2 * counts.true_positive + wrong
@@ -127,14 +127,14 @@ def f1_score(counts: BinaryCounts) -> float:
 
 
 def matthews_correlation(counts: BinaryCounts) -> float:
-    r"""Matthews correlation: how answers and predictions go together, whatever the shares of the labels.
+    r"""Matthews correlation: how well predictions correlate with answers, however frequent each label is.
 
     With ``TP``, ``FP``, ``FN``, ``TN`` = the four counts:
         MCC = (TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN))
 
     Returns:
-        -1 (always the wrong label) to 1 (always right); 0 where it is not defined, with one label only among
-        the answers or the predictions.
+        -1 (always the wrong label) to 1 (always correct); 0 if undefined, because the answers or the predictions
+        have only one label.
 
     Source: Matthews 1975, Biochimica et Biophysica Acta 405:442.
     """
@@ -146,7 +146,7 @@ def matthews_correlation(counts: BinaryCounts) -> float:
 def binary_metrics(
     names: Iterable[str], answers: Sequence[str], predicted: Sequence[str | None], labels: tuple[str, str]
 ) -> dict[str, float]:
-    """The named metrics, out of `f1` and `matthews`, of a task with two labels; other arguments as `binary_counts`."""
+    """The metrics `names` (`f1`, `matthews`) of a task with two labels; other arguments as for `binary_counts`."""
     functions = {"f1": f1_score, "matthews": matthews_correlation}
     counts = binary_counts(answers, predicted, labels)
     return {name: functions[name](counts) for name in names}

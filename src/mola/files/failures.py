@@ -1,7 +1,7 @@
 """Errors of the machine: a full or read-only disk, too little memory, a process of the run that has ended.
 
 - `write_error_reason`, `memory_error_reason`, `lost_process_reason`: what an error says about such a failure, or None.
-- `explain_write_errors`, `explain_lack_of_memory`: turn such an error of the block into a `MolaError` with advice.
+- `explain_write_errors`, `explain_out_of_memory`: turn such an error of the block into a `MolaError` with advice.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ def explain_write_errors(
 
 
 @contextlib.contextmanager
-def explain_lack_of_memory(advice: str) -> Iterator[None]:
+def explain_out_of_memory(advice: str) -> Iterator[None]:
     """Turn an error about too little memory in the block into a `MolaError` with advice."""
     try:
         yield

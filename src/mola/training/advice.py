@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from transformers import SchedulerType, TrainerState
 
 from mola.errors import MolaError
-from mola.files.failures import explain_lack_of_memory, explain_write_errors, lost_process_reason
+from mola.files.failures import explain_out_of_memory, explain_write_errors, lost_process_reason
 from mola.reporting.findings import is_far_above, last_mean
-from mola.training.distributed import shares_weights, uses_deepspeed
+from mola.training.distributed import shards_weights, uses_deepspeed
 from mola.training.options import TrainOptions
 
 
@@ -24,7 +24,7 @@ def failures_explained(options: TrainOptions) -> Iterator[None]:
     going_on = "Then go on from the last complete checkpoint, if there is one, with --resume_from_checkpoint last."
     room = "Free some space, or make the folder writable again (a lower --save_total_limit needs less)."
     with (
-        explain_lack_of_memory(f"{memory_advice(options)} {going_on}"),
+        explain_out_of_memory(f"{memory_advice(options)} {going_on}"),
         explain_write_errors("`output_dir`", f"{room} {going_on}"),
         _lost_process_explained(),
     ):
@@ -49,7 +49,7 @@ def _lost_process_explained() -> Iterator[None]:
 def loading_advice(options: TrainOptions) -> str:
     """What to change when the base model alone needs more memory than there is."""
     ways = ["--dtype bfloat16"] if options.base_dtype == "float32" and not uses_deepspeed(options) else []
-    if not (shares_weights(options) or options.on_loading or options.gguf_file):
+    if not (shards_weights(options) or options.on_loading or options.gguf_file):
         ways += ["--load_in_4bit or --load_in_8bit"]
     return f"The base model does not fit: pass {'; or '.join([*ways, 'a smaller base model'])}."
 

@@ -1,6 +1,6 @@
 """Training in several processes: FSDP, DeepSpeed ZeRO, and what each of them cannot do.
 
-Both are chosen by options (`fsdp`, `fsdp_config`, `deepspeed`) or by `accelerate launch`, through environment
+Options (`fsdp`, `fsdp_config`, `deepspeed`) choose one of them, or `accelerate launch` does so through environment
 variables.
 """
 
@@ -42,15 +42,15 @@ def uses_deepspeed(options: TrainingArguments) -> bool:
     return bool(options.deepspeed) or _launched_with("DEEPSPEED")
 
 
-def shares_weights(options: TrainingArguments) -> bool:
-    """Whether a run shares weights, gradients or the optimiser out over its processes."""
+def shards_weights(options: TrainingArguments) -> bool:
+    """Whether a run shards weights, gradients or the optimiser over its processes."""
     return uses_fsdp(options) or uses_deepspeed(options)
 
 
 def settle_deepspeed(options: TrainingArguments, device: torch.device) -> None:
-    """Prepare options for DeepSpeed on a CPU, which Accelerate knows on GPUs only.
+    """Prepare options for DeepSpeed on a CPU; Accelerate supports DeepSpeed on GPUs only.
 
-    Told of a CPU, Accelerate would copy the model to every process instead, without a word.
+    With `use_cpu` Accelerate would silently copy the model to every process instead.
 
     Raises:
         MolaError: `deepspeed` is an option, which Accelerate reads on GPUs only.
@@ -69,30 +69,30 @@ def settle_deepspeed(options: TrainingArguments, device: torch.device) -> None:
 def check_distributed(
     options: TrainingArguments, checkpoint: Path | None, *, is_quantized: bool, has_stacked_experts: bool
 ) -> None:
-    """Check that the model can be trained in the way that was chosen, and its adapter saved.
+    """Check that the chosen kind of distributed training can train the model and save its adapter.
 
     Args:
         options: of the run; the number of processes is known.
-        checkpoint: where the run goes on from, or None.
+        checkpoint: the checkpoint that the run resumes from, or None.
         is_quantized: whether the base model's weights are packed in memory.
         has_stacked_experts: whether the adapter has `target_parameters`.
 
     Raises:
         MolaError: FSDP or DeepSpeed would do nothing, round the routers or save no adapter; or the checkpoint was
-            written in another way.
+            written with a different kind of distributed training.
     """
     reason = None
-    if shares_weights(options) and is_quantized:
+    if shards_weights(options) and is_quantized:
         name = "fsdp" if uses_fsdp(options) else "deepspeed"
         reason = (
             f"`{name}` cannot be combined with a quantised base, whose packed weights are neither sharded nor loaded "
-            "from its checkpoints. Leave the quantisation out, or train with one model per process (as the "
+            "from its checkpoints. Leave the quantisation out, or train with one model per process (like the "
             "repository's recipes/accelerate/ddp.yaml)."
         )
-    elif shares_weights(options) and name_of(options.optim) == "adafactor":
+    elif shards_weights(options) and name_of(options.optim) == "adafactor":
         reason = (
-            "`optim` adafactor needs the rows and columns of whole weights, which FSDP and DeepSpeed share out. Pass "
-            "another optimiser, such as adamw_torch."
+            "`optim` adafactor needs the rows and columns of whole weights, which FSDP and DeepSpeed shard. Pass a "
+            "different optimiser, such as adamw_torch."
         )
     elif uses_fsdp(options):
         reason = _why_no_fsdp(options)
@@ -100,27 +100,28 @@ def check_distributed(
         reason = _why_no_deepspeed(options, has_stacked_experts)
     if reason is not None:
         raise MolaError(reason)
-    if checkpoint is not None and (written := _way_of_checkpoint(checkpoint)) != (now := _way_of_run(options)):
+    if checkpoint is not None and (written := _kind_of_checkpoint(checkpoint)) != (now := _kind_of_run(options)):
         raise MolaError(
-            f"`resume_from_checkpoint` must go on as the run began: {str(checkpoint)!r} was written with {written}, "
-            f"and this run is one with {now}. Start it in the same way, or start a new run with --adapter {checkpoint}."
+            f"`resume_from_checkpoint` must continue as the run began: {str(checkpoint)!r} was written with {written}, "
+            f"and this run uses {now}. Start it in the same way, or start a new run with --adapter {checkpoint}."
         )
 
 
 def _why_no_fsdp(options: TrainingArguments) -> str | None:
+    """None if FSDP can train experts with these options, else the reason."""
     if options.world_size == 1:
         return (
-            "`fsdp` shards a model over several processes, this run has one. Start it with torchrun or accelerate "
+            "`fsdp` shards a model over several processes, this run has one. Start the run with torchrun or accelerate "
             "launch, or leave `fsdp` out."
         )
     if not can_shard(options.device):
         return (
-            "`fsdp` works on GPUs only: on a CPU every process would hold the whole model after all. Leave it out to "
+            "`fsdp` works on GPUs only: on a CPU every process would still hold the whole model. Leave it out to "
             "train with one copy of the model per process."
         )
     if Version(accelerate_version) < Version(_FSDP_ACCELERATE):
         return (
-            f"`fsdp` needs accelerate {_FSDP_ACCELERATE} or newer, whose checkpoints hold the adapter: here is "
+            f"`fsdp` needs accelerate {_FSDP_ACCELERATE} or newer, whose checkpoints hold the adapter: found "
             f"{accelerate_version}. Upgrade it, or leave `fsdp` out."
         )
     version = _fsdp_setting(options, "fsdp_version", default="1")
@@ -150,6 +151,7 @@ def _fsdp_setting(options: TrainingArguments, name: str, default: str) -> str:
 
 
 def _why_no_deepspeed(options: TrainingArguments, has_stacked_experts: bool) -> str | None:
+    """None if DeepSpeed can train experts with these options, else the reason."""
     stage = _zero_stage(options)
     plugin: Any = options.deepspeed_plugin
     if options.bf16 or options.fp16:
@@ -180,7 +182,7 @@ def _zero_stage(options: TrainingArguments) -> int:
     return plugin.hf_ds_config.get_value("zero_optimization.stage", 0)
 
 
-def _way_of_run(options: TrainingArguments) -> str:
+def _kind_of_run(options: TrainingArguments) -> str:
     if uses_fsdp(options):
         return "FSDP"
     if uses_deepspeed(options):
@@ -188,20 +190,20 @@ def _way_of_run(options: TrainingArguments) -> str:
     return "one model per process"
 
 
-def _way_of_checkpoint(checkpoint: Path) -> str:
+def _kind_of_checkpoint(checkpoint: Path) -> str:
     if next(checkpoint.glob("pytorch_model_fsdp*"), None) is not None:
         return "FSDP"
     processes = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
     if not processes:
         return "one model per process"
-    shares_all = next(checkpoint.glob("global_step*/zero_pp_rank_*model_states.pt"), None) is not None
-    return f"DeepSpeed ZeRO-{3 if shares_all else 2} in {processes} processes"
+    shards_all = next(checkpoint.glob("global_step*/zero_pp_rank_*model_states.pt"), None) is not None
+    return f"DeepSpeed ZeRO-{3 if shards_all else 2} in {processes} processes"
 
 
 def keep_dtypes(trainer: Trainer) -> None:
-    """Let FSDP compute with every weight in its own format; mixed precision is left to autocast.
+    """Let FSDP compute with every weight in its own format; autocast does the mixed precision.
 
-    The Trainer would have FSDP cast all weights to the format of the base model, and so round the routers.
+    The Trainer would have FSDP cast all weights to the base model's format, which would round the routers.
     """
     if trainer.is_fsdp_enabled:
         from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -211,10 +213,10 @@ def keep_dtypes(trainer: Trainer) -> None:
 
 @contextlib.contextmanager
 def whole_weights() -> Iterator[None]:
-    """Build and load models in this block as without DeepSpeed.
+    """A block that builds and loads models without sharding them.
 
-    With ZeRO-3 Transformers would share out every weight while it is loaded, also those of models on the meta device,
-    which fails. The weights are shared out when training begins.
+    With ZeRO-3 Transformers would shard every weight while it loads, which fails for models on the meta device. The
+    weights are sharded when training begins.
     """
     settings = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
@@ -227,7 +229,7 @@ def whole_weights() -> Iterator[None]:
 def register_experts(trainer: Trainer) -> None:
     """Tell ZeRO-3 which weights a `MolaLinear` computes with.
 
-    ZeRO-3 gathers the weights of a module when the module is called. Experts lie in a dictionary, which is never
+    ZeRO-3 gathers the weights of a module when the module is called. Experts are in a dictionary, which is never
     called.
     """
     if trainer.is_deepspeed_enabled:
@@ -241,7 +243,7 @@ def register_experts(trainer: Trainer) -> None:
 
 
 def gathered(parameter: torch.nn.Parameter) -> contextlib.AbstractContextManager[Any]:
-    """A block in which a weight is whole. With ZeRO-3 all processes have to enter it."""
+    """A block in which a sharded weight is whole. With ZeRO-3 all processes must enter the block."""
     if not hasattr(parameter, "ds_id"):
         return contextlib.nullcontext()
     import deepspeed

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run in order: with a checkpoint, and the record of an interrupted run."""
+"""SIGINT and SIGTERM end a run cleanly, with a checkpoint and the record of an interrupted run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Interruption(TrainerCallback):
     It handles signals from the beginning of training until `restore`.
 
     Attributes:
-        received: the first signal that came to this process, or None. Other processes may not know of it yet.
+        received: the first signal that came to this process, or None. Other processes may not know this signal yet.
         signal_number: the signal that stops the run, the same in all processes, or None.
     """
 
@@ -46,7 +46,7 @@ class Interruption(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin to handle signals. Only the main thread of a program may."""
+        """Begin to handle signals, if this is the main thread: Python allows no other to."""
         self._first_step = state.global_step
         self.restore()  # with `auto_find_batch_size` training may begin several times
         if threading.current_thread() is threading.main_thread():
@@ -63,23 +63,23 @@ class Interruption(TrainerCallback):
         plan = "saving a checkpoint after this step or evaluation, then stopping"
         if self._is_trained:
             plan = "leaving the evaluation"
-        logger.warning("%s: %s. Once more stops at once, without saving.", signal.Signals(number).name, plan)
+        logger.warning("%s: %s. A second signal stops at once, without saving.", signal.Signals(number).name, plan)
 
     def restore(self) -> None:
-        """Give the signals back to their earlier handlers."""
+        """Restore the earlier signal handlers."""
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers.clear()
 
-    def share(self, args: TrainingArguments) -> None:
+    def share_signal(self, args: TrainingArguments) -> None:
         """Set `signal_number` in all processes to a signal that any of them has received.
 
-        All processes have to stop at the same step, or the others would wait for ever.
+        All processes must stop at the same step, or those that train on would wait forever.
         """
         if args.world_size == 1:
             self.signal_number = self.received
             return
-        if self._cpu_group is None:  # on GPUs this would wait in every step for what is still being computed
+        if self._cpu_group is None:  # NCCL would wait in every step until the GPU has finished
             self._cpu_group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
         number = torch.tensor(self.received or 0)
         distributed.all_reduce(number, op=distributed.ReduceOp.MAX, group=self._cpu_group)
@@ -90,16 +90,16 @@ class Interruption(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Ask for a checkpoint and the end if a signal came."""
+        """Request a checkpoint and the end of training if a signal came."""
         self._stop_if_signalled(args, control, saves=True)
         return control
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Keep the evaluation in which a signal came, and do no further step.
+        """If a signal came during an evaluation, keep its result and stop before the next step.
 
-        Before the first step nothing is saved: an uninterrupted run has no checkpoint there.
+        Before the first step nothing is saved: an uninterrupted run has no checkpoint of step 0 either.
         """
         if not self._is_trained and state.global_step > self._first_step:
             self._stop_if_signalled(args, control, saves=True)
@@ -113,12 +113,12 @@ class Interruption(TrainerCallback):
         return control
 
     def _stop_if_signalled(self, args: TrainingArguments, control: TrainerControl, *, saves: bool) -> None:
-        self.share(args)
+        self.share_signal(args)
         if self.signal_number is None:
             return
         control.should_training_stop = True
         if args.save_total_limit == 1:
-            args.save_total_limit = 2  # with 1 the Trainer would keep the best checkpoint and remove the last one
+            args.save_total_limit = 2  # with 1 the Trainer would keep only the best checkpoint, not the last one
         if saves:
             control.should_save = True
             if args.save_strategy == SaveStrategy.BEST:
@@ -127,7 +127,10 @@ class Interruption(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Evaluate only an epoch, or a run, that was complete when the signal came: a resumed run will not do it."""
+        """After a signal, skip the evaluation unless the epoch or the run is complete.
+
+        A resumed run evaluates an incomplete epoch itself, but never repeats a complete one.
+        """
         is_cut_short = not is_whole_epoch(state.epoch) and state.global_step < state.max_steps
         if self.signal_number is not None and is_cut_short:
             control.should_evaluate = False
@@ -136,10 +139,10 @@ class Interruption(TrainerCallback):
     # ------------------------------------------------------------------ the evaluation after training
 
     @contextlib.contextmanager
-    def leaving(self) -> Iterator[None]:
-        """A block with the evaluation after training, which is left at the next batch when a signal comes.
+    def stop_on_signal(self) -> Iterator[None]:
+        """A block with the evaluation after training: in a single process a signal ends it at the next batch.
 
-        Several processes finish the evaluation, or the others would wait for the one that left.
+        Several processes finish the evaluation, since the others would wait for a process that left it.
         """
         self._is_trained = True
         with contextlib.suppress(_LeftError):
@@ -148,6 +151,6 @@ class Interruption(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the evaluation after training if a signal came."""
+        """Leave the evaluation after training if a signal came and this is the only process."""
         if self._is_trained and self.received is not None and args.world_size == 1:
             raise _LeftError

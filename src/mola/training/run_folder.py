@@ -124,7 +124,7 @@ def check_output_dir(options: TrainOptions) -> Path:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Lock a run folder within the block, without a lock file.
 
     Raises:

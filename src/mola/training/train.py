@@ -2,7 +2,7 @@
 
 - Options, data and allocation are checked before weights are loaded.
 - The run folder holds the adapter, the loss curve and everything needed to repeat or resume the run.
-- SIGINT and SIGTERM save a checkpoint and stop; `--resume_from_checkpoint last` goes on from there.
+- SIGINT and SIGTERM save a checkpoint and stop; `--resume_from_checkpoint last` resumes from it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback
 
 from mola.errors import MolaError, NotFiniteError
 from mola.files.atomic import atomic_write_json
-from mola.files.failures import explain_lack_of_memory
+from mola.files.failures import explain_out_of_memory
 from mola.insight import ROUTING_FILE
 from mola.insight.kernels import kernels_report
 from mola.insight.telemetry import ExpertTelemetry, drop_later_lines
@@ -33,10 +33,10 @@ from mola.training.advice import failures_explained, loading_advice, loss_gap_ad
 from mola.training.callbacks import TrainingClock, overflow_explained
 from mola.training.checkpoints import RUN_FILE, newest_complete
 from mola.training.checks import CheckedRun, check_run
-from mola.training.distributed import shares_weights, uses_fsdp, whole_weights
+from mola.training.distributed import shards_weights, uses_fsdp, whole_weights
 from mola.training.model import build_model
 from mola.training.options import TrainOptions
-from mola.training.run_folder import check_output_dir, claimed, start_run
+from mola.training.run_folder import check_output_dir, locked, start_run
 from mola.training.trainer import MolaTrainer, compiler_settings, make_trainer
 
 __all__ = ["TrainOptions", "TrainResult", "main", "train"]
@@ -46,16 +46,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainResult:
-    """What a run ended with.
+    """Outcome of a training run.
 
     Attributes:
         output_dir: the run folder; it holds the adapter.
         status: "finished", or "interrupted" by a signal.
         steps: number of optimiser steps, including those before a resume.
         metrics: final metrics of the Trainer; with evaluation data also `eval_loss` of the saved weights.
-        trainable_parameters: number of trained values, routers included.
+        trainable_parameters: number of trainable parameters, routers included.
         best_checkpoint: the checkpoint whose weights were saved, or None for the last weights.
-        seconds: wall time of training, including the time before a resume, without loading.
+        seconds: wall time of training without loading, including the time before a resume.
         warning: one line if the evaluation loss is far above the training loss, else None.
     """
 
@@ -70,7 +70,7 @@ class TrainResult:
 
 
 def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> TrainResult:
-    """Run a fine-tuning.
+    """Fine-tune a model.
 
     Args:
         options: see `TrainOptions`.
@@ -80,26 +80,26 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
         The result; the adapter is in `options.output_dir`.
 
     Raises:
-        MolaError: options or data are wrong (before weights are loaded), or the memory or the disk did not suffice.
+        MolaError: options or data are wrong (before weights are loaded), or memory or disk space ran out.
         NotFiniteError: loss, weights or routers are not finite; it is a MolaError.
     """
-    options = copy.copy(options)  # some options are settled below; the caller's object stays as it is
-    if not (shares_weights(options) or getattr(options.accelerator_config, "use_configured_state", False)):
+    options = copy.copy(options)  # some options are changed below; the caller's object is left unchanged
+    if not (shards_weights(options) or getattr(options.accelerator_config, "use_configured_state", False)):
         AcceleratorState._reset_state()  # it may hold the mixed precision of an earlier training
     is_main = options.process_index == 0
     with failures_explained(options):
         with options.main_process_first(local=False):
             folder = check_output_dir(options)
-        with claimed(folder) if is_main else contextlib.nullcontext():
+        with locked(folder) if is_main else contextlib.nullcontext():
             with whole_weights():
                 run = check_run(options, folder)
-                with explain_lack_of_memory(loading_advice(options)):
+                with explain_out_of_memory(loading_advice(options)):
                     model = build_model(options, run.config, run.checkpoint)
             if is_main and not uses_fsdp(options):  # FSDP moves the weights to their devices later
                 _log_kernels(options, model)
             trainer = make_trainer(options, model, run, callbacks)
 
-            # Until here an error in any process leaves an earlier run as it was.
+            # Up to this point, an error in any process leaves an earlier run untouched.
             PartialState().wait_for_everyone()
             if is_main:
                 start_run(run.folder, run.checkpoint, overwrite=options.overwrite_output_dir)
@@ -119,7 +119,7 @@ def _log_kernels(options: TrainOptions, model: PeftModel) -> None:
     mixed = options.mixed_dtype
     with torch.autocast(options.device.type, mixed, enabled=mixed is not None):  # as in the run
         for choice in kernels_report(model, modes=["training"]):
-            logger.info("Kernels, %s", choice)
+            logger.info("Kernels: %s", choice)
 
 
 def _write_record(trainer: MolaTrainer, run: CheckedRun, **more: Any) -> None:
@@ -128,7 +128,7 @@ def _write_record(trainer: MolaTrainer, run: CheckedRun, **more: Any) -> None:
 
 
 def _train_and_evaluate(options: TrainOptions, trainer: MolaTrainer, run: CheckedRun) -> tuple[dict[str, Any], float]:
-    """Train, and evaluate the weights that are kept: metrics, and seconds of training."""
+    """Train, and evaluate the weights that are kept. Returns the metrics, and the seconds of training."""
     interruption = trainer.interruption
     telemetry = ExpertTelemetry(run.folder / ROUTING_FILE, run.checkpoint)
     if options.expert_telemetry:
@@ -143,11 +143,11 @@ def _train_and_evaluate(options: TrainOptions, trainer: MolaTrainer, run: Checke
             seconds = _seconds(trainer)
             if trainer.state.global_step == run.first_step:
                 metrics.pop("train_loss", None)  # no step was trained
-            interruption.share(options)
+            interruption.share_signal(options)
             if run.data.evaluation is not None and interruption.signal_number is None:
-                with interruption.leaving():
+                with interruption.stop_on_signal():
                     metrics.update(trainer.evaluate())
-                interruption.share(options)
+                interruption.share_signal(options)
             if interruption.signal_number is not None and trainer.state.global_step > run.first_step:
                 trainer.save_last_step()
             return metrics, seconds
@@ -158,7 +158,7 @@ def _train_and_evaluate(options: TrainOptions, trainer: MolaTrainer, run: Checke
 
 @contextlib.contextmanager
 def _failure_recorded(options: TrainOptions, trainer: MolaTrainer, run: CheckedRun) -> Iterator[None]:
-    """Write the record of a failed run if the block ends with an error, which passes on."""
+    """Write the record of a failed run if the block ends with an error, and re-raise the error."""
     try:
         with failures_explained(options):
             yield
@@ -173,7 +173,7 @@ def _failure_recorded(options: TrainOptions, trainer: MolaTrainer, run: CheckedR
 
 
 def _seconds(trainer: Trainer) -> float:
-    """Seconds of training until now. A resumed trainer may have another clock than the one it was given."""
+    """Seconds of training until now. Resuming may replace the clock, so look it up."""
     return next(each.seconds for each in trainer.callback_handler.callbacks if isinstance(each, TrainingClock))
 
 
@@ -202,7 +202,7 @@ def _result_of(
 
 
 def _save(options: TrainOptions, trainer: MolaTrainer, run: CheckedRun, result: TrainResult) -> None:
-    """Write adapter, record and model card, and upload them if asked to."""
+    """Write adapter, record and model card, and upload them with `push_to_hub`."""
     trainer.save_model()
     run.record |= asdict(result)
     _write_record(trainer, run)
@@ -223,7 +223,7 @@ def main(options: TrainOptions) -> int:
     Returns:
         The exit code: 0, or 130 after an interruption.
     """
-    if options.process_index != 0:  # the main process logs for all; errors of every process are shown
+    if options.process_index != 0:  # only the main process logs, but every process shows its errors
         logging.getLogger("mola").setLevel(logging.ERROR)
     result = train(options)
     exit_code = 0 if result.status == "finished" else 130
@@ -236,15 +236,15 @@ def main(options: TrainOptions) -> int:
     ]
     print(
         f"{result.status} after {result.steps} steps and {result.seconds:.0f} s{''.join(losses)}; "
-        f"{result.trainable_parameters:,} trained values.\nThe adapter is in {result.output_dir}",
+        f"{result.trainable_parameters:,} trainable parameters.\nThe adapter is in {result.output_dir}",
         file=sys.stderr,
     )
     if result.status == "interrupted":
         if newest_complete(Path(result.output_dir)) is not None:
-            print("Go on with the same command and --resume_from_checkpoint last", file=sys.stderr)
+            print("Resume with the same command and --resume_from_checkpoint last", file=sys.stderr)
         else:  # with `save_only_model`, or because the best weights had been loaded
             print(
-                f"There is no checkpoint to go on from: train further with --adapter {result.output_dir}",
+                f"There is no checkpoint to resume from: continue training with --adapter {result.output_dir}",
                 file=sys.stderr,
             )
     return exit_code

@@ -29,7 +29,7 @@ from mola.training.callbacks import (
 )
 from mola.training.checkpoints import STATE_FILE
 from mola.training.checks import CheckedRun, library_errors
-from mola.training.distributed import keep_dtypes, register_experts, shares_weights
+from mola.training.distributed import keep_dtypes, register_experts, shards_weights
 from mola.training.interruption import Interruption
 from mola.training.needed_logits import NeededLogits, computes_needed_logits
 from mola.training.option_checks import name_of
@@ -37,28 +37,30 @@ from mola.training.options import TrainOptions
 from mola.training.run_folder import METRICS_FILE, SAVING, save_result
 from mola.tuner.loraplus import split_groups
 
-_PAD_TO_MULTIPLE_OF = 8  # full vector widths; padding counts in no loss
+_PAD_TO_MULTIPLE_OF = 8  # fills vector registers; padding never counts in the loss
 
 
 def make_trainer(
     options: TrainOptions, model: PeftModel, run: CheckedRun, callbacks: Sequence[TrainerCallback] = ()
 ) -> MolaTrainer:
-    """A trainer with mola's collator and callbacks, and with its optimiser where that needs no sharded weights.
+    """A trainer with mola's collator and callbacks, including the optimiser, unless weights are sharded.
+
+    With sharded weights the optimiser is made when training begins.
 
     Args:
         options: of the run.
         model: the model with its adapter.
         run: the checked run.
-        callbacks: callbacks of the caller, called after mola's own.
+        callbacks: the caller's callbacks, called after mola's own.
 
     Raises:
-        MolaError: options of the Trainer exclude each other, or the optimiser cannot be made.
+        MolaError: Trainer options exclude each other, or the optimiser cannot be made.
     """
     collate: Any = DataCollatorForSeq2Seq(run.tokenizer, pad_to_multiple_of=_padding(options, model))
     if computes_needed_logits(model, options):
         collate = NeededLogits(collate)
     interruption = Interruption()
-    # The order counts: an interruption asks for a checkpoint, `CheckpointLast` may put it off, and the weights are
+    # The order matters: `Interruption` requests a checkpoint, `CheckpointLast` may postpone it, and the weights are
     # replaced by averages and checked before they are saved.
     own: list[TrainerCallback] = [
         MetricsFile(run.folder / METRICS_FILE, run.checkpoint),
@@ -83,14 +85,14 @@ def make_trainer(
     trainer.interruption, trainer.first_step = interruption, run.first_step
     keep_dtypes(trainer)
     register_experts(trainer)
-    if not shares_weights(options):
+    if not shards_weights(options):
         with library_errors(f"`optim` {name_of(options.optim)}"):
             trainer.create_optimizer()
     return trainer
 
 
 def _padding(options: TrainOptions, model: PeftModel) -> int | None:
-    """The number of tokens whose multiples batches are padded to; None if that could exceed the last position."""
+    """Batch lengths are padded to a multiple of this; None if padding could exceed the model's maximum length."""
     limit, longest = max_positions(model.config), options.cutoff_len + -options.cutoff_len % _PAD_TO_MULTIPLE_OF
     return None if limit is not None and longest > limit else _PAD_TO_MULTIPLE_OF
 
@@ -99,12 +101,12 @@ class MolaTrainer(Trainer):
     """The Trainer of Transformers, for `TrainOptions` and an adapter."""
 
     interruption: Interruption
-    first_step = 0  # number of steps that were done before this training
-    _checkpoint_root: str | None = None  # where a checkpoint is being written
+    first_step = 0  # number of steps that an earlier part of the run has done
+    _checkpoint_root: str | None = None  # folder in which a checkpoint is being written
     _operations_per_token: int | None = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """Make the optimiser. With `loraplus_lr_ratio` the matrices B have a learning rate of their own."""
+        """Make the optimiser. With `loraplus_lr_ratio` the matrices B have their own learning rate."""
         is_new = self.optimizer is None
         optimizer: Any = super().create_optimizer(*args, **kwargs)
         model: Any = self.model
@@ -115,16 +117,16 @@ class MolaTrainer(Trainer):
         sampler = super()._get_train_sampler(*args, **kwargs)
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
-        # The samples of one optimiser step are of similar length.
+        # Group by optimiser step, so that its samples have similar lengths.
         sampler.batch_size = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SeededGroups(sampler, seed, lambda: int(self.state.epoch or 0))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as the Trainer does, with the loss of each process as the mean over its own tokens.
+        """Evaluate like the Trainer, but each process's loss is the mean over its own tokens.
 
-        With `average_tokens_across_devices` the Trainer would also count the tokens of samples that are repeated only
-        to fill the last batch.
+        With `average_tokens_across_devices` the Trainer would also count the tokens of the duplicate samples that pad
+        the last batch.
         """
         is_averaged = self.args.average_tokens_across_devices
         self.args.average_tokens_across_devices = False
@@ -134,14 +136,14 @@ class MolaTrainer(Trainer):
             self.args.average_tokens_across_devices = is_averaged
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Count the operations per token once. The Trainer would walk through all modules for every batch."""
+        """Count the operations per token once. The Trainer would visit all modules for every batch."""
         tokens = inputs["input_ids"].numel()
         if self._operations_per_token is None:
             self._operations_per_token = super().floating_point_ops(inputs) // tokens
         return self._operations_per_token * tokens
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as the Trainer does, with `train_loss` as the mean over this training's steps and over all processes."""
+        """Log like the Trainer, but `train_loss` is the mean over the steps of this call and over all processes."""
         if "train_loss" in logs:
             steps = self.state.global_step - self.first_step
             loss = self._total_loss_scalar / steps if steps else 0.0
@@ -157,9 +159,9 @@ class MolaTrainer(Trainer):
         return self._checkpoint_root or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint beside its place, as the Trainer does, and rename it: it is complete or absent."""
+        """Save a checkpoint in a temporary folder and rename it, so that a checkpoint is complete or absent."""
         folder = Path(str(self.args.output_dir))
-        place = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        final_folder = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.save_strategy == SaveStrategy.BEST:
             self.state.best_global_step = self.state.global_step  # Transformers 5.2 does not record this
         root = folder / f"{SAVING}checkpoint"
@@ -169,15 +171,15 @@ class MolaTrainer(Trainer):
         finally:
             self._checkpoint_root = None
         best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        if best == place or best.is_dir():
+        if best == final_folder or best.is_dir():
             self.state.best_model_checkpoint = str(best)
         self.accelerator.wait_for_everyone()  # until all processes have written their random state
         if self.args.should_save:
-            written = root / place.name
-            self.state.save_to_json(str(written / STATE_FILE))  # with the final place of the best checkpoint
+            written = root / final_folder.name
+            self.state.save_to_json(str(written / STATE_FILE))  # with the final path of the best checkpoint
             flush_to_disk(*(path for path in written.rglob("*") if path.is_file()), written)
-            shutil.rmtree(place, ignore_errors=True)
-            written.rename(place)
+            shutil.rmtree(final_folder, ignore_errors=True)
+            written.rename(final_folder)
             root.rmdir()
             flush_to_disk(folder)  # before an older checkpoint is removed
             rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -186,7 +188,7 @@ class MolaTrainer(Trainer):
     def save_last_step(self) -> None:
         """Save a checkpoint of the last step if it has none, unless the best weights have been loaded since.
 
-        Without it, a signal in the evaluation after training would leave nothing to go on from.
+        Without it, a signal in the evaluation after training would leave nothing to resume from.
         """
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if not (folder.is_dir() or self.args.load_best_model_at_end):
@@ -194,7 +196,7 @@ class MolaTrainer(Trainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter. In the run folder its files are written beside their place and renamed."""
+        """Save the adapter. In the run folder its files are written to a temporary folder and renamed."""
         if output_dir is not None:
             super().save_model(output_dir, _internal_call=True)
             return
@@ -218,8 +220,8 @@ class MolaTrainer(Trainer):
 class SeededGroups(LengthGroupedSampler):
     """Batches of samples of similar length, in an order that only the seed and the epoch decide.
 
-    Transformers draws the order from the random numbers of the run. After a stop within an epoch it would be another
-    order, so that samples come again or not at all; and processes would not share one order.
+    Transformers draws the order from the random numbers of the run. After resuming within an epoch the order would
+    differ, so some samples would repeat and others be skipped; and each process would have a different order.
 
     Args:
         sampler: gives the lengths and the batch size.
@@ -240,17 +242,17 @@ class SeededGroups(LengthGroupedSampler):
 def compiler_settings(trainer: Trainer) -> Iterator[None]:
     """Settings of Accelerate and torch for `torch_compile` while a trainer trains in this block.
 
-    The number and the length of samples are dynamic from the first batch: one graph serves all batches, and one more
-    serves those of a single sample. Layers that are computed again in the backward pass (activation checkpointing) do
-    not record their router outputs a second time.
+    The number and the length of samples are dynamic from the first batch: one graph serves all batches of several
+    samples, and one more serves batches of one sample. Layers that are computed again in the backward pass (activation
+    checkpointing) do not record their router outputs a second time.
     """
     args = trainer.args
-    # All trainers of a process share this state, so it is set for runs without `torch_compile` as well.
+    # All trainers of a process share this state, so runs without `torch_compile` set it as well.
     trainer.accelerator.state.dynamo_plugin = (
         TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
         if args.torch_compile
         else TorchDynamoPlugin()
     )
-    skipped = {"skip_fwd_side_effects_in_bwd_under_checkpoint": True}
-    with torch._dynamo.config.patch(skipped) if args.torch_compile else contextlib.nullcontext():
+    dynamo_settings = {"skip_fwd_side_effects_in_bwd_under_checkpoint": True}
+    with torch._dynamo.config.patch(dynamo_settings) if args.torch_compile else contextlib.nullcontext():
         yield

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mola import ContinualOptions, MolaError, continual
-from mola.training.run_folder import claimed
+from mola.training.run_folder import locked
 from tests.studies.continual_learning.sequences import FIRST_TWO, FOLDERS, STAGES, assert_same_end, contents, read
 from tests.training.runs import WEIGHTS
 
@@ -174,7 +174,7 @@ def test_overwriting_removes_the_folders_of_the_sequence(begun):
     stages = {"physics": {**STAGES["physics"], "max_steps": 1}}
     anew = ContinualOptions(**{**options, "stages": stages, "overwrite_output_dir": True})
     before = contents(folder)
-    with claimed(folder), pytest.raises(MolaError, match="another one is at work"):
+    with locked(folder), pytest.raises(MolaError, match="another one is at work"):
         continual(anew)
     assert contents(folder) == before
     result = continual(anew)

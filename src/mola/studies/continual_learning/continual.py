@@ -40,7 +40,7 @@ from mola.studies.continual_learning.record import (
 from mola.studies.continual_learning.stages import Stage, check_stages
 from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_go_on
 from mola.training.checkpoints import has_finished
-from mola.training.run_folder import check_start_is_kept, claimed, without_token
+from mola.training.run_folder import check_start_is_kept, locked, without_token
 
 __all__ = ["ContinualOptions", "ContinualResult", "continual", "main"]
 
@@ -66,7 +66,7 @@ def continual(options: ContinualOptions) -> ContinualResult:
     read_record(folder, options.overwrite_output_dir)  # a wrong folder fails before the data are read
     stages = check_stages(options)
     folder.mkdir(parents=True, exist_ok=True)
-    with claimed(folder):
+    with locked(folder):
         sequence = _begin_or_go_on(folder, options, stages)
         with sigterm_as_interrupt():
             return sequence.run()
