@@ -62,14 +62,14 @@ def test_a_prefix_counts_or_is_refused(tiny_model, tiny_tokenizer):
         text = generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
         assert text == likeliest(model, tiny_tokenizer, "Once", 8)
         return
-    with pytest.raises(MolaError, match="`adapter` of type PREFIX_TUNING cannot be generated with"):
+    with pytest.raises(MolaError, match="`adapter` of type PREFIX_TUNING cannot generate text"):
         generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
-    with pytest.raises(MolaError, match="`adapter` of type PREFIX_TUNING cannot be generated with"):
+    with pytest.raises(MolaError, match="`adapter` of type PREFIX_TUNING cannot generate text"):
         choose_engine(Adapters(model), tiny_tokenizer, 32, 512, None)  # before a server answers
     with model.disable_adapter():
         base = generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
     assert base == generate_text(tiny_model, tiny_tokenizer, "Once", max_new_tokens=8)
-    with pytest.raises(MolaError, match="`adapter` of type PREFIX_TUNING cannot be generated with"):
+    with pytest.raises(MolaError, match="`adapter` of type PREFIX_TUNING cannot generate text"):
         generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
 
 

@@ -106,7 +106,7 @@ class ExportReport:
         return table
 
     def __str__(self) -> str:
-        lines = [f"{self.modules} linears, {self.exact} of them with one expert: exported exactly"]
+        lines = [f"{self.modules} linears; {self.exact} of them have one expert and are exported exactly"]
         lines += [f"{kind}: {n['fitted']} rows fitted, {n['held_out']} held out" for kind, n in self.rows.items()]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, f"written to {self.output}"])

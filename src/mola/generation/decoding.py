@@ -1,4 +1,4 @@
-"""From one prompt to a text. Decoding is greedy unless the caller asks for sampling, whatever the base model ships."""
+"""From one prompt to a text. Decoding is greedy unless the caller asks for sampling, whatever the base model sets."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from mola.errors import MolaError
 from mola.generation import predicting
 from mola.options.fields import check_seed
 
-_MIN_TEMPERATURE = 1e-30  # logits divided by less may become infinite
+_MIN_TEMPERATURE = 1e-30  # logits divided by a smaller number may become infinite
 
 
 def decoding_settings(
@@ -26,13 +26,13 @@ def decoding_settings(
 
     Args:
         max_new_tokens: at least 1.
-        temperature: at least 0; 0 is greedy. None is 1 when sampling.
+        temperature: at least 0; 0 is greedy. None means 1 when sampling.
         top_p: in (0, 1]; None keeps all tokens.
         top_k: at least 1; None keeps all tokens.
-        do_sample: None samples if and only if one of the three is given and the temperature is not 0.
+        do_sample: None samples if and only if `temperature`, `top_p` or `top_k` is given and the temperature is not 0.
 
     Raises:
-        MolaError: a value out of range, or values that contradict `do_sample`.
+        MolaError: a value is out of range, or contradicts `do_sample`.
     """
     if max_new_tokens < 1:
         raise MolaError(f"`max_new_tokens` must be at least 1: got {max_new_tokens}.")
@@ -50,10 +50,10 @@ def decoding_settings(
     if top_k is not None:
         given["top_k"] = top_k
     if do_sample and temperature == 0:
-        raise MolaError("`do_sample` needs a `temperature` above 0: got 0, which is greedy. Leave one out.")
+        raise MolaError("`do_sample` needs a `temperature` above 0: got 0, which is greedy. Leave out one of the two.")
     if do_sample is False and given and temperature != 0:
         values = ", ".join(f"`{name}` {value}" for name, value in given.items())
-        raise MolaError(f"`do_sample` is off, so {values} would do nothing. Leave out `do_sample` or these.")
+        raise MolaError(f"`do_sample` is off, so {values} would do nothing. Leave out `do_sample` or these values.")
     if do_sample is None:
         do_sample = bool(given) and temperature != 0
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "num_beams": 1}
@@ -81,24 +81,24 @@ def generate_text(
     """Text that the model generates after `prompt`, without the prompt and without special tokens.
 
     Args:
-        model: loaded causal language model. Afterwards it is in the state it was in before.
+        model: loaded causal language model. Its state is the same before and after the call.
         tokenizer: its tokenizer.
         prompt: text to continue.
         max_new_tokens: maximum length of the new text in tokens, at least 1.
         temperature: sampling temperature; with 0, which is greedy, `top_p` and `top_k` have no effect.
         top_p: sample from the most probable tokens that hold this probability, in (0, 1].
         top_k: sample from this many most probable tokens, at least 1.
-        do_sample: None samples if one of the three is given and the temperature is not 0.
+        do_sample: None samples if `temperature`, `top_p` or `top_k` is given and the temperature is not 0.
         seed: makes sampling repeatable and leaves torch's own random state unchanged. None draws from that state.
             Greedy decoding draws no random numbers.
-        streamer: receives the tokens as they are generated, such as a `transformers.TextStreamer`.
-        before_answer: whether the prompt comes from a template. Then it is encoded as in training, where an answer
-            follows.
-        template: that template, see `mola.models.prompts.template_for`. A chat template has special tokens and an end
-            token of its own.
+        streamer: an object such as a `transformers.TextStreamer`, which receives the tokens as they are generated.
+        before_answer: whether the prompt comes from a template. If so, it is encoded as in training, where an answer
+            follows the prompt.
+        template: the template of the prompt; see `mola.models.prompts.template_for`. A chat template has its own
+            special tokens and its own end token.
 
     Raises:
-        MolaError: a value out of range, a `template` that is not a `Template`, or a prompt too long for the model.
+        MolaError: a value is out of range, `template` is not a `Template`, or the prompt is too long for the model.
     """
     if template is not None and not isinstance(template, Template):
         raise MolaError(
@@ -123,7 +123,7 @@ def encode_prompt(
     before_answer: bool,
     template: Template | None,
 ) -> list[int]:
-    """Token ids of a prompt whose answer must fit into `limit` positions; see `generate_text` for the rest.
+    """Token ids of a prompt whose answer must fit into `limit` positions; see `generate_text` for the other parameters.
 
     Raises:
         MolaError: the prompt has no tokens, or leaves no room for its answer.
@@ -143,7 +143,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    # `fork_rng` restores the states of CPU and CUDA, not those of the other devices.
+    # `fork_rng` restores the random states of CPU and CUDA, but not those of MPS and XPU.
     other_devices: list[Any] = []
     if torch.backends.mps.is_available():
         other_devices.append(torch.mps)

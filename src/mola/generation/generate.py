@@ -1,6 +1,6 @@
 """`mola generate`: one answer, or a loop that reads one instruction per line.
 
-Standard output has the generated text alone.
+Standard output holds only the generated text.
 """
 
 import logging
@@ -31,7 +31,7 @@ class GenerateOptions(ModelOptions):
 
     _start: ClassVar = START
     adapter: str | None = option(None, "Folder of an adapter.")
-    prompt: str | None = option(None, "Text to continue, used as it is.")
+    prompt: str | None = option(None, "Text to continue, used without a template.")
     instruction: str | None = option(None, "Instruction, put through the template.")
     input: str | None = option(None, "Context of the instruction.")
 
@@ -47,7 +47,7 @@ class GenerateOptions(ModelOptions):
     )
     top_p: float | None = option(None, "Sample from the most probable tokens that hold this probability.")
     top_k: int | None = option(None, "Sample from this many most probable tokens.")
-    do_sample: bool | None = option(None, "Sample or not; by default only if a sampling value is given.")
+    do_sample: bool | None = option(None, "Whether to sample; by default only if a sampling value is given.")
     seed: int | None = option(None, "Random seed; by default a new one each time.")
     stream: bool = option(True, "Print the text while it is generated.")
 
@@ -69,11 +69,11 @@ def main(options: GenerateOptions) -> int:
     prompt, prompt_template = options.prompt, None
     if options.instruction is not None:
         prompt, prompt_template = template.prompt(options.instruction, options.input), template
-    if prompt is not None:  # check its length before the weights are read
+    if prompt is not None:  # check the prompt's length before the weights are read
         limit = max_positions(config)
         encode_prompt(tokenizer, prompt, options.max_new_tokens, limit, prompt_template is not None, prompt_template)
     model = model_for(options, options.adapter)
-    # Every process of torch starts with the same random state, so another text each time needs a new seed.
+    # Torch starts every process with the same random state, so a different text each time needs a new seed.
     seed = torch.seed() % 2**63 if options.seed is None else options.seed
     torch.manual_seed(seed)
     if decoding_settings(**_decoding(options))["do_sample"]:
@@ -96,13 +96,13 @@ def _decoding(options: GenerateOptions) -> dict[str, Any]:
 
 
 def _choose_template(options: GenerateOptions) -> str:
-    """Name of the template: the one asked for, else the one of the training, else alpaca."""
+    """Name of the template: the one that the options name, else the one used in training, else alpaca."""
     if options.template is not None:
         return options.template
     if options.prompt is not None:
-        return "alpaca"  # it is not used
+        return "alpaca"  # a prompt uses no template
     if options.adapter is None:
-        # `mola merge` records the template in which the adapter was trained.
+        # `mola merge` records the template that the adapter was trained with.
         recorded = trained_template(options.base_model) if os.path.isdir(options.base_model) else None
         return recorded or "alpaca"
     recorded = trained_template(options.adapter)
@@ -124,15 +124,15 @@ def _check_options(options: GenerateOptions) -> None:
         others = [name for name in ("instruction", "input", "template") if getattr(options, name) is not None]
         if others:
             raise MolaError(
-                f"`prompt` is used as it is, without `{others[0]}`: got both. Leave one out, or pass the text as "
-                "`instruction`."
+                f"`prompt` is used as it is, without `{others[0]}`: got both. Leave out one of them, or pass "
+                "the text as `instruction`."
             )
     if options.input is not None and options.instruction is None:
         raise MolaError(f"`input` needs an `instruction`: got only the input {options.input[:80]!r}.")
 
 
 def _answer(model: Any, tokenizer: Any, prompt: str, options: GenerateOptions, template: Template | None) -> None:
-    """Generate one answer and print it. `template` is the one that the prompt was made with."""
+    """Generate one answer and print it. `template` is the template that wrote the prompt; None if none did."""
     streamer = None
     if options.stream:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

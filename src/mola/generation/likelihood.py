@@ -1,4 +1,4 @@
-"""How probable a model finds the ends of texts: the likelihood of a question's options."""
+"""The likelihood of a question's options: how probable a model finds each option as the end of the text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +37,7 @@ def option_log_probabilities(
     """
     encoded = _encode(tokenizer, texts, template, prompts)
     num_shared = [_num_shared_tokens(options) for options in encoded]
-    # The options of a sample usually differ in their last token only. Then one context serves all of them.
+    # The options of a sample usually differ in their last token only. If so, one context serves all of them.
     contexts: dict[tuple[int, ...], int] = {}
     for options in encoded:
         for ids in options:
@@ -66,7 +66,7 @@ def _encode(
     template: Template | None,
     prompts: Sequence[str],
 ) -> list[list[list[int]]]:
-    """Token ids of all texts, as they are in training."""
+    """Token ids of all texts, encoded as in training."""
     may_be_whole = template is None or (tokenizer.is_fast and not template.is_encoded_apart)
     whole = [encode_prompts(tokenizer, options, template) for options in texts] if may_be_whole else []
     if template is None or (may_be_whole and template.adds_special_tokens):
@@ -86,8 +86,8 @@ def _encode(
 def _context_batches(contexts: Sequence[tuple[int, ...]], is_single_sample: bool) -> list[list[tuple[int, ...]]]:
     """The contexts of each forward pass.
 
-    Several samples share one pass. For models that cannot ignore padding, callers pass one sample at a time; its
-    contexts are computed without padding, those of one length together.
+    Several samples share one pass. For models that cannot ignore padding, callers pass one sample at a time; the
+    contexts of this sample are computed without padding, those of equal length together.
     """
     if not is_single_sample:
         return [list(contexts)]
@@ -98,7 +98,7 @@ def _context_batches(contexts: Sequence[tuple[int, ...]], is_single_sample: bool
 
 
 def _num_shared_tokens(sequences: Sequence[Sequence[int]]) -> int:
-    """Number of first tokens that all sequences share, at most one less than the shortest has."""
+    """Number of tokens at the beginning that all sequences share, at most one less than the shortest sequence has."""
     limit = min(len(sequence) for sequence in sequences) - 1
     for index in range(limit):
         if len({sequence[index] for sequence in sequences}) > 1:
@@ -112,7 +112,7 @@ def _last_log_probabilities(
     """Log-probabilities of the next token at the last `count` positions: `(len(contexts), count, vocabulary)`."""
     check_token_ids(model, contexts)
     ids, mask = left_pad(contexts, pad_token_id(tokenizer), device_of(model))
-    # Learned position embeddings must not count the padding.
+    # Padding must not count in the positions of learned position embeddings.
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     kept = last_positions(count, ids.device)
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept).logits

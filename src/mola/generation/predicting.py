@@ -1,10 +1,10 @@
-"""From prompts to text in batches: token ids, lengths, padding, and `generate` with nothing but mola's own settings.
+"""From prompts to text in batches: token ids, lengths, padding, and `generate` with mola's settings alone.
 
-- Batches go from the longest prompt to the shortest. This needs little padding, and if memory runs out, it does so in
-  the first batch.
-- Prompts are padded on the left here, so the tokenizer's own padding side neither counts nor changes.
-- Of the model's `generation_config` only the end tokens count. The other settings of a checkpoint (sampling, repetition
-  penalty, length limits) must not change a result.
+- Batches are ordered from the longest prompt to the shortest. This needs little padding, and if memory runs out, it
+  runs out in the first batch.
+- Prompts are padded on the left here, so the tokenizer's own padding side is neither used nor changed.
+- Only the end tokens of the model's `generation_config` are used. The other settings of a checkpoint (sampling,
+  repetition penalty, length limits) must not change a result.
 """
 
 import inspect
@@ -35,7 +35,7 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Token ids of each prompt, with the tokenizer's begin token and without its end token.
 
-    A `template` may write its special tokens itself; then the tokenizer adds none.
+    If the `template` writes its special tokens itself, the tokenizer adds none.
 
     Raises:
         MolaError: a prompt has no tokens.
@@ -54,14 +54,14 @@ def encode_prompts(
 def encode_before_answer(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], template: Template | None = None
 ) -> list[list[int]]:
-    """Token ids of each prompt as they are in training, where an answer follows the prompt.
+    """Token ids of each prompt, encoded as in training, where an answer follows the prompt.
 
-    The end of a prompt may be other tokens there than in `encode_prompts`: in GPT-2's vocabulary two line breaks at the
-    end of a text are one token, and before a word they are two. Slow tokenizers encode prompt and answer separately in
-    training, so for them both functions agree.
+    The end of a prompt may have different tokens in training than in `encode_prompts`: in GPT-2's vocabulary two line
+    breaks at the end of a text are one token, and before a word they are two. Slow tokenizers encode prompt and answer
+    separately in training, so for slow tokenizers both functions agree.
     """
     encoded = encode_prompts(tokenizer, prompts, template)
-    # The prompt of a chat template has the same tokens in training as alone.
+    # The prompt of a chat template has the same tokens in training as without an answer.
     if not tokenizer.is_fast or not _adds_special_tokens(template):
         return encoded
     answered = encode_with_border(tokenizer, [(prompt, "A") for prompt in prompts], _adds_special_tokens(template))
@@ -74,7 +74,7 @@ def encode_before_answer(
 def _loses_text(tokenizer: PreTrainedTokenizerBase, alone: list[int], before: list[int]) -> bool:
     """Whether the tokens `before` an answer lack more of the prompt than blanks.
 
-    That happens where the last mark of a prompt and the letter after it are one token, such as `:A`.
+    That happens if the last character of a prompt and the letter after it are one token, such as `:A`.
     """
     pairs = enumerate(zip(alone, before, strict=False))
     num_shared = next((index for index, (one, other) in pairs if one != other), min(len(alone), len(before)))
@@ -87,7 +87,7 @@ def _adds_special_tokens(template: Template | None) -> bool:
 
 
 def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's end token, and the model's own, such as one that ends a turn."""
+    """Tokens that end an answer: the tokenizer's end token, and those of the model, such as the end of a turn."""
     config = getattr(base_of(model), "generation_config", None)
     own = getattr(config, "eos_token_id", None)
     found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
@@ -95,25 +95,25 @@ def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def prompt_learning_configs(model: Any) -> list[Any]:
-    """Configurations of a model's adapters that put virtual tokens before a prompt."""
+    """Configurations of those adapters of a model that put virtual tokens before a prompt."""
     return [config for config in getattr(model, "peft_config", {}).values() if config.is_prompt_learning]
 
 
 def positions_left(model: Any) -> int | None:
-    """Positions of a loaded model less those of virtual tokens: the length of the longest text; None for no limit."""
+    """Length of the longest text in tokens: the model's positions less those of virtual tokens; None for no limit."""
     limit = max_positions(model.config)
     num_virtual = [config.num_virtual_tokens or 0 for config in prompt_learning_configs(model)]
     return None if limit is None else limit - max(num_virtual, default=0)
 
 
 def max_length_of_shared_rope(config: Any) -> int | None:
-    """Tokens beyond which the position embeddings of a batch depend on its longest row; None if they never do.
+    """Number of tokens beyond which a batch's position embeddings depend on its longest row; None if they never do.
 
     Transformers chooses the frequencies of RoPE of the types `dynamic` and `longrope` once for all rows.
     """
     config = config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}
-    # One set of parameters for the model, or one for each type of layer.
+    # The parameters are one set for the whole model, or one set for each type of layer.
     sets = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, Mapping)]
     for rope in sets:
         if rope.get("rope_type") in ("dynamic", "longrope"):
@@ -130,19 +130,19 @@ def check_lengths(
     """Refuse prompts that leave no room for `num_new_tokens`; messages call each prompt by its name in `names`.
 
     Raises:
-        MolaError: prompt and new tokens together are longer than `limit`, the positions of the model.
+        MolaError: prompt and new tokens together are longer than `limit`, the number of the model's positions.
     """
     for name, ids in zip(names, prompts, strict=True):
         if limit is not None and len(ids) + num_new_tokens > limit:
             raise MolaError(
                 f"`max_new_tokens` and prompt must fit into the model's {limit} positions: sample {name!r} "
-                f"has {len(ids)} prompt tokens and {num_new_tokens} to come. Lower `max_new_tokens`, "
+                f"has {len(ids)} prompt tokens, and {num_new_tokens} are to be generated. Lower `max_new_tokens`, "
                 "shorten or leave out the sample, or use a model with a longer context."
             )
 
 
 def num_embeddings(model: Any) -> int | None:
-    """Number of token ids that a model has embeddings for; None if it does not say."""
+    """Number of token ids that a model has embeddings for; None if the model does not say."""
     embeddings = getattr(base_of(model), "get_input_embeddings", lambda: None)()
     for name in ("original_module", "base_layer"):  # inside PEFT's wrappers
         embeddings = getattr(embeddings, name, embeddings)
@@ -150,21 +150,21 @@ def num_embeddings(model: Any) -> int | None:
 
 
 def check_token_ids(model: Any, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse tokens that the model has no embedding for. On a GPU they would end the process.
+    """Refuse tokens that the model has no embedding for. On a GPU such tokens would end the process.
 
     Raises:
-        MolaError: there is such a token.
+        MolaError: a prompt has a token without an embedding.
     """
     known, highest = num_embeddings(model), max(map(max, prompts))
     if known is not None and highest >= known:
         raise MolaError(
             f"`prompt` must have tokens that the model knows: one has the id {highest}, the model has {known}. Leave "
-            "that token out, or use the tokenizer that the model was trained with."
+            "that token out, or use the tokenizer that belongs to the model."
         )
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Every index once, in batches of at most `batch_size`, longest first; equal lengths keep their order."""
+    """The indices of `lengths` in batches of at most `batch_size`, longest first; equal lengths keep their order."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -184,18 +184,16 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token to pad rows with.
 
     Raises:
-        MolaError: the tokenizer has no special token that would do.
+        MolaError: the tokenizer has no special token to pad with.
     """
     for token_id in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return token_id
-    raise MolaError(
-        "`tokenizer` has neither a padding, an unknown nor an end token. Set its `pad_token` to some token."
-    )
+    raise MolaError("`tokenizer` has neither a padding, an unknown nor an end token. Set its `pad_token` to any token.")
 
 
 def base_of(model: Any) -> Any:
-    """The Transformers model inside a `PeftModel`; any other model itself."""
+    """The Transformers model inside a `PeftModel`; any other model is returned unchanged."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -205,23 +203,24 @@ def device_of(model: Any) -> torch.device:
 
 
 def check_device(device: torch.device) -> None:
-    """Raise an error if a GPU can compute nothing any more, as after a failed assertion in a kernel."""
+    """Raise an error if a GPU can no longer compute, which happens after a failed assertion in a kernel."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def last_positions(count: int, device: torch.device) -> torch.Tensor:
-    """Indices of the last `count` positions, as `logits_to_keep` of a model.
+    """Indices of the last `count` positions, for a model's argument `logits_to_keep`.
 
-    For a number instead of indices, models take a slice, whose rows lie apart in memory. On a CPU PyTorch then copies
-    the weights of the head once for each row of the batch: for 25 prompts this took longer than all layers together.
+    With a number instead of indices, models use a slice, whose rows lie apart in memory. For such a slice PyTorch
+    copies the weights of the head once for each row of the batch on a CPU: for 25 prompts this took longer than all
+    layers together.
     """
     return torch.arange(-count, 0, device=device)
 
 
 @contextmanager
 def inference_state(model: Any) -> Iterator[None]:
-    """Eval mode, no gradients, and a `generation_config` with end tokens alone. Afterwards the model is as before."""
+    """Eval mode, no gradients, and a `generation_config` with end tokens alone; the block restores all of them."""
     base = base_of(model)
     training = [(module, module.training) for module in model.modules()]
     generation_config = base.generation_config
@@ -253,7 +252,7 @@ def generate_batch(
         prompts: token ids of each prompt.
         streamer: receives the tokens of a single prompt.
         logits_processor: processors that see float32 logits before temperature, top-k and top-p.
-        ends: tokens that end an answer besides those of tokenizer and model.
+        ends: ids of tokens that end an answer, in addition to the end tokens of the tokenizer and the model.
         decoding: fields of `GenerationConfig`, such as `max_new_tokens`.
 
     Raises:
@@ -282,7 +281,7 @@ def generate_batch(
 
 
 class _NanCheck(LogitsProcessor):
-    """Notes whether any logits were NaN. A GPU is not waited for until `raise_if_found`."""
+    """Notes whether any logits were NaN. It does not wait for a GPU until `raise_if_found`."""
 
     def __init__(self) -> None:
         self._has_nan: torch.Tensor | None = None
@@ -304,15 +303,15 @@ def may_use_cache(model: Any) -> bool:
     """Whether `generate` may cache keys and values.
 
     Since Transformers 5.24 models call their cache `cache`, and PEFT 0.21 still looks for `past_key_values`. Therefore
-    PEFT adds virtual tokens again at every step, which is right only without a cache. The keys and values of a prefix
+    PEFT adds virtual tokens again at every step, which is correct only without a cache. The keys and values of a prefix
     do not reach the model at all.
 
     Raises:
-        MolaError: the active adapter is such a prefix.
+        MolaError: the active adapter is a prefix, whose keys and values would not reach the model.
     """
     if not isinstance(model, PeftModel):
         return True
-    # While the adapter is disabled, PEFT replaces the `forward` of the model by the base model's.
+    # While the adapter is disabled, PEFT replaces the model's `forward` by that of the base model.
     if getattr(vars(model).get("forward"), "__self__", model) is not model:
         return True
     config = model.active_peft_config
@@ -323,7 +322,7 @@ def may_use_cache(model: Any) -> bool:
     method = PeftType(config.peft_type)
     if method.value in _PREFIX_METHODS:
         raise MolaError(
-            f"`adapter` of type {method.value} cannot be generated with: the installed PEFT does not hand its prefix "
+            f"`adapter` of type {method.value} cannot generate text: the installed PEFT does not hand its prefix "
             "to models of Transformers 5.24 or newer. Install an older Transformers, or a newer PEFT."
         )
     if method not in _warned_methods:

@@ -27,9 +27,9 @@ class AdapterLoader:
 
     Args:
         root: folder below which adapters may be loaded; None if clients may not load any.
-        jobs: has the adapters' names and chat formats.
-        queue: has the model.
-        adapters: of the model.
+        jobs: holds the adapters' names and chat formats.
+        queue: the queue that owns the model.
+        adapters: the model's adapters.
         check_fits: raises a `MolaError` if the adapter in a folder does not fit the base model.
     """
 
@@ -44,10 +44,10 @@ class AdapterLoader:
         self._root = None if root is None else Path(root).resolve()
         self._jobs, self._queue, self._adapters, self._check_fits = jobs, queue, adapters, check_fits
         self._num_loaded = 0
-        self._loading = asyncio.Lock()  # two loads at a time could take the same name
+        self._loading = asyncio.Lock()  # two loads at once could choose the same name
 
     async def load(self, name: str, path: str, in_place: bool) -> None:
-        """Load the adapter in a folder below the root under a name; `in_place` replaces the one that has this name.
+        """Load the adapter in a folder below the root under a name; `in_place` replaces an adapter with the same name.
 
         Raises:
             RequestError: loading is not allowed, the name is taken, or the adapter cannot be loaded into a running
@@ -70,7 +70,7 @@ class AdapterLoader:
             await self._remove(replaced)
 
     async def unload(self, name: str) -> None:
-        """Remove a name at once, and its adapter from memory when the last answer with it has ended.
+        """Remove a name at once, and its adapter from memory when the last answer that uses the adapter has ended.
 
         Raises:
             RequestError: unloading is not allowed, there is no such adapter, or it is the base model.
@@ -78,7 +78,9 @@ class AdapterLoader:
         self._allowed_root()
         inner_name = self._jobs.adapter(name)
         if inner_name is None:
-            raise RequestError(400, f"`lora_name` {name!r} is the base model, which stays.", param="lora_name")
+            raise RequestError(
+                400, f"`lora_name` {name!r} is the base model, which cannot be unloaded.", param="lora_name"
+            )
         del self._jobs.adapters[name]
         await self._remove(inner_name)
 
@@ -90,11 +92,13 @@ class AdapterLoader:
         if name not in self._jobs.adapters:
             return
         if self._jobs.adapters[name] is None:
-            raise RequestError(400, f"`lora_name` {name!r} is the base model's. Pass another.", param="lora_name")
+            raise RequestError(
+                400, f"`lora_name` {name!r} is the name of the base model. Pass a different name.", param="lora_name"
+            )
         if not in_place:
             raise RequestError(
                 400,
-                f"`lora_name` {name!r} is taken. Pass another, or `load_inplace` true to replace it.",
+                f"`lora_name` {name!r} is taken. Pass a different name, or `load_inplace` true to replace the adapter.",
                 param="lora_name",
             )
 
@@ -121,8 +125,8 @@ class AdapterLoader:
     def _attach(self, inner_name: str, folder: str, config: Mapping[str, Any]) -> None:
         """Load an adapter into the model; runs on the engine's thread.
 
-        `check_fits` runs here, too: it builds a model without weights under another default dtype, which Transformers
-        sets for all threads.
+        `check_fits` runs on this thread, too: it builds a model without weights, for which Transformers changes the
+        default dtype of all threads.
         """
         self._check_fits(folder)
         setting = next((name for name in _MAY_PREVENT_MIXING if config.get(name)), None)
@@ -130,8 +134,8 @@ class AdapterLoader:
             raise RequestError(
                 409,
                 f"with an adapter that has `{setting}`, answers may have to take turns, and answers with different "
-                "adapters are being generated together now. Try again when they have ended, or name the adapter in "
-                "`--adapter`.",
+                "adapters are being generated together now. Try again when those answers have ended, or name the "
+                "adapter in `--adapter`.",
                 param="lora_path",
             )
         model = self._adapters.model
@@ -141,18 +145,18 @@ class AdapterLoader:
             if isinstance(model, PeftModel) and inner_name in model.peft_config:
                 model.delete_adapter(inner_name)
             raise
-        # With tied embeddings PEFT activates the trained tokens of the adapter that came last.
+        # With tied embeddings PEFT activates the trained token embeddings of the adapter that was loaded last.
         set_adapter_to_infer(model, model.active_adapter)
         self._adapters.model = model.requires_grad_(False).eval()
 
 
 def _check_loadable(folder: str) -> Mapping[str, Any]:
-    """Check an adapter that is to join a running server; return its configuration."""
+    """Check that an adapter can be loaded into a running server; return its configuration."""
     config = check_adapter(folder)
     if (reason := changes_base(config)) is not None:
         raise RequestError(
             400,
-            f"this adapter {reason}, which would change the base model for all others. Serve it alone, with "
+            f"this adapter {reason}, which would change the base model for all other adapters. Serve it alone, with "
             "`--adapter`.",
             param="lora_path",
         )

@@ -1,6 +1,7 @@
 """The ASGI application: checks before a request is read, and the routes.
 
-The routes are OpenAI's completions, chat completions and models, loading of adapters, `/health` and `/metrics`.
+The routes are OpenAI's completions, chat completions and models, those that load and unload adapters, `/health` and
+`/metrics`.
 """
 
 import asyncio
@@ -45,7 +46,7 @@ def build_app(
     max_body_bytes: int,
 ) -> FastAPI:
     """The ASGI application; see `RequestMiddleware` for the last two arguments."""
-    # A redirect would lead to the address that the client wrote as `Host`.
+    # No redirects: they would lead to the address that the client wrote as `Host`.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_middleware(
         RequestMiddleware, api_key=api_key, max_body_bytes=max_body_bytes, count_response=metrics.count_response
@@ -58,10 +59,11 @@ def build_app(
         return {"id": name, "object": "model", "created": start, "owned_by": "mola"}
 
     async def make_jobs(body: ChatRequest | CompletionRequest) -> list[Job]:
-        # Tokenizing a long prompt takes a while, so it runs on another thread. Tokenizers keep state, so one at a time.
+        # Tokenizing a long prompt takes a while, so it runs on a different thread. Tokenizers keep state, so only one
+        # request is tokenized at a time.
         async with tokenizing:
             made = await run_in_threadpool(jobs.make, body)
-            # Meanwhile a client may have replaced the adapter.
+            # During the tokenizing a client may have replaced the adapter.
             while any(job.adapter != jobs.adapter(body.model) for job in made):
                 made = await run_in_threadpool(jobs.make, body)
             return made
@@ -125,7 +127,7 @@ class _EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        finally:  # also if the client left before the first event
+        finally:  # runs even if the client left before the first event
             self._queued.cancel()
 
 
@@ -154,7 +156,7 @@ def _event(content: dict[str, Any]) -> str:
 
 
 def _count_prompt_tokens(queued: QueuedRequest) -> int:
-    """Tokens of all prompts. Answers to the same prompt share it, and it counts once."""
+    """Number of tokens in all prompts. A prompt with several answers counts once."""
     prompts = {id(job.prompt): job.prompt for job in queued.jobs}
     return sum(map(len, prompts.values()))
 
@@ -162,7 +164,7 @@ def _count_prompt_tokens(queued: QueuedRequest) -> int:
 async def _answer_whole(
     request: Request, queued: QueuedRequest, answer_format: ChatFormat | CompletionFormat
 ) -> Response:
-    """Wait for all answers of a request, or until its client leaves."""
+    """The response with all answers of a request, or an empty one as soon as the client leaves."""
 
     async def collect() -> list[AnswerPiece]:
         return [piece async for piece in queued.pieces()]
@@ -188,7 +190,7 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 
 class RequestMiddleware:
-    """Answers 401 without the right token and 413 to a body that is too large; everything else reaches `app`.
+    """Answers 401 if the token is missing or wrong and 413 if the body is too large; other requests reach `app`.
 
     Args:
         app: the application.
@@ -230,10 +232,11 @@ class RequestMiddleware:
             logger.info("%s %s %d %.2f s", scope["method"], path, status, time.monotonic() - start)
 
     def _find_error(self, path: str, headers: Headers) -> RequestError | None:
+        """None if the request may reach the application, else the error that answers it."""
         if self._api_key is not None and path != _PATH_WITHOUT_TOKEN and not self._has_token(headers, self._api_key):
             return RequestError(
                 401,
-                "this server needs its token, and the request has none or a wrong one. Send the header "
+                "this server needs its token, and the request has no token or a wrong one. Send the header "
                 "`Authorization: Bearer TOKEN`.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
@@ -245,8 +248,8 @@ class RequestMiddleware:
 
     def _has_token(self, headers: Headers, api_key: str) -> bool:
         scheme, token = get_authorization_scheme_param(headers.get("authorization"))
-        is_right = secrets.compare_digest(token.encode(), api_key.encode())  # in constant time
-        return is_right and scheme.lower() == "bearer"
+        is_correct = secrets.compare_digest(token.encode(), api_key.encode())  # in constant time
+        return is_correct and scheme.lower() == "bearer"
 
     def _limit_body(self, receive: Receive) -> Receive:
         """Wrap `receive` so that it raises when a body exceeds the limit.

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 _CACHE_SHARE = 4  # keys and values get one part in four of the free memory
 
-# Limit and usage of the memory of a container, for both versions of Linux's control groups.
+# Files with a container's memory limit and memory usage, for both versions of Linux's control groups.
 _CONTAINER_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -37,14 +37,15 @@ def choose_engine(
     """Make the engine of a server.
 
     Args:
-        adapters: of the model.
-        tokenizer: of the model.
-        max_batch_size: answers side by side; 1 generates one after the other.
-        max_prefill_tokens: prompt tokens read between two tokens of running answers.
-        max_total_tokens: tokens of all answers together; None for as many as a quarter of the free memory holds.
+        adapters: the model's adapters.
+        tokenizer: the model's tokenizer.
+        max_batch_size: number of answers generated side by side; with 1, they are generated one after the other.
+        max_prefill_tokens: number of prompt tokens read between two tokens of running answers.
+        max_total_tokens: number of tokens in all answers together; None for the number that fits into a quarter of the
+            free memory.
 
     Returns:
-        The engine, and the tokens that one answer may have together with its prompt; None for no limit.
+        The engine, and the maximum number of tokens of a prompt and its answer together; None for no limit.
 
     Raises:
         MolaError: `max_total_tokens` is given although answers are generated one after the other, or the model cannot
@@ -54,7 +55,7 @@ def choose_engine(
     if reason is not None:
         if max_total_tokens is not None:
             raise MolaError(
-                "`max_batch_total_tokens` limits answers side by side, and here they are generated one after the "
+                "`max_batch_total_tokens` limits answers side by side, but this server generates them one after the "
                 f"other: {reason}. Leave it out."
             )
         if max_batch_size > 1:
@@ -68,7 +69,7 @@ def choose_engine(
     if isinstance(adapters.model, PeftModel) and not adapters.can_mix:
         logger.warning("Answers with different adapters of this kind take turns: they cannot share a batch.")
     logger.info(
-        "Up to %d answers side by side, %d tokens together (%d bytes each).",
+        "Up to %d answers side by side, %d tokens together (%d bytes for each token).",
         *(max_batch_size, max_total_tokens, token_bytes),
     )
     end_token_ids = predicting.end_token_ids(adapters.model, tokenizer)
@@ -77,7 +78,7 @@ def choose_engine(
 
 
 def _free_memory(model: Any) -> int:
-    """Free bytes on the device of a model; in a container not more than the container's limit leaves."""
+    """Free bytes on a model's device; in a container at most what the container's limit leaves."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])

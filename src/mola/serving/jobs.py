@@ -20,7 +20,7 @@ from mola.serving.responses import RequestError
 from mola.serving.stream_writer import special_tokens
 
 _NUM_SEEDS = 2**63
-_MAX_ECHO = 80  # characters of a wrong value that a message repeats
+_MAX_ECHO = 80  # a message repeats at most this many characters of a wrong value
 _MISSING: Any = object()
 
 
@@ -28,11 +28,15 @@ _MISSING: Any = object()
 class Limits:
     """What one request may ask for."""
 
-    max_tokens: int  # of one answer
-    max_choices: int  # answers: prompts times `n`
+    max_tokens: int  # tokens in one answer
+    max_choices: int  # answers to one request: prompts times `n`
     max_positions: int | None  # longest sequence of the model; None for no limit
-    max_total_tokens: int | None = None  # prompt and answer together, by the size of the cache; None for no limit
-    num_embeddings: int | None = None  # token ids from this number on have no embedding; None if it is not known
+    max_total_tokens: int | None = (
+        None  # prompt and answer together, limited by the size of the cache; None for no limit
+    )
+    num_embeddings: int | None = (
+        None  # token ids from this number on have no embedding; None if the number is not known
+    )
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,10 @@ class JobMaker:
     """Turns requests into jobs and applies the limits.
 
     Args:
-        tokenizer: of the base model.
+        tokenizer: the base model's tokenizer.
         adapters: name in requests -> the model's name for the adapter; None for the base model.
-        limits: of one request.
-        chats: the model's name for an adapter -> its own chat format; other adapters have the base model's.
+        limits: the limits for one request.
+        chats: the model's name for an adapter -> its own chat format; the remaining adapters use the base model's.
     """
 
     def __init__(
@@ -75,7 +79,7 @@ class JobMaker:
         Raises:
             RequestError: 404, there is no model of this name.
         """
-        adapter = self.adapters.get(name, _MISSING)  # one look-up: another thread may remove the name
+        adapter = self.adapters.get(name, _MISSING)  # one look-up: a different thread may remove the name at any time
         if adapter is _MISSING:
             raise RequestError(
                 404,
@@ -138,7 +142,7 @@ class JobMaker:
         return list(dict.fromkeys([*ends, *(self._turn_ends(chat) if is_chat else [])]))
 
     def _find_turn_ends(self, chat: Chat | None) -> list[str]:
-        """The token with which the chat template ends an answer, if it can be found out."""
+        """A list with the token that ends an answer in the chat template; an empty list if it cannot be found."""
         try:
             ids = get_template(CHAT, self._tokenizer, *(chat or ())).ending(self._tokenizer)[:1]
         except MolaError:  # there is no chat template, or it refuses the conversation that shows the end
@@ -161,7 +165,7 @@ class JobMaker:
         messages = [message.for_template() for message in request.messages]
         _check_unicode(message["content"] for message in messages)
         template: dict[str, Any] = {"chat_template": chat.template} if chat else {}
-        if chat and chat.end_token:  # which the template may write
+        if chat and chat.end_token:  # the template may write the end token
             template["eos_token"] = chat.end_token
         try:
             text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template)
@@ -176,7 +180,11 @@ class JobMaker:
         return [ids]
 
     def _num_new_tokens(self, request: ChatRequest | CompletionRequest, prompt_tokens: int) -> int:
-        """Length of the longest answer: the request's, or the most that the limits allow."""
+        """Maximum length of the answer in tokens: the request's number, else the largest that the limits allow.
+
+        Raises:
+            RequestError: the request asks for more than the limits allow, or the prompt leaves no room for an answer.
+        """
         asked, limits = request.num_new_tokens(), self._limits
         if asked is not None and asked > limits.max_tokens:
             raise RequestError(
@@ -206,13 +214,13 @@ class JobMaker:
                 raise RequestError(
                     400,
                     f"`stop` mixes text with the special token {token!r}, which is never part of an answer: got "
-                    f"{stop[:_MAX_ECHO]!r}. Pass the token or the text alone.",
+                    f"{stop[:_MAX_ECHO]!r}. Pass either the token or the text.",
                     param="stop",
                 )
 
 
 def _check_unicode(texts: Iterable[str]) -> None:
-    """Refuse half a surrogate pair, which JSON can hold and tokenizers cannot read."""
+    """Refuse texts with half a surrogate pair, which JSON allows but tokenizers cannot read."""
     try:
         for text in texts:
             text.encode()

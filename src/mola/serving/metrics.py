@@ -12,7 +12,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = own = CollectorRegistry()
-        self.generated_tokens = Counter("mola_generated_tokens", "Tokens of answers.", registry=own)
+        self.generated_tokens = Counter("mola_generated_tokens", "Tokens generated in answers.", registry=own)
         self.prompt_tokens = Counter("mola_prompt_tokens", "Tokens of the prompts of accepted requests.", registry=own)
         self.first_token = Histogram(
             "mola_time_to_first_token_seconds",
@@ -32,11 +32,14 @@ class Metrics:
         self._request_seconds.observe(seconds)
 
     def count_response(self, status: int) -> None:
-        """Count a response of any path; status 499 is a client that left before."""
+        """Count a response on any path; status 499 means that the client left before the response was sent."""
         self._responses.labels(str(status)).inc()
 
     def watch(self, requests: Callable[[], Mapping[str, int]], num_active: Callable[[], int]) -> None:
-        """Read gauges from functions: numbers of "running" and "waiting" requests, and of answers in the engine."""
+        """Add gauges that read these functions: `requests` returns the numbers of "running" and "waiting" requests.
+
+        `num_active` returns the number of answers in the engine.
+        """
         batch = Gauge("mola_batch_size", "Answers that are being generated now.", registry=self._registry)
         batch.set_function(num_active)
         running = Gauge("mola_requests_running", "Requests that are running now.", registry=self._registry)
@@ -45,5 +48,5 @@ class Metrics:
         waiting.set_function(lambda: requests()["waiting"])
 
     def text(self) -> bytes:
-        """All metrics."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""The queue of requests: the first to come is served first, by an engine on a thread of its own."""
+"""The queue of requests. Requests are served in the order of their arrival, by an engine on a thread of its own."""
 
 import asyncio
 import functools
@@ -21,8 +21,8 @@ from mola.serving.stream_writer import AnswerPiece, StreamWriter, TokenDecoder
 
 logger = logging.getLogger(__name__)
 
-_FIRST_GUESS = 1.0  # seconds per request, before any was measured
-_OLD_WEIGHT = 0.8  # of earlier requests in the running mean of these seconds
+_FIRST_GUESS = 1.0  # seconds per request, until the first request was measured
+_OLD_WEIGHT = 0.8  # weight of the earlier requests in the running mean of the seconds per request
 
 
 class QueuedRequest:
@@ -32,7 +32,7 @@ class QueuedRequest:
         jobs: one for each answer.
         model: the model's name in the request.
         is_streamed: whether pieces are sent as they come.
-        on_end: is called on the event loop when all answers have ended or the request is cancelled.
+        on_end: called on the event loop when all answers have ended or the request is cancelled.
     """
 
     def __init__(
@@ -74,15 +74,15 @@ class QueuedRequest:
     def add_piece(self, piece: AnswerPiece | RequestError) -> None:
         """Hand a piece to the event loop; called on the engine's thread."""
         if isinstance(piece, RequestError):
-            self.is_cancelled.set()  # the other answers of this request end, too
+            self.is_cancelled.set()  # ends the remaining answers of this request, too
         elif piece.finish_reason is not None:
-            self.num_open -= 1  # before the event loop sees the piece
+            self.num_open -= 1  # must happen before the event loop sees the piece
         self._call_on_loop(self._pieces.put_nowait, piece)
         if self.is_cancelled.is_set() or not self.num_open:
             self._call_on_loop(self._on_end, self)
 
     def _call_on_loop(self, function: Callable[..., object], *arguments: object) -> None:
-        if not self._loop.is_closed():  # it is closed after a second Ctrl-C
+        if not self._loop.is_closed():  # a second Ctrl-C closes the loop
             self._loop.call_soon_threadsafe(function, *arguments)
 
 
@@ -91,7 +91,7 @@ class _AnswerListener:
 
     def __init__(self, request: QueuedRequest, choice: int, decoder: TokenDecoder, metrics: Metrics) -> None:
         self._request, self._choice, self._metrics = request, choice, metrics
-        self._logprobs: list[TokenLogprobs] = []  # of the tokens since the last piece
+        self._logprobs: list[TokenLogprobs] = []  # one for each token since the last piece
         send = self._send if request.is_streamed else None
         self._writer = StreamWriter(decoder, send, request.jobs[choice].stops)
 
@@ -103,6 +103,7 @@ class _AnswerListener:
             self._request.started = time.monotonic()
 
     def on_token(self, token_id: int, logprobs: TokenLogprobs | None) -> bool:
+        """Add the next token; return whether generation should continue, which is False after a complete stop text."""
         if not self._writer.token_ids:
             self._metrics.first_token.observe(time.monotonic() - self._request.submitted)
         self._metrics.generated_tokens.inc()
@@ -118,7 +119,7 @@ class _AnswerListener:
 
     def on_error(self, error: Exception) -> None:
         answer = to_request_error(error)
-        if answer.status_code != 503:  # which is lack of memory
+        if answer.status_code != 503:  # 503 means that memory ran out
             logger.error("A request failed.", exc_info=error)
         self._request.add_piece(answer)
 
@@ -131,15 +132,15 @@ class _AnswerListener:
 
 
 class RequestQueue:
-    """Owns a model: nothing else may use it until the queue is closed.
+    """Owns a model: nothing else may use the model until the queue is closed.
 
     Args:
-        adapters: of the model.
+        adapters: the model's adapters.
         engine: generates the answers.
-        decoder: of the model's tokenizer.
-        max_running: requests that the engine may have started.
-        max_waiting: further requests that may wait.
-        metrics: counts what happens.
+        decoder: decodes with the model's tokenizer.
+        max_running: number of requests that the engine may have started.
+        max_waiting: number of further requests that may wait.
+        metrics: counts requests and tokens.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class RequestQueue:
         """Put a request in the queue.
 
         Args:
-            jobs: its answers.
+            jobs: one for each answer of the request.
             model: the model's name in the request.
             is_streamed: whether pieces are sent as they come.
 
@@ -190,12 +191,12 @@ class RequestQueue:
         with self._changed:
             self._new_rows += rows
             self._changed.notify()
-        if self._is_broken:  # since `check_room`
+        if self._is_broken:  # the engine failed after `check_room`
             request.add_piece(_broken_error())
         return request
 
     def check_room(self) -> None:
-        """Raise the error that `submit` would raise, before work is done for the request."""
+        """Raise the error that `submit` would raise. Call it before work is done for a request."""
         if self._is_stopping:
             raise _stopping_error()
         self.check_alive()
@@ -203,7 +204,7 @@ class RequestQueue:
             return
         raise RequestError(
             429,
-            f"This server takes {self._max_requests} requests at a time, running or waiting. Try again later.",
+            f"This server accepts {self._max_requests} requests at a time, running or waiting. Try again later.",
             code="queue_full",
             headers={"Retry-After": str(max(1, math.ceil(self._mean_seconds)))},
         )
@@ -229,7 +230,7 @@ class RequestQueue:
         return await asyncio.wrap_future(future)
 
     async def remove(self, adapter: str) -> None:
-        """Remove an adapter from the model as soon as no answer uses it. The caller submits no further ones."""
+        """Remove an adapter from the model as soon as no answer uses it. The caller submits no more answers with it."""
         self.check_alive()
         future: Future[None] = Future()
         with self._changed:
@@ -239,7 +240,7 @@ class RequestQueue:
         await asyncio.wrap_future(future)
 
     def stop(self) -> None:
-        """Refuse new requests and end the waiting ones with an error. Running requests go on."""
+        """Refuse new requests and end the waiting ones with an error. Running requests continue."""
         self._is_stopping = True
         for request in list(self._requests):
             if request.started is None:
@@ -261,12 +262,12 @@ class RequestQueue:
         self._thread.join()
 
     def _forget(self, request: QueuedRequest) -> None:
-        """A request has ended or is cancelled; runs on the event loop."""
+        """Remove a request that has ended or is cancelled; runs on the event loop."""
         if request not in self._requests:
             return
         del self._requests[request]
         with self._changed:
-            # `SingleEngine` takes new rows between two answers only, so cancelled rows would pile up here.
+            # `SingleEngine` accepts new rows only between two answers, so cancelled rows would pile up in this list.
             self._new_rows = [row for row in self._new_rows if not row.listener.is_cancelled()]
         is_finished = not request.num_open
         seconds = time.monotonic() - request.submitted
@@ -286,7 +287,7 @@ class RequestQueue:
                         self._engine.step()
                 self._adapters.restore()
         except Exception as error:
-            logger.critical("The engine failed. Restart the server: it generates no answers any more.", exc_info=error)
+            logger.critical("The engine failed. Restart the server: it can no longer generate answers.", exc_info=error)
             self._is_broken = True
             for request in list(self._requests):
                 request.add_piece(_broken_error())
@@ -310,7 +311,7 @@ class RequestQueue:
         for function, future in calls:
             self._run(function, future)
         with self._changed:
-            new = {row.adapter for row in self._new_rows}  # of requests that came while the functions ran
+            new = {row.adapter for row in self._new_rows}  # rows of requests that arrived while the functions ran
             unused = [name for name in self._removals if name not in new and not self._engine.uses(name)]
             removals = {name: self._removals.pop(name) for name in unused}
         for name, future in removals.items():
@@ -319,7 +320,7 @@ class RequestQueue:
 
     def _run(self, function: Callable[[], Any], future: Future[Any]) -> None:
         """Run a function that changes the model, and set the future to its result."""
-        if not future.set_running_or_notify_cancel():  # the client has gone
+        if not future.set_running_or_notify_cancel():  # the client has left
             return
         self._adapters.restore()
         try:
@@ -334,7 +335,7 @@ class RequestQueue:
 
 
 def _broken_error() -> RequestError:
-    return RequestError(500, "this server cannot generate answers any more; its log says why. It must be restarted.")
+    return RequestError(500, "this server can no longer generate answers; its log says why. It must be restarted.")
 
 
 def _stopping_error() -> RequestError:

@@ -1,4 +1,4 @@
-"""Bodies of requests: their fields and types, and fields of OpenAI's that this server refuses."""
+"""Request bodies: their fields and types, and the fields of OpenAI's interface that this server refuses."""
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -6,10 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from mola.errors import MolaError
 
-_MAX_STOPS = 4  # as OpenAI's
+_MAX_STOPS = 4  # like OpenAI's server
 _MAX_STOP_LENGTH = 500  # characters: the text is compared with every stop at every token
 _MAX_LOGPROBS = 20
-_IGNORED_FIELDS = ("user", "metadata")  # they name the caller, on whom answers do not depend
+_IGNORED_FIELDS = ("user", "metadata")  # they name the caller, who does not affect the answers
 
 _Item = TypeVar("_Item")
 # `fail_fast` stops at the first wrong item: one error for each of a million items would take too much memory.
@@ -17,7 +17,7 @@ _NonEmptyList = Annotated[list[_Item], Field(min_length=1, fail_fast=True)]
 
 
 class _StrictModel(BaseModel):
-    """Refuses unknown fields, except null and false ones: clients send all fields that exist."""
+    """Refuses unknown fields that are not null or false. (Some clients send every field that exists.)"""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -56,9 +56,9 @@ class StreamOptions(_StrictModel):
 
 
 class AnswerRequest(_StrictModel):
-    """Fields of chats and completions alike."""
+    """Fields that chats and completions have in common."""
 
-    # Fields that would change an answer and are not supported, with the values that change nothing.
+    # Fields that are not supported, with the values that would change nothing and are therefore accepted.
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"logit_bias": ({},)}
 
     model: str
@@ -91,9 +91,9 @@ class AnswerRequest(_StrictModel):
     def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
         texts = [stop] if isinstance(stop, str) else stop or []
         if len(texts) > _MAX_STOPS:
-            raise MolaError(f"`stop` takes at most {_MAX_STOPS} texts: got {len(texts)}.")
+            raise MolaError(f"`stop` must have at most {_MAX_STOPS} texts: got {len(texts)}.")
         if (longest := max(map(len, texts), default=0)) > _MAX_STOP_LENGTH:
-            raise MolaError(f"`stop` takes texts of at most {_MAX_STOP_LENGTH} characters: got {longest}.")
+            raise MolaError(f"`stop` must have texts of at most {_MAX_STOP_LENGTH} characters: got {longest}.")
         if not all(texts):
             raise MolaError("`stop` must not hold an empty text, which would end every answer at once. Leave it out.")
         return stop
@@ -109,7 +109,7 @@ class AnswerRequest(_StrictModel):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
     def num_new_tokens(self) -> int | None:
-        """Length of the longest answer in tokens; None if the request does not say."""
+        """Maximum length of the answer in tokens; None if the request does not say."""
         return self.max_tokens
 
     def num_logprobs(self) -> int | None:
@@ -150,11 +150,11 @@ class ChatRequest(AnswerRequest):
         return self
 
     def num_logprobs(self) -> int | None:
-        """`top_logprobs`, if `logprobs` is true."""
+        """The field `top_logprobs`, or 0, if `logprobs` is true; else None."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def num_new_tokens(self) -> int | None:
-        """Length of the longest answer, under its new or its old name."""
+        """Maximum length of the answer in tokens, `max_completion_tokens` or `max_tokens`; None if neither is given."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
@@ -171,7 +171,7 @@ class CompletionRequest(AnswerRequest):
     logprobs: int | None = Field(None, ge=0, le=_MAX_LOGPROBS)
 
     def num_logprobs(self) -> int | None:
-        """`logprobs`, which is a number in completions."""
+        """The field `logprobs`, which is a number in completions."""
         return self.logprobs
 
     def prompts(self) -> list[str]:

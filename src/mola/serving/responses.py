@@ -17,8 +17,8 @@ from mola.serving.stream_writer import AnswerPiece, TokenDecoder
 
 logger = logging.getLogger(__name__)
 
-_REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no complete character
-_MAX_FIELD_NAME = 80  # characters of a client's field name that a message repeats
+_REPLACEMENT = "\ufffd"  # the character that decoding writes for bytes that form no complete character
+_MAX_FIELD_NAME = 80  # a message repeats at most this many characters of a client's field name
 
 
 class ChatFormat:
@@ -26,7 +26,7 @@ class ChatFormat:
 
     def __init__(self, model: str, decoder: TokenDecoder) -> None:
         self._decoder = decoder
-        self._started_choices: set[int] = set()  # choices of which a log-probability was sent
+        self._started_choices: set[int] = set()  # choices with a log-probability that was sent
         self._common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def first_chunks(self, num_choices: int) -> list[dict[str, Any]]:
@@ -86,8 +86,8 @@ class CompletionFormat:
 
     def __init__(self, model: str, decoder: TokenDecoder) -> None:
         self._decoder = decoder
-        self._num_characters: dict[int, int] = {}  # by choice: characters of the tokens that were sent
-        self._incomplete: dict[int, list[int]] = {}  # by choice: tokens of a character that is not complete
+        self._num_characters: dict[int, int] = {}  # by choice: number of characters of the tokens that were sent
+        self._incomplete: dict[int, list[int]] = {}  # by choice: tokens of the last character, if it is not complete
         self._common = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -96,7 +96,7 @@ class CompletionFormat:
         }
 
     def first_chunks(self, num_choices: int) -> list[dict[str, Any]]:
-        """A stream of completions begins with its text."""
+        """No chunks: a stream of completions begins with its text."""
         return []
 
     def chunks(self, piece: AnswerPiece) -> list[dict[str, Any]]:
@@ -123,21 +123,24 @@ class CompletionFormat:
             texts.append(text)
             offsets.append(self._offset(piece.choice, token.token_id, None if data is None else text))
             top: dict[str, float] = {}
-            for token_id, value in token.top:  # most probable first: it keeps a text that two tokens share
+            for (
+                token_id,
+                value,
+            ) in token.top:  # most probable first: if two tokens have the same text, the first one is kept
                 top.setdefault(self._decoder.token_text(token_id, is_first)[0], value)
             tops.append(top)
         own = [token.own for token in piece.logprobs]
         return {"tokens": texts, "token_logprobs": own, "top_logprobs": tops, "text_offset": offsets}
 
     def _offset(self, choice: int, token_id: int, text: str | None) -> int:
-        """Where a token begins in the text of its answer, in characters.
+        """The position at which a token begins in the text of its answer, in characters.
 
-        `text` is the token's own text, or None for a token that is a part of a character.
+        `text` is the token's own text, or None if the token is only part of a character.
         """
         incomplete = self._incomplete.setdefault(choice, [])
         start = self._num_characters.get(choice, 0)
         if text is not None:
-            # The incomplete tokens before it have become replacement characters.
+            # The incomplete tokens before this token have become replacement characters.
             start += len(self._decoder.decode_inside(incomplete)) if incomplete else 0
             incomplete.clear()
             self._num_characters[choice] = start + len(text)
@@ -167,8 +170,8 @@ class RequestError(HTTPException):
     Args:
         status: HTTP status.
         message: what is wrong and how to correct it.
-        code: OpenAI's machine-readable code, for errors that have one.
-        param: the wrong field.
+        code: OpenAI's machine-readable code; None for errors without a code.
+        param: name of the wrong field.
         headers: further response headers.
     """
 
@@ -185,7 +188,7 @@ class RequestError(HTTPException):
         self.param = param
 
     def body(self) -> dict[str, Any]:
-        """The error as OpenAI's servers write it."""
+        """The error as a JSON object, in the form of OpenAI's servers."""
         return {
             "error": {
                 "message": _as_utf8(self.detail),
@@ -207,7 +210,7 @@ class RequestError(HTTPException):
 
 
 def _as_utf8(text: str) -> str:
-    """Escape half surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    """Escape half surrogate pairs, which JSON allows but UTF-8 does not."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -244,7 +247,7 @@ def to_request_error(error: Exception) -> RequestError:
 
 
 def _from_validation(error: RequestValidationError) -> RequestError:
-    """Describe the first fault that pydantic found in a body."""
+    """The error that describes the first mistake that pydantic found in a body."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return RequestError(400, "the body is not valid JSON.")

@@ -43,12 +43,12 @@ class ServeOptions(ModelOptions):
         "recipe add up.",
         action="extend",
     )
-    engine: str = option("mola", "Server that answers: mola, or vllm, which serves at most one adapter.")
+    engine: str = option("mola", "Server to run: mola, or vllm, which serves at most one adapter.")
     base_name: str | None = option(
         None, "Name of the base model in requests. Default: the last part of its folder, or its hub id."
     )
     host: str = option("127.0.0.1", "Address to listen on. By default only this machine can connect.")
-    port: int = option(8000, "Port to listen on; 0 takes a free one.")
+    port: int = option(8000, "Port to listen on; 0 chooses a free port.")
     api_key: str | None = field(
         default=None,
         repr=False,
@@ -68,18 +68,21 @@ class ServeOptions(ModelOptions):
     )
     max_batch_total_tokens: int | None = option(
         None,
-        "Maximum number of answers side by side times the length of the longest in tokens, prompt included. Default: "
-        "as many as fit into a quarter of the free memory.",
+        "Maximum of the number of answers side by side times the length of the longest one in tokens, prompt included. "
+        "Default: the number of tokens that fits into a quarter of the free memory.",
     )
 
     _limits: ClassVar = Group("limits")
     max_tokens: int = option(1024, "Maximum length of an answer in tokens.")
-    max_choices: int = option(16, "Maximum number of answers of one request: prompts times n.")
+    max_choices: int = option(16, "Maximum number of answers to one request: prompts times n.")
     max_waiting: int = option(
-        128, "Maximum number of requests beyond `max_batch_size`; further ones are answered with status 429."
+        128,
+        "Maximum number of requests that wait, beyond `max_batch_size`; more requests are answered with status 429.",
     )
     max_body_bytes: int = option(1 << 20, "Maximum length of a request's body in bytes.")
-    max_connections: int = option(256, "Maximum number of connections; further ones are answered with status 503.")
+    max_connections: int = option(
+        256, "Maximum number of connections; further connections are answered with status 503."
+    )
     shutdown_timeout: float = option(30.0, "Seconds that running answers get to finish when the server is stopped.")
 
 
@@ -105,10 +108,10 @@ def running_server(options: ServeOptions) -> Iterator[str]:
     """Run a server in a thread of this program during a `with` block.
 
     Args:
-        options: those of the command.
+        options: the options of `mola serve`.
 
     Yields:
-        The server's address, such as `http://127.0.0.1:8000`. OpenAI's clients want `/v1` after it.
+        The server's address, such as `http://127.0.0.1:8000`. OpenAI's clients need `/v1` appended to it.
 
     Raises:
         MolaError: wrong options, before the model is loaded.
@@ -172,7 +175,7 @@ def _load_server(options: ServeOptions, folders: dict[str, str], api_key: str | 
     tokenizer = tokenizer_for(options)
     for name, chat in chats.items():
         warn_of_unknown_tokens(folders[name], chat, tokenizer)
-    # PEFT allows no dots in an adapter's name, requests do.
+    # PEFT allows no dots in an adapter's name, but requests may use names with dots.
     inner_names = {name: f"served{number}" for number, name in enumerate(folders)}
     model = model_for(options, {inner_names[name]: folder for name, folder in folders.items()})
     names = {base_name(options): None, **inner_names} if has_base else inner_names
@@ -207,17 +210,17 @@ def _load_server(options: ServeOptions, folders: dict[str, str], api_key: str | 
 
 
 def _check_batch(options: ServeOptions) -> None:
-    """Refuse sizes with which no answer would ever begin."""
+    """Refuse sizes below 1, with which no answer would ever begin."""
     for name in ("max_batch_size", "max_batch_prefill_tokens"):
         if getattr(options, name) < 1:
             raise MolaError(f"`{name}` must be at least 1: got {getattr(options, name)}.")
 
 
 def _changes_base_model(options: ServeOptions, folders: dict[str, str]) -> bool:
-    """Whether an adapter changes the base model itself, as trained biases do. Such an adapter is served alone.
+    """Whether an adapter changes the base model itself, as trained biases do. Such an adapter must be served alone.
 
     Raises:
-        MolaError: such an adapter is not alone.
+        MolaError: an adapter that changes the base model is not the only adapter.
     """
     for name, folder in folders.items():
         reason = changes_base(check_adapter(folder))
@@ -226,7 +229,7 @@ def _changes_base_model(options: ServeOptions, folders: dict[str, str]) -> bool:
         if len(folders) > 1 or options.adapter_root is not None:
             raise MolaError(
                 f"`adapter` {folder!r} {reason}, which would change the base model and all other adapters. Serve it "
-                "alone: leave out the others and `adapter_root`."
+                "alone: leave out the other adapters and `adapter_root`."
             )
         logger.warning("The base model has no name here: %r %s.", name, reason)
         return True
@@ -241,10 +244,10 @@ def base_name(options: ServeOptions) -> str:
 
 
 def adapter_folders(options: ServeOptions) -> dict[str, str]:
-    """Name in requests -> folder of every adapter, in the order given.
+    """The folder of every adapter by its name in requests, in the order given.
 
     Raises:
-        MolaError: an empty name or folder, or a name twice.
+        MolaError: a name or folder is empty, or two adapters have the same name.
     """
     name_of_base = base_name(options)
     folders: dict[str, str] = {}
@@ -258,23 +261,23 @@ def adapter_folders(options: ServeOptions) -> dict[str, str]:
         if name in folders or name == name_of_base:
             other = "the base model" if name == name_of_base else repr(folders[name])
             raise MolaError(
-                f"`adapter` {folder!r} has the name {name!r}, as {other} has. Rename it: OTHER_NAME={folder}."
+                f"`adapter` {folder!r} has the name {name!r}, which {other} already has. Rename it: NEW_NAME={folder}."
             )
         folders[name] = folder
     return folders
 
 
 def _last_part(folder: str) -> str:
-    """The name of a folder: of a link its own name, of `.` the name of the working folder."""
+    """The name of a folder. A link keeps its own name; `.` has the name of the working folder."""
     return os.path.basename(os.path.abspath(folder))
 
 
 def _api_key(options: ServeOptions) -> str | None:
-    """The token; the option wins over the environment."""
+    """The token that clients must send; the option wins over the environment variable. None if neither is set."""
     source, key = "`api_key`", options.api_key
     if key is None:
         source, key = f"the environment variable {_KEY_VARIABLE}", os.environ.get(_KEY_VARIABLE)
-    # An empty token would protect nothing, and no client could send one with blanks or other characters.
+    # An empty token would protect nothing, and no client could send a token with blanks or characters outside ASCII.
     if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
         raise MolaError(f"{source} must be a token of visible ASCII characters, at least one.")
     return key

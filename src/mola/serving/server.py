@@ -32,7 +32,7 @@ def is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket, so that a port that is taken is found before a model is loaded. It does not listen yet.
+    """Bind a socket before a model is loaded, so that a port in use is found early. The socket does not listen yet.
 
     Raises:
         MolaError: this machine has no such address, or another program uses the port.
@@ -64,11 +64,11 @@ class Server(uvicorn.Server):
 
     Args:
         app: the ASGI application.
-        queue: has the requests; it is closed at the end.
-        max_connections: further connections are answered with status 503.
-        shutdown_timeout: seconds that running answers get. After them, or after a second Ctrl-C, the answers end early
-            with an error.
-        greeting: is logged as soon as the server listens.
+        queue: holds the requests; it is closed when the server ends.
+        max_connections: maximum number of connections; further connections are answered with status 503.
+        shutdown_timeout: seconds that running answers get to finish. After this time, or after a second Ctrl-C,
+            they end early with an error.
+        greeting: text that is logged as soon as the server listens.
     """
 
     def __init__(
@@ -92,19 +92,19 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called by uvicorn."""
+        """Log the greeting; called by uvicorn when it starts to listen."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         logger.info("%s", self._greeting)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by uvicorn for SIGINT and SIGTERM."""
+        """End all answers at the second Ctrl-C; called by uvicorn for SIGINT and SIGTERM."""
         super().handle_exit(sig, frame)
         if self.force_exit and self._loop is not None:  # the second Ctrl-C
             self._loop.call_soon_threadsafe(self._queue.abort)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called by uvicorn after the first signal."""
+        """Let running answers finish within the timeout; called by uvicorn after the first signal."""
         self._queue.stop()
         timer = asyncio.get_running_loop().call_later(self._shutdown_timeout, self._queue.abort)
         try:
@@ -123,7 +123,7 @@ class Server(uvicorn.Server):
 
 @contextmanager
 def ignore_signals_after_shutdown() -> Iterator[None]:
-    """Keep uvicorn from ending the process: after its shutdown it raises the signals that ended it once more."""
+    """Keep uvicorn from ending the process: after its shutdown, uvicorn raises the received signals again."""
     names = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(name, lambda *_: None) for name in names]
     try:

@@ -1,7 +1,7 @@
 """From the tokens of one answer to pieces of text that are final when they are sent.
 
 All pieces together are the text that decoding all tokens at once gives, up to the first stop text. So a piece leaves
-out whatever later tokens could still change: an incomplete character, or the beginning of a stop text.
+out the text that later tokens could still change: an incomplete character, or the beginning of a stop text.
 """
 
 import re
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from mola.generation.batching.rows import TokenLogprobs
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-_REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no complete character
+_REPLACEMENT = "\ufffd"  # the character that decoding writes for bytes that form no complete character
 _CACHED_TOKENS = 1 << 16
 
 
@@ -26,15 +26,15 @@ class AnswerPiece:
     text: str
     finish_reason: str | None = None  # "stop" or "length"
     num_tokens: int = 0
-    logprobs: Sequence[TokenLogprobs] = ()  # of the tokens since the piece before, if the request asked for them
+    logprobs: Sequence[TokenLogprobs] = ()  # for the tokens since the previous piece, if the request asked for them
 
 
 class TokenDecoder:
     """Turns tokens into text; shared by all answers.
 
     Args:
-        tokenizer: of the model.
-        end_token_ids: tokens that end an answer of every adapter.
+        tokenizer: the model's tokenizer.
+        end_token_ids: ids of the tokens that end an answer, whatever the adapter.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_token_ids: Collection[int]) -> None:
@@ -42,7 +42,7 @@ class TokenDecoder:
         self.end_token_ids = end_token_ids
         self.special_tokens = special_tokens(tokenizer)
         self.removes_spaces = _removes_spaces(tokenizer)
-        # Some tokenizers drop the space before the first token, so later tokens are decoded after another one.
+        # Some tokenizers drop the space before the first token, so later tokens are decoded after this token.
         self._first = list(tokenizer("a", add_special_tokens=False)["input_ids"][-1:])
         self._first_text = str(tokenizer.decode(self._first))
         self.token_text = lru_cache(_CACHED_TOKENS)(self._token_text)
@@ -56,7 +56,7 @@ class TokenDecoder:
         return str(self._tokenizer.decode([*self._first, *token_ids])).removeprefix(self._first_text)
 
     def _token_text(self, token_id: int, is_first: bool) -> tuple[str, list[int] | None]:
-        """Text and bytes of one token; for a part of a character the tokenizer's name for the token, and None.
+        """Text and bytes of one token. If it is only part of a character: the tokenizer's name for the token, and None.
 
         `is_first` says whether the token is the first one of its answer.
         """
@@ -74,7 +74,7 @@ class StreamWriter:
     """Collects the tokens of one answer and sends its text as soon as the text is final.
 
     Args:
-        decoder: of the model's tokenizer.
+        decoder: decodes with the model's tokenizer.
         send: receives every piece of text; None for an answer that is sent as a whole.
         stops: texts that end the answer. They are not part of it.
     """
@@ -91,7 +91,7 @@ class StreamWriter:
         self.text = ""
 
     def add(self, token_id: int) -> bool:
-        """Add the next token; return False when a stop text is complete."""
+        """Add the next token; return whether the answer continues, which is False after a complete stop text."""
         self.token_ids.append(token_id)
         if token_id in self._stop_ids:
             self._is_stopped = True
@@ -142,7 +142,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def _removes_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a later character can remove a space before it. Many tokenizers have the setting without the effect."""
+    """Whether decoding removes spaces before some characters. Many tokenizers have this setting without its effect."""
     if not tokenizer.clean_up_tokenization_spaces:
         return False
     ids = tokenizer("a . b", add_special_tokens=False)["input_ids"]

@@ -32,7 +32,7 @@ _UNSUPPORTED_SETTINGS = {
     "trainable_token_indices": "trained embeddings",
 }
 _ADVICE = "Serve this adapter with `mola serve`, without --engine vllm."
-# As in mola's server, answers are greedy unless a request asks for sampling, whatever the base model's own defaults.
+# Like in mola's server, answers are greedy unless a request asks for sampling, whatever the base model's defaults are.
 _GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
@@ -40,10 +40,11 @@ def run_vllm(options: Any, base_name: str, adapters: Mapping[str, str], api_key:
     """Replace this process by vLLM's server.
 
     Args:
-        options: those of `mola serve`.
+        options: the options of `mola serve`.
         base_name: the base model's name in requests, if there is no adapter.
         adapters: name in requests -> folder.
-        api_key: token that clients must send. vLLM gets it in the environment, because other users can read a command.
+        api_key: token that clients must send. vLLM gets the token as an environment variable, because
+            other users can read the command.
 
     Returns:
         The exit code, on systems that cannot replace a process.
@@ -68,10 +69,10 @@ def run_vllm(options: Any, base_name: str, adapters: Mapping[str, str], api_key:
 
 
 def check_servable(folder: str) -> MolaConfig:
-    """Read the configuration of a mixture that vLLM can serve.
+    """Check that vLLM can serve the mixture in a folder; return its configuration.
 
     Raises:
-        MolaError: the folder holds no complete adapter, or the adapter has more than mixtures of linears.
+        MolaError: the folder holds no complete adapter, its adapter is no mixture, or trains more than linears.
     """
     found = check_adapter(folder)
     if found["peft_type"] != "MOLA":
@@ -119,12 +120,12 @@ def vllm_arguments(options: Any, base_name: str, adapters: Mapping[str, str]) ->
         if field.name not in _SUPPORTED_OPTIONS and value != field.default:
             raise MolaError(
                 f"`{field.name}` must be left out with `engine` vllm, whose server has no such option: got {value!r}. "
-                "vLLM's own command, which the log shows, takes vLLM's options."
+                "vLLM's own command, which the log shows, accepts vLLM's options."
             )
     if len(adapters) > 1:
         raise MolaError(
-            f"`adapter` must be one with `engine` vllm: got {', '.join(adapters)}. Start a server for each, on its "
-            "own port, or leave out `engine`: mola's server serves all of them."
+            f"`adapter` must be a single adapter with `engine` vllm: got {', '.join(adapters)}. Start a server for "
+            "each, on its own port, or leave out `engine`: mola's server serves all of them."
         )
     if adapters and options.base_name is not None:
         raise MolaError(

@@ -1,7 +1,7 @@
 """Keys and values of a batch whose rows come and go.
 
 All rows end at the same column. Shorter rows begin with unused columns, which the attention mask hides. Every layer
-keeps all columns, also a layer with a sliding window: its mask hides what lies outside the window.
+keeps all columns, even a layer with a sliding window: its mask hides the columns outside the window.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 _COLUMN_BLOCK = 64  # memory grows by this many columns
-_ROW_BLOCK = 4  # and by this many rows
+_ROW_BLOCK = 4  # memory grows by this many rows
 
 
 class _Layer(DynamicLayer):
@@ -25,7 +25,7 @@ class _Layer(DynamicLayer):
         self.rows = self.columns = 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Called by the model: write the new columns, return all of them."""
+        """Write the new columns and return all columns; called by the model."""
         self.rows, start = len(key_states), self.columns
         self.columns += key_states.shape[-2]
         if not self.is_initialized:
@@ -38,17 +38,17 @@ class _Layer(DynamicLayer):
         return self._used(self.keys), self._used(self.values)
 
     def get_seq_length(self, *args: Any) -> int:
-        """Called by the model: columns in use."""
+        """Number of columns in use; called by the model."""
         return self.columns
 
     def make_room(self, other: "_Layer") -> None:
-        """Allocate the memory for `append`."""
+        """Allocate the memory that `append` will need for the rows of the other layer."""
         if self.rows:
             rows, columns = self.rows + other.rows, max(self.columns, other.columns)
             self._reserve(rows, columns, other.keys, other.values)
 
     def append(self, other: "_Layer") -> None:
-        """Add the rows of another layer below these."""
+        """Add the rows of the other layer below the rows of this one."""
         rows, columns = self.rows + other.rows, max(self.columns, other.columns)
         self._shift(columns - self.columns)
         for stored, new in ((self.keys, other.keys), (self.values, other.values)):
@@ -59,7 +59,7 @@ class _Layer(DynamicLayer):
 
     def remove(self, row: int) -> None:
         """Remove a row; the last row takes its place."""
-        if not self.rows:  # a layer that uses another layer's keys and values
+        if not self.rows:  # this layer uses the keys and values of a different layer
             return
         self.rows -= 1
         if row < self.rows:
@@ -72,11 +72,11 @@ class _Layer(DynamicLayer):
             self._shift(-columns)
 
     def bytes_per_token(self) -> int:
-        """Memory of one token of one row."""
+        """Memory that one token of one row needs in this layer."""
         return sum(stored.shape[1] * stored.shape[-1] * stored.element_size() for stored in (self.keys, self.values))
 
     def _shift(self, num_columns: int) -> None:
-        """Move all columns to the right; to the left if the number is negative."""
+        """Move all columns to the right by `num_columns`; to the left if the number is negative."""
         if num_columns == 0:
             return
         source = slice(max(-num_columns, 0), self.columns)
@@ -91,7 +91,7 @@ class _Layer(DynamicLayer):
         if rows <= old_rows and columns <= old_columns:
             return
         # Allocate for the present need: the most rows ever times the most columns ever could be far larger.
-        # Only a batch that has grown before gets spare rows. A group that reads prompts never grows.
+        # Only a batch that already grew gets spare rows. A group that reads prompts never grows.
         rows = _round_up(rows, _ROW_BLOCK) if rows > old_rows > 0 else rows
         columns = _round_up(columns, _COLUMN_BLOCK)
         # Zeros, because unused memory could hold NaN, which masks do not hide.
@@ -115,16 +115,16 @@ class RowCache(Cache):
 
     @property
     def columns(self) -> int:
-        """Columns in use: the length of the longest row, or more."""
+        """Number of columns in use, at least the length of the longest row."""
         return self._own[0].columns
 
     def make_room(self, other: "RowCache") -> None:
-        """Allocate the memory for `append`. Called before it, so that lack of memory changes no layer."""
+        """Allocate the memory for `append`. Call this first, so that no layer has changed if memory runs out."""
         for layer, more in zip(self._own, other._own, strict=True):
             layer.make_room(more)
 
     def append(self, other: "RowCache") -> None:
-        """Add the rows of another cache below these. Afterwards all rows end at the same column."""
+        """Add the rows of the other cache below the rows of this one. Afterwards all rows end at the same column."""
         for layer, more in zip(self._own, other._own, strict=True):
             if layer.rows:
                 layer.append(more)
@@ -137,7 +137,7 @@ class RowCache(Cache):
             layer.remove(row)
 
     def trim(self, lengths: Sequence[int]) -> None:
-        """Free the first columns if many are unused; `lengths` are the tokens of each row."""
+        """Free the first columns if many are unused; `lengths` are the numbers of tokens in each row."""
         num_unused = self.columns - max(lengths, default=0)
         if num_unused >= max(_COLUMN_BLOCK, self.columns // 4):
             for layer in self._own:

@@ -1,8 +1,8 @@
 """The engines: which answers join the batch, which prompts are read next, which answers leave.
 
 Every step of `BatchEngine` reads at most `max_prefill_tokens` of prompts and then gives every running answer one token.
-Short prompts are read side by side. A long prompt is read in parts, by turns with other prompts, so no answer waits for
-more than one part of it.
+Short prompts are read side by side. A long prompt is read in parts, in turn with other prompts, so no answer waits for
+more than one part of a long prompt.
 """
 
 from collections import deque
@@ -26,7 +26,7 @@ class _Group:
 
     cache: RowCache
     rows: list[Row] = field(default_factory=list)
-    num_read: int = 0  # columns of the prompts that were read
+    num_read: int = 0  # columns of the prompts that have been read
 
     def remove(self, index: int) -> None:
         """Remove a row. The last row takes its place, as in the cache."""
@@ -40,11 +40,12 @@ class BatchEngine:
     """Generates answers in one running batch. Call it on one thread, inside `predicting.inference_state`.
 
     Args:
-        adapters: of the model.
-        end_token_ids: each of them ends an answer.
-        max_batch_size: rows at the same time.
-        max_prefill_tokens: prompt tokens that one step reads, padding included.
-        max_total_tokens: what the cache may hold: rows times the maximum length of the longest, prompt and answer.
+        adapters: the model's adapters.
+        end_token_ids: ids of the tokens that end an answer.
+        max_batch_size: maximum number of rows in the batch.
+        max_prefill_tokens: maximum number of prompt tokens that one step reads, padding included.
+        max_total_tokens: maximum size of the cache: the number of rows times the maximum length of the longest row,
+            prompt and answer together.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class BatchEngine:
         self._running = _Group(self._forward.new_cache())
 
     def add(self, row: Row) -> None:
-        """Add an answer that waits. Its prompt and answer must fit into the cache."""
+        """Add an answer to the waiting ones. Its prompt and answer must fit into the cache."""
         self._waiting.append(row)
 
     @property
@@ -90,7 +91,7 @@ class BatchEngine:
         return any(row.adapter == adapter for row in (*self._waiting, *self._active_rows()))
 
     def step(self) -> None:
-        """Read a part of the prompts, then generate one token of every running answer."""
+        """Read a part of the prompts, and after that generate one token of every running answer."""
         self._remove_cancelled()
         self._admit()
         if self._prefilling:
@@ -118,7 +119,7 @@ class BatchEngine:
         group.cache.trim([row.num_cached for row in group.rows])
 
     def _admit(self) -> None:
-        """Let waiting answers join the batch, first come, first served, as long as there is room."""
+        """Let waiting answers join the batch in the order of their arrival, as long as there is room."""
         active, admitted = self._active_rows(), []
         longest = max((row.max_tokens for row in active), default=0)
         while self._waiting and len(active) < self._max_batch_size:
@@ -140,12 +141,12 @@ class BatchEngine:
             group.rows.append(row)
 
     def _fits_into(self, group: _Group, row: Row) -> bool:
-        """Whether one step can read the prompts of a group and of another row."""
+        """Whether one step can read the prompts of a group together with the prompt of `row`."""
         longest = max(len(row.prompt), *(len(other.prompt) for other in group.rows))
         return (len(group.rows) + 1) * longest <= self._max_prefill_tokens
 
     def _fail_together(self, group: _Group, work: Callable[[_Group], None]) -> None:
-        """Do `work` for a group. If it fails, the answers of this group fail, and no others."""
+        """Do `work` for a group. If `work` fails, only the answers of this group fail."""
         try:
             work(group)
         except Exception as error:
@@ -193,11 +194,11 @@ class BatchEngine:
         """Choose a token for each row; rows that end leave the group."""
         argmax = logits.argmax(dim=-1).tolist()
         for index in reversed(range(len(group.rows))):
-            if not self._goes_on(group.rows[index], logits[index], argmax[index]):
+            if not self._add_token(group.rows[index], logits[index], argmax[index]):
                 group.remove(index)
 
-    def _goes_on(self, row: Row, logits: torch.Tensor, argmax: int) -> bool:
-        """Choose the next token of a row and hand it to the listener; return whether the answer goes on."""
+    def _add_token(self, row: Row, logits: torch.Tensor, argmax: int) -> bool:
+        """Choose the next token of a row and hand it to the listener; return whether the answer continues."""
         assert row.chooser is not None
         try:
             token = argmax
@@ -211,7 +212,7 @@ class BatchEngine:
             if is_wanted and not is_last:
                 return True
             row.listener.on_end()
-        except Exception as error:  # it concerns this answer alone
+        except Exception as error:  # only this answer fails
             row.listener.on_error(error)
             predicting.check_device(self._device)
         return False
@@ -220,7 +221,7 @@ class BatchEngine:
 class SingleEngine:
     """Generates one answer after the other with `model.generate`; it has the interface of `BatchEngine`.
 
-    For models whose rows cannot share a batch, and for servers with `max_batch_size` 1.
+    It serves models whose rows cannot share a batch, and servers with `max_batch_size` 1.
     """
 
     def __init__(self, adapters: Adapters, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -230,7 +231,7 @@ class SingleEngine:
         self._waiting: deque[Row] = deque()
 
     def add(self, row: Row) -> None:
-        """Add an answer that waits."""
+        """Add an answer to the waiting ones."""
         self._waiting.append(row)
 
     @property
@@ -240,7 +241,7 @@ class SingleEngine:
 
     @property
     def is_mixed(self) -> bool:
-        """Answers with different adapters are never generated together."""
+        """Always False: answers with different adapters are never generated together."""
         return False
 
     def uses(self, adapter: str) -> bool:
@@ -293,8 +294,8 @@ class _ListenerStreamer(LogitsProcessor):
 
     def __init__(self, row: Row) -> None:
         self._row = row
-        self._has_prompt = False
-        self._logits: Any = None
+        self._prompt_seen = False
+        self._logits: Any = None  # those of the next token
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
         self._logits = scores[0]
@@ -304,8 +305,8 @@ class _ListenerStreamer(LogitsProcessor):
         """Called by `generate` with the prompt, then with each token."""
         if self._row.listener.is_cancelled():
             raise _EarlyEndError
-        if not self._has_prompt:
-            self._has_prompt = True
+        if not self._prompt_seen:
+            self._prompt_seen = True
             return
         num_top, token = self._row.sampling.num_logprobs, int(value)
         logprobs = None if num_top is None else token_logprobs(self._logits, token, num_top)

@@ -17,13 +17,14 @@ from mola.tuner.mixed_batch import BASE, RowAdapters, why_not_mixed
 
 logger = logging.getLogger(__name__)
 
-_MAX_KEPT_BATCHES = 8  # combinations of adapters whose `RowAdapters` are kept: two alternate while prompts are read
+# Number of combinations of adapters whose `RowAdapters` are kept. While prompts are read, two combinations alternate.
+_MAX_KEPT_BATCHES = 8
 _LAYER_TYPES = (DynamicLayer, DynamicSlidingWindowLayer)  # the cache layers that `RowCache` can replace
 _UNKNOWN: Any = object()
 
 
 def why_not_batched(model: Any) -> str | None:
-    """Why answers of a model must be generated one after the other; None if they can share a batch."""
+    """None if the answers of a model can share a batch, else the reason why they must take turns."""
     if predicting.prompt_learning_configs(model):
         return "its adapter puts tokens before the prompt"
     if any(map(is_activated_lora, getattr(model, "peft_config", {}).values())):
@@ -36,7 +37,7 @@ def why_not_batched(model: Any) -> str | None:
     if missing or cache_argument(base) is None:
         return f"its `forward` takes no {', '.join(missing) or 'cache'}"
     others = {type(layer).__name__ for layer in _cache_layers(base) if type(layer) not in _LAYER_TYPES}
-    return f"its cache has layers of another kind: {', '.join(sorted(others))}" if others else None
+    return f"its cache has layers that cannot be replaced: {', '.join(sorted(others))}" if others else None
 
 
 def is_activated_lora(config: Any) -> bool:
@@ -59,7 +60,7 @@ class Adapters:
         self.refresh()
 
     def refresh(self) -> None:
-        """Look again at the adapters that the model has."""
+        """Update what is known of the model's adapters."""
         self._disabled = ExitStack()  # holds the context of `disable_adapter` while the base model answers
         self._row_adapters: dict[tuple[str, ...], RowAdapters] = {}
         is_adapted = isinstance(self.model, PeftModel)
@@ -72,7 +73,7 @@ class Adapters:
             return False
         if RowAdapters.supports(self.model.base_model):
             return True
-        # PEFT's own mixing fails for some models, such as those that flatten rows and tokens. A trial shows it.
+        # PEFT's own mixing fails for some models, such as those that flatten rows and tokens. A trial shows which.
         names = [*self.model.peft_config, BASE]
         ids = torch.zeros(len(names), 2, dtype=torch.long, device=predicting.device_of(self.model))
         try:
@@ -86,9 +87,9 @@ class Adapters:
     def delete(self, name: str) -> None:
         """Remove an adapter from the model."""
         others = [other for other in self.model.peft_config if other != name]
-        if not others:  # a `PeftModel` needs at least one
+        if not others:  # a `PeftModel` needs at least one adapter
             self.model = self.model.base_model.unload()
-            vars(self.model).pop("peft_config", None)  # PEFT 0.18 leaves it
+            vars(self.model).pop("peft_config", None)  # PEFT 0.18 leaves it on the model
             return
         if self.model.active_adapter == name:
             set_adapter_to_infer(self.model, others[0])
@@ -109,11 +110,11 @@ class Adapters:
 
         Args:
             names: adapter of each row.
-            is_lasting: whether these rows will go through the model again. If they share one adapter, switching the
-                whole model then pays.
+            is_lasting: whether these rows will go through the model again. If so, and if they share one adapter, it is
+                faster to switch the whole model to this adapter.
 
         Yields:
-            Further arguments with which the model is to be called.
+            Further arguments with which the model must be called.
         """
         first = names[0]
         is_one = all(name == first for name in names)
@@ -153,7 +154,7 @@ class Forward:
 
     def __init__(self, adapters: Adapters) -> None:
         base = predicting.base_of(adapters.model)
-        self._adapters = adapters  # its model can be replaced when an adapter comes or goes
+        self._adapters = adapters  # its model may be replaced when an adapter is loaded or removed
         self._num_layers = len(_cache_layers(base))
         self._cache_name = str(cache_argument(base))
         self._device = predicting.device_of(adapters.model)
@@ -164,7 +165,7 @@ class Forward:
         return RowCache(self._num_layers)
 
     def bytes_per_token(self) -> int:
-        """Memory of one token in the cache, measured by a forward pass."""
+        """Memory that one token of one row needs in the cache, measured by a forward pass."""
         cache = self.new_cache()
         self(cache, [[0]], [1], {})
         return cache.bytes_per_token()
@@ -175,10 +176,10 @@ class Forward:
         """Read new tokens of every row and add their keys and values to the cache.
 
         Args:
-            cache: of these rows; it grows by the longest of `new_ids`.
-            new_ids: token ids of each row. If their numbers differ, the cache must be empty.
-            lengths: tokens of each row after this pass.
-            arguments: further arguments of the model.
+            cache: the cache of these rows; it grows by the length of the longest of `new_ids`.
+            new_ids: new token ids of each row. If their numbers differ between the rows, the cache must be empty.
+            lengths: number of tokens in each row after this pass.
+            arguments: further arguments for the model.
 
         Returns:
             Logits after the last token of each row, float32, `(rows, vocabulary)`.
@@ -188,7 +189,7 @@ class Forward:
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in new_ids], device=self._device)
         num_unused = torch.tensor([[num_columns - length] for length in lengths], device=self._device)
         columns = torch.arange(num_columns, device=self._device).expand(len(new_ids), -1)
-        # Without a mask the model takes a faster path.
+        # Without a mask the model computes faster.
         mask = None if min(lengths) == num_columns else columns >= num_unused
         positions = (columns[:, cache.columns :] - num_unused).clamp(min=0)
         output = self._adapters.model(

@@ -24,9 +24,9 @@ class Sampling:
 
     Args:
         decoding: fields of `GenerationConfig`, made by `mola.generation.decoding.decoding_settings`.
-        seed: of the random numbers; None for greedy decoding.
-        presence_penalty: subtracted from the logit of every token that the answer has already.
-        frequency_penalty: subtracted from the logit of a token as often as the answer has the token.
+        seed: seed of the random numbers; None for greedy decoding.
+        presence_penalty: subtracted once from the logit of every token that the answer already has.
+        frequency_penalty: subtracted from the logit of a token once for each time that the answer has the token.
         num_logprobs: number of the most probable tokens to report with each token; None for no log-probabilities.
     """
 
@@ -43,7 +43,7 @@ class Sampling:
 
 
 class TokenLogprobs(NamedTuple):
-    """Natural log-probabilities at one token of an answer, before penalties, temperature, top-k and top-p."""
+    """Natural log-probabilities of one token and its alternatives, before penalties, temperature, top-k and top-p."""
 
     token_id: int
     own: float  # of the token itself
@@ -54,19 +54,19 @@ class Listener(Protocol):
     """Receives one answer, on the thread that generates it."""
 
     def is_cancelled(self) -> bool:
-        """Asked before every token. A cancelled answer ends without another call."""
+        """Whether the answer is cancelled. Called before every token; a cancelled answer ends without more calls."""
 
     def on_start(self) -> None:
-        """The answer has left the queue."""
+        """Called when the answer has left the queue."""
 
     def on_token(self, token_id: int, logprobs: TokenLogprobs | None) -> bool:
-        """The next token; returns whether the answer is to go on."""
+        """Called with the next token; returns whether generation should continue."""
 
     def on_end(self) -> None:
-        """The answer is complete."""
+        """Called when the answer is complete."""
 
     def on_error(self, error: Exception) -> None:
-        """The answer failed."""
+        """Called when the answer has failed."""
 
 
 @dataclass(eq=False)
@@ -94,14 +94,14 @@ class Row:
 
     @property
     def num_cached(self) -> int:
-        """Tokens whose keys and values are in the cache once the prompt is read: all but the last one."""
+        """Number of tokens whose keys and values are in the cache once the prompt is read: all but the last token."""
         return len(self.prompt) + len(self.answer) - 1
 
 
 class Penalties(LogitsProcessor):
     """OpenAI's penalties: `logit - count * frequency_penalty - (count > 0) * presence_penalty`.
 
-    `count` is how often the answer has the token. The first `prompt_length` tokens, the prompt, do not count.
+    `count` is how often the answer has the token. The first `prompt_length` tokens, the prompt, are not counted.
     """
 
     def __init__(self, prompt_length: int, presence_penalty: float, frequency_penalty: float) -> None:
@@ -116,7 +116,7 @@ class Penalties(LogitsProcessor):
 
 
 def penalties(sampling: Sampling, prompt_length: int) -> list[LogitsProcessor]:
-    """The penalties of an answer as logits processors; an empty list if it has none."""
+    """The penalties of an answer as logits processors; an empty list if the answer has no penalties."""
     values = sampling.presence_penalty, sampling.frequency_penalty
     return [Penalties(prompt_length, *values)] if any(values) else []
 
@@ -126,8 +126,8 @@ class TokenChooser:
 
     Args:
         sampling: the row's settings.
-        prompt_length: tokens of the prompt.
-        device: of the logits.
+        prompt_length: number of tokens in the prompt.
+        device: the device of the logits.
     """
 
     def __init__(self, sampling: Sampling, prompt_length: int, device: torch.device) -> None:
@@ -138,7 +138,7 @@ class TokenChooser:
         if decoding["do_sample"]:
             self._generator = torch.Generator(device)
             self._generator.manual_seed(sampling.seed or 0)
-            # The same order and conditions as in `model.generate`.
+            # The order and the conditions are those of `model.generate`.
             if decoding["temperature"] != 1:
                 self._processors.append(TemperatureLogitsWarper(float(decoding["temperature"])))
             if decoding["top_k"]:
