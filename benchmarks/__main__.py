@@ -6,7 +6,8 @@ import sys
 
 def main() -> int:
     """Run the command line; see `benchmarks.command`."""
-    # Before torch is imported: threads that spin at barriers would measure the other programs of the machine.
+    # This must be set before torch is imported: the times of threads that spin at barriers would depend on the other
+    # programs on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from benchmarks.command import main as run
 

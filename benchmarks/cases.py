@@ -22,23 +22,23 @@ PROMPT_TOKENS, NEW_TOKENS = 16, 32
 
 
 def choose_device(name: str) -> str:
-    """The device to measure on, a GPU with its number.
+    """Name of the device to measure on; a GPU has its number in the name.
 
     Raises:
-        MolaError: it is not there, or there is no way to measure on it.
+        MolaError: the device does not exist, or the benchmarks cannot measure on it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = resolve_device(name)
     if device.type not in ("cpu", "cuda"):
-        raise MolaError(f"`device` must be cpu or cuda, only these are measured: got {name!r}.")
+        raise MolaError(f"`device` must be cpu or cuda, because only these are measured: got {name!r}.")
     if device.type == "cuda":
         return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
     return "cpu"
 
 
 def check_compiler(options: BenchmarkOptions) -> None:
-    """Raise a `MolaError` if `torch.compile` is asked for and there is no compiler for the code it writes."""
+    """Raise a `MolaError` if `torch.compile` is to be measured and there is no compiler for its code."""
     compiles = "decode" in options.suite and "compiled" in options.decode_modes
     if compiles and not any(map(shutil.which, COMPILERS)):
         raise MolaError(
@@ -55,7 +55,7 @@ def prepare_torch(device: str, threads: int) -> None:
 
 
 def make_case(options: BenchmarkOptions, model: str, folder: Path, dtype: str, dropout: float) -> Case:
-    """The case of one dtype and dropout."""
+    """The case for one dtype and dropout."""
     return Case(
         model=model,
         folder=str(folder),
@@ -82,7 +82,7 @@ def check_model(options: BenchmarkOptions, folder: Path) -> None:
     """Check that the options fit a model.
 
     Raises:
-        MolaError: too many tokens for it, or an allocation that its layers cannot have.
+        MolaError: the model has too few positions, or its layers cannot have this allocation of experts.
     """
     needed = {"seq_len": options.seq_len}
     if "decode" in options.suite:

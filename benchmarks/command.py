@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: parse, measure suite by suite, print tables, write JSON row by row."""
+"""The benchmarks' command line: it measures suite by suite, prints tables, and writes JSON row by row."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     transformers_logging.disable_progress_bar()
-    # Between two libraries: PEFT asks for the old name of a property of Transformers.
+    # PEFT reads a property of Transformers under its old name, which is not mola's concern.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:
         options = parse(BenchmarkOptions, arguments, prog="python -m benchmarks", summary=sys.modules[__name__].__doc__)
@@ -85,13 +85,13 @@ def run(options: BenchmarkOptions, arguments: Sequence[str] = ()) -> Path:
 
     Args:
         options: what to measure.
-        arguments: the command line, for the record.
+        arguments: the command line, which the JSON file records.
 
     Returns:
         The JSON file.
 
     Raises:
-        MolaError: something does not fit, before the first measurement where it can be known.
+        MolaError: an option does not fit; raised before the first measurement if it can be known by then.
     """
     device = choose_device(options.device)
     if options.keep_memory:
@@ -145,11 +145,12 @@ def _output(options: BenchmarkOptions) -> Path:
     return check_writable(options.output)
 
 
-_CHOOSE = ("MOLA_KERNEL", "MOLA_ONEDNN", "OMP_", "MALLOC_")  # of kernels, threads and memory
+# Environment variables that begin with these words affect kernels, threads or memory.
+_CHOOSE = ("MOLA_KERNEL", "MOLA_ONEDNN", "OMP_", "MALLOC_")
 
 
 def _record(options: BenchmarkOptions, arguments: Sequence[str], device: str) -> dict[str, Any]:
-    """What the numbers were made with."""
+    """A record of everything that the numbers depend on, without results so far."""
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
     return {
         "commit": _commit(),

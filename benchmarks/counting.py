@@ -1,4 +1,4 @@
-"""What a step asks for, independent of how fast the machine is: operators, host syncs, tensors kept for backward."""
+"""Counts that do not depend on the machine's speed: operators, host syncs, and tensors kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OperatorCounter(TorchDispatchMode):
 
     Attributes:
         operators: how many ran, views and in-place ones included.
-        syncs: names of the synchronising ones.
+        syncs: names of the operators that made the host wait.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,10 @@
-"""The suite `curve`: the loss over the first optimiser steps, mola beside the plain loop, without dropout.
+"""The suite `curve`: the loss over the first optimiser steps, of mola and of the plain loop, without dropout.
 
 Both start from the same weights and read the same batches of real text in the same order. They compute the same
 function, so their curves differ by rounding, and by what AdamW does with an expert that no token of a step chose: in
-the loop this expert has no gradient and stays as it is, in mola it has a gradient of zeros and moves on by its
-momentum. Two further curves of mola show the scale: one starts from weights that are changed by one rounding, the other
-from other random weights.
+the loop this expert has no gradient and is left unchanged, in mola it has a gradient of zeros, so momentum still moves
+it. Two further curves of mola show the scale: one starts from weights that are changed by one rounding, the other
+from different random weights.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from benchmarks.text import has_text, text_batches
 
 logger = logging.getLogger(__name__)
 
-LEARNING_RATE = 3e-4  # as `mola train`, but constant
-LAST = 20  # steps whose mean is the final loss
+LEARNING_RATE = 3e-4  # the default of `mola train`, but constant
+LAST = 20  # the final loss is the mean over this many last steps
 _REPORT_EVERY = 10  # steps
-_OTHER_SEED = 1000  # added to the seed of the other weights
+_OTHER_SEED = 1000  # added to the seed of the curve with different random weights
 
 Row = dict[str, Any]
 Batch = dict[str, torch.Tensor]

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def decode(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """Seconds of a whole `generate`, the prompt included, and the tokens per second that they make."""
+    """Seconds that `generate` needs, the prompt included, and the resulting tokens per second."""
     for dtype in options.dtype:
         case = make_case(options, model, folder, dtype, 0.0)
         base = load_base(case)
@@ -36,7 +36,7 @@ def decode(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict
 def _measure(
     options: BenchmarkOptions, case: Case, providers: list[Provider], mode: str, batch_size: int
 ) -> list[dict[str, Any]]:
-    torch._dynamo.reset()  # graphs of another batch size would make these dynamic
+    torch._dynamo.reset()  # graphs of a different batch size would make the new graphs dynamic
     vocabulary = providers[0].model.config.vocab_size
     generator = torch.Generator().manual_seed(case.seed)
     prompt = torch.randint(3, vocabulary, (batch_size, PROMPT_TOKENS), generator=generator).to(case.device)
@@ -70,7 +70,9 @@ def _measure(
 
 
 def _name(provider: Provider) -> str:
-    return "base" if provider.name == "frozen" else provider.name  # without gradients it is nothing special
+    return (
+        "base" if provider.name == "frozen" else provider.name
+    )  # without gradients the frozen base is simply the base model
 
 
 def _arguments(mode: str, device: str) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def _arguments(mode: str, device: str) -> dict[str, Any]:
     }
     if mode == "eager":
         return arguments | {"disable_compile": True}
-    # Transformers compiles the steps after the prompt; on a CPU only when told that every device will do.
+    # Transformers compiles the steps after the prompt; on a CPU only if all devices are allowed.
     on_gpu = torch.device(device).type == "cuda"
     config = CompileConfig(dynamic=False, mode="reduce-overhead" if on_gpu else "default")
     config._compile_all_devices = True
@@ -92,9 +94,9 @@ def _arguments(mode: str, device: str) -> dict[str, Any]:
 def _generate(model: Any, prompt: torch.Tensor, arguments: dict[str, Any]) -> None:
     output = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **arguments)
     if output.shape != (prompt.shape[0], PROMPT_TOKENS + NEW_TOKENS):
-        raise RuntimeError(f"{NEW_TOKENS} new tokens were asked for, the result has shape {tuple(output.shape)}.")
+        raise RuntimeError(f"{NEW_TOKENS} new tokens were expected, but the result has shape {tuple(output.shape)}.")
 
 
 def _graphs() -> int:
-    """Graphs that `torch.compile` made in this process so far."""
+    """Number of graphs that `torch.compile` has made in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -1,4 +1,4 @@
-"""Errors of the benchmarks' commands: one line on standard error, and the exit code 2."""
+"""How the benchmarks' commands report errors: one line on standard error, and the exit code 2."""
 
 import functools
 import sys

@@ -1,10 +1,10 @@
-"""`python -m benchmarks.export`: how near plain LoRAs of several ranks, made in several ways, come to a mixture.
+"""`python -m benchmarks.export`: how closely plain LoRAs of several ranks, made in several ways, match a mixture.
 
     python -m benchmarks.export --adapter runs/quickstart --task sample --data runs/quickstart/data/dataset.hf \\
         --test runs/quickstart/data/test.json --text general.txt --test_text LICENSE --output export.json
 
-Every row is one `mola convert --to lora` in a process of its own, whose time and peak memory are its own. Rows that the
-output file has are not made again.
+Every row is one `mola convert --to lora` in a process of its own, so that its time and peak memory can be measured.
+Rows that the output file already has are not made again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mola.options.fields import find_difference, option
 from mola.options.parsing import parse
 
 _PROJECT = Path(__file__).resolve().parents[1]
-# Ways by name: options of `mola convert`; DATA and TEXT stand for the files given.
+# The options of `mola convert` for each way. DATA and TEXT stand for the options with the given files.
 _WAYS = {
     "mean": ["--method", "mean"],
     "usage": ["--method", "usage"],
@@ -47,15 +47,17 @@ class ExportOptions:
 
     adapter: str = field(metadata={"help": "Run folder of the mixture."})
     task: str = field(metadata={"help": "Task of the data and tests."})
-    data: str = field(metadata={"help": "Data to fit to; a tenth of them is held out, and measured on."})
+    data: str = field(metadata={"help": "Data to fit to; a tenth of them is held out for measuring."})
     test: str = field(metadata={"help": "Test file."})
-    test_text: str = field(metadata={"help": "Text to measure on that nothing is fitted to."})
-    output: str = field(metadata={"help": "Result file (JSON); it is gone on with."})
-    text: str | None = option(None, "General text to fit to as well, in the ways that have it.")
+    test_text: str = field(metadata={"help": "Text for measuring only; nothing is fitted to it."})
+    output: str = field(metadata={"help": "Result file (JSON); rows that it lacks are added."})
+    text: str | None = option(None, "General text to fit to in addition to the data, for the ways that use text.")
     base_model: str = option(str(_PROJECT / ".cache" / "SmolLM2-135M-Instruct"), "Base model.")
     ranks: list[int] = field(default_factory=lambda: [8, 16, 32, 64], metadata={"help": "Ranks."})
-    ways: list[str] = field(default_factory=lambda: list(_WAYS), metadata={"help": f"Some of: {', '.join(_WAYS)}."})
-    dtype: str = option("auto", "Dtype of the base.")
+    ways: list[str] = field(
+        default_factory=lambda: list(_WAYS), metadata={"help": f"Ways to make the LoRA, some of: {', '.join(_WAYS)}."}
+    )
+    dtype: str = option("auto", "Dtype of the base model.")
 
 
 def measure(options: ExportOptions) -> dict[str, Any]:
@@ -65,13 +67,13 @@ def measure(options: ExportOptions) -> dict[str, Any]:
     compared = asdict(options).keys() - {"output", "ways", "ranks"}
     if name := find_difference(document["settings"], asdict(options), sorted(compared)):
         raise MolaError(
-            f"`output` has rows with another `{name}`: {document['settings'].get(name)!r}, now "
-            f"{getattr(options, name)!r}. Pass another file."
+            f"`output` has rows with a different `{name}`: {document['settings'].get(name)!r}, now "
+            f"{getattr(options, name)!r}. Pass a different file."
         )
     if wrong := set(options.ways) - _WAYS.keys():
         raise MolaError(f"`ways` must be some of {', '.join(_WAYS)}: got {', '.join(wrong)}.")
     needing = [way for way in options.ways if "TEXT" in _WAYS[way]]
-    if needing and not options.text and options.ways != list(_WAYS):  # of all, those that can be made are
+    if needing and not options.text and options.ways != list(_WAYS):  # by default, ways without their text are skipped
         raise MolaError(f"`ways` ({', '.join(needing)}) need `text`: got none. Pass a text file.")
     made_with = {"machine": machine_description(), "versions": software_versions()}
     done = {(row["way"], row["rank"]) for row in document["rows"]}
@@ -89,7 +91,7 @@ def _row(options: ExportOptions, way: str, rank: int) -> dict[str, Any]:
         "TEXT": ["--text", str(options.text)],
     }
     words = [word for each in _WAYS[way] for word in files.get(each, [each])]
-    # Of the means, too, the distance is measured on the rows that others are not fitted to.
+    # The means need no data, but they are measured on the same held-out rows as the fitted LoRAs.
     words += [] if "DATA" in _WAYS[way] else files["DATA"]
     words += ["--rank", str(rank), "--base_model", options.base_model, "--dtype", options.dtype]
     with tempfile.TemporaryDirectory() as name:
@@ -102,7 +104,7 @@ def _row(options: ExportOptions, way: str, rank: int) -> dict[str, Any]:
 
 
 def _run(words: list[str]) -> tuple[float, float]:
-    """Seconds and gigabytes of a command."""
+    """Seconds and peak gigabytes of memory of one `mola` command."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "mola", *words], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -112,7 +114,7 @@ def _run(words: list[str]) -> tuple[float, float]:
 
 
 def table(document: dict[str, Any]) -> Table:
-    """One line for every row."""
+    """A table with one line for every row of the results."""
     head = ("way", "rank", "accuracy", "less mixture (95 %)", "KL, test", "KL, held out", "KL, other text")
     found = Table(*head, "loss, other text", "explained", "fitting, s", "peak, GB")
     for row in document["rows"]:

@@ -21,7 +21,7 @@ struct FakeGuard final : c10::impl::DeviceGuardImplInterface {
 };
 
 namespace at {
-// Named as the one that torch looks for.
+// The name must be the one that torch looks for.
 struct CUDAHooks final : CUDAHooksInterface {
   explicit CUDAHooks(CUDAHooksArgs) {}
   void init() const override {}

@@ -1,7 +1,7 @@
 """Fake tensors of device cuda on a machine without a GPU: whole training steps, whose operators can be counted.
 
-PyTorch's fake tensors have shapes and dtypes and no numbers. A build of torch without CUDA lacks what says that such
-devices exist; `fake_cuda.cpp` does, and must be loaded before torch is imported.
+PyTorch's fake tensors have shapes and dtypes, but no numbers. A build of torch without CUDA knows no CUDA devices.
+`fake_cuda.cpp` makes torch believe that one exists; it must be loaded before torch is imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CACHE = Path(__file__).parents[1] / ".cache"
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once: what PyTorch tears down at the end of one is not there."""
+    """End the process at once, because PyTorch would fail to shut down a CUDA that does not exist."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -30,7 +30,7 @@ def leave(code: int) -> NoReturn:
 
 @functools.cache
 def load() -> None:
-    """Make devices of type cuda exist in this process; compiled once, in some seconds.
+    """Make devices of type cuda exist in this process. The first call compiles the library, which takes some seconds.
 
     Raises:
         RuntimeError: torch was imported before, there is no C++ compiler, or a build with CUDA has no GPU.
@@ -43,7 +43,7 @@ def load() -> None:
 
         if torch.cuda.is_available():
             return
-        raise RuntimeError("fake CUDA devices need a GPU, or a build of PyTorch without CUDA: this is one with it.")
+        raise RuntimeError("fake CUDA devices need a GPU, or a build of PyTorch without CUDA: this one has CUDA.")
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise RuntimeError("fake CUDA devices need a C++ compiler: install g++, or name one in CXX.")

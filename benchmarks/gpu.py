@@ -1,6 +1,6 @@
 """Measures mola on a GPU in one command: `make bench-gpu`, or `python -m benchmarks.gpu`.
 
-It checks that the kernels are right on this GPU and that a step does not wait for the host. It measures what a step,
+It checks that the kernels are correct on this GPU and that a step does not wait for the host. It measures what a step,
 its memory and decoding cost beside LoRA and the frozen base: on SmolLM2, and on two random layers with LLaMA-2-7B's
 shapes at 4 x 1,024 tokens. It writes JSON, and tables in Markdown.
 
@@ -34,7 +34,7 @@ logger = logging.getLogger("benchmarks.gpu")
 
 PROVIDERS = ("--providers", "frozen", "lora_8", "mola")
 CASES = "tests/tuner/kernels/gpu/cases.py"
-ALL_CASES = "gpu or not gpu"  # tests hide a GPU from what does not name it
+ALL_CASES = "gpu or not gpu"  # the test suite hides the GPU unless the marks name it
 _LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32}
 _TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 4}
 _COPIED = 1 << 30  # bytes
@@ -42,7 +42,7 @@ _SQUARE = 8192
 
 
 class _Job:
-    """Runs the parts and keeps their results; after a part that fails, the next one runs."""
+    """Runs the parts of the benchmark and keeps their results. If one part fails, the next one runs all the same."""
 
     def __init__(self, output: Path, *, dry_run: bool, folder: Path) -> None:
         self.output, self.dry_run, self.folder = output, dry_run, folder
@@ -57,7 +57,7 @@ class _Job:
         }
 
     def run(self, name: str, *arguments: str, environment: dict[str, str] | None = None) -> str | None:
-        """Run a module in a process of its own; returns its output, or None if it failed."""
+        """Run a module in a process of its own; return its output, or None if the module failed."""
         logger.info("%s: python -m %s", name, " ".join(arguments))
         start = time.perf_counter()
         command = [sys.executable, "-m", *arguments]
@@ -65,7 +65,9 @@ class _Job:
         done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
         part = {"command": arguments, "seconds": round(time.perf_counter() - start, 1), "ok": done.returncode == 0}
         if warned := [line for line in done.stderr.splitlines() if "is not used on" in line]:
-            part["warnings"] = warned  # of a kernel that was tried and is wrong here: another one was measured
+            part["warnings"] = (
+                warned  # of a kernel that gave wrong results on this GPU, so that a different one was measured
+            )
         if done.returncode:
             logger.error("%s failed: %s", name, (done.stdout + done.stderr).strip()[-2000:])
             part["error"] = (done.stdout + done.stderr).strip()[-4000:]
@@ -84,17 +86,17 @@ class _Job:
         results = self.folder / f"{name}.json"
         common = ("--device", self.device, "--dtype", "bfloat16", "--output", str(results), *PROVIDERS)
         self.run(name, "benchmarks", *arguments, *common, environment=environment)
-        if results.is_file():  # what was finished before it failed is kept, too
+        if results.is_file():  # rows that were finished before a failure are kept, too
             self.record["parts"][name]["results"] = json.loads(results.read_text())["results"]
             atomic_write_json(self.output, self.record)
 
 
 def measure(output: Path, *, dry_run: bool) -> tuple[dict[str, Any], bool]:
-    """Run all parts; returns the record, and whether it was not interrupted.
+    """Run all parts; return the record, and whether the run was completed without an interruption.
 
     Args:
         output: JSON file, written after each part.
-        dry_run: on the CPU, tiny, interpreted.
+        dry_run: use the CPU, a tiny model, and interpreted Triton.
     """
     with tempfile.TemporaryDirectory(prefix="mola-bench-gpu-") as place:
         job = _Job(output, dry_run=dry_run, folder=Path(place))
@@ -167,7 +169,7 @@ def _save(folder: Path, shape: dict[str, int], *, weights: bool = True) -> None:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The tables, ready to paste."""
+    """The tables of a record in Markdown."""
     machine, parts = record["machine"], record["parts"]
     lines = [f"# {machine['gpu'] or machine['cpu']}", ""]
     if record["dry_run"]:
@@ -242,9 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
     if not options.dry_run and not torch.cuda.is_available():
-        raise MolaError(
-            "PyTorch finds no GPU here: nvidia-smi tells what there is. --dry_run tries the command on a CPU."
-        )
+        raise MolaError("PyTorch finds no GPU here: nvidia-smi lists the GPUs. --dry_run tries the command on a CPU.")
     usual = Path("results", "gpu_dry_run.json" if options.dry_run else "gpu.json")
     output = check_new_file("output", options.output or usual, options.overwrite)
     record, is_whole = measure(output, dry_run=options.dry_run)

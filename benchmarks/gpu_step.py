@@ -19,10 +19,10 @@ from mola import MolaConfig, kernels_report
 
 
 def build(device: str) -> Any:
-    """Four layers with 8 experts in each linear, bfloat16 base, on a device."""
+    """A model of four layers with 8 experts in each linear and a bfloat16 base, on a device."""
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 4}
-    # Transformers asks the mask whether `sdpa` can do without it, which waits.
+    # With `sdpa` Transformers checks whether the mask is needed, which waits for the GPU.
     config = LlamaConfig(**shape, vocab_size=256, pad_token_id=0, attn_implementation="eager")
     base = LlamaForCausalLM(config).bfloat16()
     config = MolaConfig(num_experts=8, r=8, lora_dropout=0.05, router_aux_loss_coef=1e-3, task_type="CAUSAL_LM")
@@ -30,7 +30,7 @@ def build(device: str) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print what ran as JSON; 1 where a GPU that can run the kernel `triton` did not."""
+    """Print what ran as JSON; the exit code is 1 if a GPU that can run the kernel `triton` did not run it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_step", description=__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the command")
     options = parser.parse_args(arguments)
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
         loss.backward()
 
-    step()  # compiles, and compares with the reference
+    step()  # the first step compiles the kernels and compares them with the reference
     if is_gpu:
         torch.cuda.set_sync_debug_mode("error")
     try:

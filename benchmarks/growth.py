@@ -35,7 +35,7 @@ def _measure(options: BenchmarkOptions, case: Case, over: str) -> list[dict[str,
     tokens = case.batch_size * case.seq_len
     logger.info("growth over %s: %s, %s experts, %s tokens", over, case.dtype, case.num_experts, tokens)
     case = replace(case, top_k=min(case.top_k, case.num_experts))
-    # A list, so that one digit is a number of experts and no pattern.
+    # A list, because a text of one digit would be read as a pattern.
     listed = replace(case, num_experts=[case.num_experts] * options.growth_layers)
     base = growth_base(listed, options.growth_layers)
     batch = training_batch(listed, base.config.vocab_size)
@@ -55,7 +55,7 @@ def _measure(options: BenchmarkOptions, case: Case, over: str) -> list[dict[str,
 
 
 def _overhead(times: dict[str, Times], name: str) -> dict[str, float | None]:
-    """Median time added to the frozen base, over the time that LoRA adds; None if LoRA added none within the noise."""
+    """Median time added to the frozen base, over the time that LoRA adds; None if LoRA added no measurable time."""
     if not {"frozen", "lora_8"} <= set(times):
         return {}
     frozen, lora, own = (times[each].row()["seconds"]["median"] for each in ("frozen", "lora_8", name))

@@ -1,7 +1,7 @@
 """`python -m benchmarks.launches`: counts the kernels that a GPU runs for one adapted linear, without a GPU.
 
-Counted are operators on fake CUDA tensors, without views and allocations, and Triton's kernels. With small batches and
-in decoding, launching kernels takes longer than their work.
+It counts the operators on fake CUDA tensors, without views and allocations, and Triton's kernels. With small batches
+and in decoding, launching kernels takes longer than their work.
 """
 
 # ruff: noqa: E402 - devices of type cuda must exist before torch is imported
@@ -73,14 +73,14 @@ class _Kernel:
 
 
 def count(provider: str, num_experts: int, adapters: torch.dtype, dropout: float, *, decode: bool) -> list[list[str]]:
-    """Names of the kernels of a forward and a backward pass; of decoding, the second time, the forward pass alone.
+    """Names of the kernels in a forward and a backward pass; with `decode`, those in the second of two forward passes.
 
     Args:
         provider: frozen, lora, dense or triton.
         num_experts: experts of a mixture.
         adapters: dtype of A and B; float32 is computed under autocast.
-        dropout: on the experts' input.
-        decode: one token, without gradients.
+        dropout: dropout on the experts' input.
+        decode: whether to count decoding, with one token and without gradients.
     """
     with FakeTensorMode(), torch.random.fork_rng([]), autocast(adapters):
         x = torch.empty(1 if decode else 512, IN, device="cuda", dtype=torch.bfloat16, requires_grad=not decode)
@@ -153,7 +153,7 @@ def _triton() -> Backend:
 
 @contextlib.contextmanager
 def triton_counted(launches: Callable[[], list[str]]) -> Iterator[None]:
-    """Replace Triton's kernels by kernels that are counted, and torch's questions to a CUDA driver by constants."""
+    """Replace Triton's kernels by kernels that are counted, and torch's queries to a CUDA driver by constants."""
     launch = native.load("launch", "gpu")
     names = () if launch is None else ("pack", "gates_forward", "gates_backward", "drop")
     with contextlib.ExitStack() as stack:
@@ -169,7 +169,7 @@ def triton_counted(launches: Callable[[], list[str]]) -> Iterator[None]:
 @contextlib.contextmanager
 def autocast(adapters: torch.dtype) -> Iterator[None]:
     """Autocast of fake CUDA tensors to bfloat16, if the adapters are in float32."""
-    # Not `torch.autocast`, which asks a driver whether it can.
+    # `torch.autocast` cannot be used, because it queries a CUDA driver.
     torch.set_autocast_enabled("cuda", adapters is torch.float32)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     try:
@@ -179,7 +179,7 @@ def autocast(adapters: torch.dtype) -> Iterator[None]:
 
 
 def measure(num_experts: int) -> list[dict[str, Any]]:
-    """A row per provider, dtype of the adapters and dropout."""
+    """One row for each combination of provider, adapter dtype and dropout."""
     rows = []
     for provider in ("frozen", "lora", "dense", "triton"):
         for adapters in ADAPTERS:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def load(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """Loading by PEFT and by `mola.load_model`, of LoRA and of mola; files are in the system's cache."""
+    """Seconds to load LoRA and mola by PEFT and by `mola.load_model`, with the files in the system's cache."""
     for dtype in options.dtype:
         logger.info("load: %s, %s", model, dtype)
         case = make_case(options, model, folder, dtype, 0.0)
@@ -34,7 +34,7 @@ def load(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[s
 
 
 def _save(options: BenchmarkOptions, case: Case, parent: Path) -> dict[str, dict[str, Any]]:
-    """Write adapters as training does, in float32; returns what rows say about each."""
+    """Write adapters as training does, in float32; return what the rows say about each adapter."""
     base = load_base(case)
     sizes = {}
     for name in TAKES_PART["load"]:

@@ -14,14 +14,14 @@ from mola.architecture.allocation import LinearShape
 
 
 class LoopLinear(nn.Module):
-    r"""A linear map with experts in a Python loop, as the research code is described to work.
+    r"""A linear map with experts in a Python loop, like the description of the research code.
 
         z = x Wr^T on the input without dropout,   p = softmax(z) in float32
         g = the top_k largest p, divided by their sum
         y = x W^T + b + sum_e g_e * (lora_alpha / r) * B_e A_e dropout_e(x), e on the tokens that chose it
 
     Every expert has parameters and a dropout mask of its own; its tokens are looked up by index lists, which makes
-    the host wait for the device once per expert. One expert keeps its router, which changes nothing.
+    the host wait for the device once per expert. A single expert has a router, too, which has no effect.
     Differs from the research code in that the router stays in float32, so that the same experts are chosen as by
     mola, and that logits are not returned. Meant for training steps: float32, or float32 experts under autocast.
     """
@@ -81,12 +81,12 @@ def add_loops(
 
     Args:
         model: the model.
-        linears: which ones.
-        num_experts: per decoder layer.
-        top_k: per decoder layer.
+        linears: the linears to replace.
+        num_experts: number of experts for each decoder layer.
+        top_k: number of experts used per token, for each decoder layer.
         r: rank of every expert.
         lora_alpha: the update is scaled by `lora_alpha / r`.
-        dropout: on the experts' input.
+        dropout: dropout on the experts' input.
 
     Returns:
         The model.
@@ -101,7 +101,7 @@ def add_loops(
 
 
 class Pair(NamedTuple):
-    """One matrix in both.
+    """One matrix in both models.
 
     Attributes:
         loop: the loop's parameter.
@@ -118,11 +118,11 @@ class Pair(NamedTuple):
 
 @torch.no_grad()
 def copy_experts(mola: nn.Module, loop: nn.Module) -> list[Pair]:
-    """Give the loop the experts and routers of a mola model with the adapter `default`.
+    """Copy the experts and routers of a mola model with the adapter `default` into a loop model.
 
     Args:
-        mola: where they come from.
-        loop: a model with `LoopLinear` in the same places; changed.
+        mola: the model to copy from.
+        loop: the model to copy into, with a `LoopLinear` for each adapted linear of `mola`.
 
     Returns:
         The parameters that hold the same numbers now. The loop's router of a single expert, which changes nothing,

@@ -1,4 +1,4 @@
-"""Timing that holds on a shared machine: providers take turns, and the processor's own seconds are counted."""
+"""Timing that is reliable on a shared machine: providers take turns, and processor time is counted."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Times:
     """Seconds of one provider, one entry per measured round.
 
     Attributes:
-        cpu_seconds: of this process, all threads together.
-        wall_seconds: of the clock.
-        device_seconds: between two events on the GPU; empty without one.
+        cpu_seconds: processor time of this process, all threads together.
+        wall_seconds: time on the clock.
+        device_seconds: time between two events on the GPU; empty without a GPU.
     """
 
     cpu_seconds: list[float] = field(default_factory=list)
@@ -28,17 +28,17 @@ class Times:
 
     @property
     def seconds(self) -> list[float]:
-        """What ratios are made of: seconds of the GPU, else of the processor."""
+        """The seconds that ratios are computed from: the GPU's, or without a GPU the processor's."""
         return self.device_seconds or self.cpu_seconds
 
     def row(self) -> dict[str, Any]:
-        """Summaries of every clock; `seconds` is the one that ratios are made of."""
+        """Summaries of every clock; `seconds` is the one that ratios are computed from."""
         clocks = ("seconds", "cpu_seconds", "wall_seconds", "device_seconds")
         return {name: summarize(values) for name in clocks if (values := getattr(self, name))}
 
 
 def rows_by_name(times: Mapping[str, Times]) -> dict[str, Any]:
-    """The summaries of several that took turns, in one row: each with its name in front."""
+    """The summaries of several actions in one row; each key begins with the name of its action."""
     return {f"{name}_{key}": value for name, each in times.items() for key, value in each.row().items()}
 
 
@@ -49,12 +49,12 @@ def summarize(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(times: Times, reference: Times) -> dict[str, Any]:
-    """Summary of the ratios within each round, in which both met the same conditions."""
+    """Summary of the ratios within each round, because both ran under the same conditions within a round."""
     return summarize([a / b for a, b in zip(times.seconds, reference.seconds, strict=True)])
 
 
 def ratios(all_times: Mapping[str, Times], name: str) -> dict[str, Any]:
-    """Ratios of one provider to `frozen` (or `base`) and `lora_8`, as far as these took part."""
+    """Ratios of one provider to `frozen` (or `base`) and `lora_8`, if these took part."""
     return {
         f"ratio_to_{reference}": ratio(all_times[name], all_times[reference])
         for reference in ("frozen", "base", "lora_8")
@@ -65,21 +65,21 @@ def ratios(all_times: Mapping[str, Times], name: str) -> dict[str, Any]:
 def time_interleaved(
     actions: Mapping[str, Callable[[], Any]], repeats: int, warmup: int, device: str
 ) -> dict[str, Times]:
-    """Run every action once per round, each round beginning with another one.
+    """Run every action once per round, each round beginning with a different action.
 
     Args:
         actions: name -> what to time.
         repeats: measured rounds.
         warmup: rounds before them that do not count.
-        device: where the actions compute.
+        device: the device on which the actions compute.
 
     Returns:
-        Name -> times, as many as `repeats`.
+        Name -> times, one for each measured round.
     """
     names = list(actions)
     times = {name: Times() for name in names}
     gc.collect()
-    gc.freeze()  # what exists by now need not be looked through before every run
+    gc.freeze()  # the garbage collector need not look through the objects that exist now before every run
     try:
         for round_index in range(-warmup, repeats):
             first = round_index % len(names)

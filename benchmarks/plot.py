@@ -1,4 +1,4 @@
-"""A picture of how a step's cost grows: `python -m benchmarks.plot RESULTS.json`, results of the suite `growth`.
+"""Draws how a step's cost grows: `python -m benchmarks.plot RESULTS.json`, results of the suite `growth`.
 
 The picture has a row for everything that grows (experts, tokens) and a column for every dtype.
 """
@@ -36,7 +36,7 @@ STYLES = {
     "loop": Style("loop over experts", "#D55E00", "s"),
     "mola": Style("mola", "#009E73", "^"),
 }
-_FROZEN = Style("frozen layers", "#333333", "")  # 1 by definition, so it is a line and no curve
+_FROZEN = Style("frozen layers", "#333333", "")  # the ratio is 1 by definition, so it is drawn as a straight line
 _AXES = {"experts": ("num_experts", "experts per module"), "tokens": ("tokens", "tokens per step")}
 _LOOK: dict[Any, Any] = {
     "axes.spines.right": False,
@@ -108,7 +108,7 @@ def _caption(record: dict[str, Any]) -> str:
 
 @in_one_line("benchmarks.plot")
 def main(arguments: list[str] | None = None) -> int:
-    """Draw the picture: 0, or 2 for wrong input."""
+    """Draw the picture; the exit code is 0, or 2 for wrong input."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
     parser.add_argument("results", type=Path, help="JSON file of `python -m benchmarks --suite growth`")
     parser.add_argument("--output", type=Path, default=Path("growth.svg"), help="SVG file to write")

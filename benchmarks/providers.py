@@ -1,12 +1,13 @@
-"""Who is compared: the frozen base, PEFT's LoRA, a plain loop over experts, mola; all on the same weights.
+"""The providers that are compared: the frozen base, PEFT's LoRA, a plain loop over experts, and mola.
 
 - `frozen`: the frozen base. `lora_8`: LoRA of rank 8. `lora_equal`: LoRA of the rank whose number of trainable
   parameters is nearest to mola's. `loop`: see `benchmarks.loop`. `mola`: `get_peft_model` with a `MolaConfig`.
 - All share the tensors of one base model, so memory caches treat them alike.
-- In training steps the embeddings' output asks for a gradient in all of them. Without that the frozen base would have
-  no backward pass; with it, its step is what no adapter can avoid: forward, and backward to the input of the first
-  decoder layer. For the others this adds the input gradient of one layer's query, key and value projections.
-- Adapters are kept in float32 and, on a bfloat16 base, computed under autocast: as PEFT and `mola train` do it.
+- In training steps the embeddings' output requires a gradient for all providers. Without this gradient the frozen base
+  would have no backward pass; with it, the frozen base's step is the work that no adapter can avoid: forward, and
+  backward to the input of the first decoder layer. For the other providers the gradient adds the input gradient of one
+  layer's query, key and value projections.
+- Adapters are kept in float32 and, on a bfloat16 base, computed under autocast, like in PEFT and `mola train`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mola.architecture.notation import resolve_per_layer
 from mola.architecture.targets import default_target_modules, linear_shapes
 
 PROVIDERS = ("frozen", "lora_8", "lora_equal", "loop", "mola")
-# Suites in which only some of them take part.
+# Suites in which only some providers take part.
 TAKES_PART = {
     "decode": ("frozen", "lora_8", "mola"),
     "load": ("frozen", "lora_8", "mola"),
@@ -43,13 +44,13 @@ _SCALING = 2.0  # lora_alpha / r, for every provider
 
 
 class Provider(NamedTuple):
-    """One model that takes part.
+    """One model that is measured.
 
     Attributes:
         model: ready for steps.
         trainable_parameters: 0 for the frozen base.
-        num_linears: adapted linears; for the frozen base those the others adapt.
-        rank: of LoRA, or of each expert; 0 for the frozen base.
+        num_linears: number of adapted linears; for the frozen base, of those that the other providers adapt.
+        rank: rank of LoRA, or of each expert; 0 for the frozen base.
     """
 
     name: str
@@ -69,14 +70,14 @@ class Provider(NamedTuple):
 
 
 def build(name: str, base: PreTrainedModel, case: Case, *, inference: bool = False, fresh: bool = False) -> Provider:
-    """One provider on a base model that is left as it is.
+    """Make a provider from a base model, which is left unchanged.
 
     Args:
         name: one of `PROVIDERS`.
         base: the frozen model.
         case: adapter settings.
-        inference: adapters in the base's dtype, as `mola.load_model` has them, no gradients.
-        fresh: leave the zeros that adapters start from, else they become small random numbers.
+        inference: whether to build adapters without gradients, in the base's dtype, like `mola.load_model`.
+        fresh: whether to keep the zeros that adapters start from; if not, they become small random numbers.
     """
     model: Any = share_weights(base)
     linears = _linears(model)
@@ -123,7 +124,7 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that ask for a gradient."""
+    """The model's trainable parameters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -184,7 +185,7 @@ def _equal_rank(linears: list[LinearShape], model: PreTrainedModel, case: Case) 
 
 @torch.no_grad()
 def _make_trained(model: nn.Module) -> None:
-    """Small random numbers in place of the zeros that adapters start from."""
+    """Replace the zeros that adapters start from by small random numbers."""
     for parameter in trainable_parameters(model):
         if not parameter.any():
             parameter.normal_(std=0.02)

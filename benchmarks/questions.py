@@ -29,7 +29,7 @@ Actions = dict[str, Callable[[], Any]]
 
 
 def logits(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[Row]:
-    """Seconds of a step with the logits of all positions, and with those of the needed positions; their ratio."""
+    """Seconds of a step with the logits of all positions, and with only those needed, and the ratio."""
     if not has_text("logits", model):
         return
     for case in cases(options, model, folder):
@@ -47,7 +47,7 @@ def logits(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[Row]
 
 
 def attention(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[Row]:
-    """Seconds of a step with `sdpa`, the default of most models, and with `eager`; their ratio."""
+    """Seconds of a step with `sdpa`, the default of most models, and with `eager`, and the ratio of the two."""
     if not has_text("attention", model):
         return
     for case in cases(options, model, folder):

@@ -1,7 +1,8 @@
-"""The suite `redundancy`: distances between experts from their factors, beside the updates formed and subtracted.
+"""The suite `redundancy`: distances between experts, computed from their factors and from their whole updates.
 
-Random experts in the shapes of LLaMA-2-7B; no model is read. The direct way is the one that needs least memory: two
-updates at a time, the second subtracted in place. Bytes are the largest sum of what the CPU allocator had given out.
+The experts are random, in the shapes of LLaMA-2-7B; no model is read. The direct way needs as little memory as
+possible: it forms two updates at a time and subtracts the second in place. Bytes are the most that the CPU allocator
+had given out at once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ EXPERTS, RANK = 8, 8
 
 
 def redundancy(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """One row for each shape: peak bytes and CPU seconds of both ways, and how far they are apart."""
+    """One row for each shape: peak bytes and CPU seconds of both ways, and how far their results differ."""
     for width_in, width_out in SHAPES:
         experts_A, experts_B = random_experts(width_in, width_out, options.seed)
         row: dict[str, Any] = {"features_in": width_in, "features_out": width_out, "num_experts": EXPERTS, "r": RANK}
@@ -51,14 +52,14 @@ def direct_distances(experts_A: torch.Tensor, experts_B: torch.Tensor) -> torch.
     for first, second in combinations(range(len(experts_A)), 2):
         difference = experts_B[first].t() @ experts_A[first]
         difference -= experts_B[second].t() @ experts_A[second]
-        rows = torch.linalg.vector_norm(difference, dim=1)  # over so many numbers at once, float32 is far off
+        rows = torch.linalg.vector_norm(difference, dim=1)  # a float32 norm over the whole matrix would be inaccurate
         distances[first, second] = distances[second, first] = torch.linalg.vector_norm(rows.double())
     return distances
 
 
 def peak_allocated(action: Callable[..., Any], *arguments: Any) -> int:
     """Most bytes on the CPU that tensors made by `action` held at once."""
-    # acc_events: there is one cycle only, and PyTorch 2.10 would warn that those before are gone.
+    # Without acc_events PyTorch 2.10 would warn that the events of earlier cycles are lost; there is only one cycle.
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         action(*arguments)

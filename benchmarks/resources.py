@@ -1,6 +1,6 @@
 """`python -m benchmarks.resources`: registers and shared memory of the Triton kernels, compiled without a GPU.
 
-Registers per thread decide how many programs run on a core at once. Spilled bytes mean too few registers.
+The registers per thread decide how many programs run on a core at once. Spilled bytes mean too few registers.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<sha
 
 
 def measure() -> list[dict[str, Any]]:
-    """A row per kernel, architecture and size.
+    """One row for each combination of kernel, architecture and size.
 
     Raises:
-        MolaError: Triton is not installed, or it interprets.
+        MolaError: Triton is not installed, or it interprets its kernels.
     """
     launch = native.load("launch", "gpu")
     if launch is None or launch.IS_INTERPRETED:
@@ -79,8 +79,8 @@ def _compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], arc
         usage = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = _USAGE.search(usage)
     if found is None:
-        raise MolaError(f"cuobjdump says nothing of registers: {usage!r}.")
-    # Triton's own shared memory is asked for at launch; what the tool counts is the system's.
+        raise MolaError(f"cuobjdump does not report registers: {usage!r}.")
+    # Triton requests its shared memory at launch. The tool counts only the system's shared memory.
     return {
         "kernel": kernel.__name__,
         "registers": int(found["registers"]),

@@ -1,8 +1,8 @@
 """`python -m benchmarks.serve_load`: how `mola serve` behaves under load.
 
-A server in a process of its own, a base model and two random adapters. Clients ask in turn for all three, each sending
-its next request when the last one is answered; every answer is streamed and compared with the greedy one of
-`mola.generate_text`. `--before` measures another version of mola by turns with this one.
+A server in a process of its own serves a base model and two random adapters. Clients query all three in turn. Each
+client sends its next request when the last one is answered. Every answer is streamed and compared with the greedy
+answer of `mola.generate_text`. `--before` measures a different version of mola in turn with this one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ logger = logging.getLogger("benchmarks")
 
 _PROJECT = Path(__file__).resolve().parents[1]
 _ADAPTERS = ("first", "second")
-_STD = 0.3  # of the experts' B and of the routers
+_STD = 0.3  # standard deviation of the experts' B and of the routers
 _SUBJECTS = ("sun", "sea", "moon", "wind", "rain", "snow", "river", "forest")
 
 
@@ -49,14 +49,15 @@ class LoadOptions:
         str(_PROJECT / ".cache" / "SmolLM2-135M-Instruct"), "Folder of the base model; by default the quickstart's."
     )
     clients: list[int] = field(
-        default_factory=lambda: [1, 8, 32, 100], metadata={"help": "Clients at the same time, one row each."}
+        default_factory=lambda: [1, 8, 32, 100],
+        metadata={"help": "Numbers of simultaneous clients; each number gives one row."},
     )
     requests: int = option(100, "Requests of one row.")
     max_tokens: int = option(16, "Tokens of each answer.")
     dtype: str = option("auto", "Dtype: auto, float32, bfloat16 or float16.")
     device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
-    max_batch_size: int | None = option(None, "As of `mola serve`; by default its own.")
-    before: str | None = option(None, "Folder `src` of another version, measured by turns with this one.")
+    max_batch_size: int | None = option(None, "Passed to `mola serve`; by default the server's own default.")
+    before: str | None = option(None, "Folder `src` of a different version, measured in turn with this one.")
     output: str | None = option(None, "Result file (JSON).")
 
 
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table, write JSON if asked for.
 
     Returns:
-        The exit code: 0, 1 if an answer was not that of `mola.generate_text`, 2 for wrong input.
+        The exit code: 0, 1 if an answer differed from that of `mola.generate_text`, 2 for wrong input.
     """
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: LoadOptions) -> int:
-    """See `main`."""
+    """Measure with parsed options; see `main`."""
     if options.before is not None and not (Path(options.before) / "mola").is_dir():
         raise MolaError(f"`before` must be a folder with the package `mola` in it: got {options.before!r}.")
     output = None if options.output is None else check_writable(options.output)
@@ -108,7 +109,9 @@ def _offline(options: LoadOptions, folders: dict[str, Path]) -> tuple[dict[tuple
     expected, rows = {}, []
     for name, folder in [("base", None), *folders.items()]:
         model = load_model(options.base_model, folder, options.dtype, options.device)
-        generate_text(model, tokenizer, "A first answer", max_new_tokens=2)  # it pays for the start
+        generate_text(
+            model, tokenizer, "A first answer", max_new_tokens=2
+        )  # the first call is slower, so it is not timed
         start = time.perf_counter()
         for subject in _SUBJECTS:
             prompt = f"A short story about the {subject}:"
@@ -129,7 +132,7 @@ def _save_adapter(base_model: str, folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(base_model)
     layers = base.config.num_hidden_layers
-    # The paper's 2-4-6-8, as far as the depth allows.
+    # The paper's 2-4-6-8, if the model has enough layers.
     config = MolaConfig(
         num_experts="2468" if layers >= 4 else 2, r=8, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -142,7 +145,7 @@ def _save_adapter(base_model: str, folder: Path, seed: int) -> None:
 
 @contextmanager
 def _server(options: LoadOptions, folders: dict[str, Path], sources: str | None = None) -> Iterator[str]:
-    """Start `mola serve` on a free port, from the version in the folder `sources`; yields its address."""
+    """Start `mola serve` on a free port, from the version in the folder `sources`; yield its address."""
     command = [sys.executable, "-m", "mola.cli", "serve", "--base_name", "base", "--port", "0"]
     command += ["--adapter", *(f"{name}={folder}" for name, folder in folders.items())]
     command += ["--base_model", options.base_model, "--dtype", options.dtype]
@@ -178,7 +181,7 @@ def _wait_for_address(process: subprocess.Popen[bytes], log: Any) -> str:
 async def _load(
     server: str, url: str, expected: dict[tuple[str, str], str], clients: int, options: LoadOptions
 ) -> dict[str, Any]:
-    """One row: `clients` clients share the requests."""
+    """Measure one row of results, with `clients` clients that share the requests."""
     from openai import AsyncOpenAI
 
     questions = list(itertools.islice(itertools.cycle(expected), options.requests))

@@ -1,4 +1,4 @@
-"""Results as tables: one per suite, model, dtype and what else was held fixed."""
+"""Results as tables: one for each suite, model, dtype and combination of the other fixed options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 class Column(NamedTuple):
-    """A header and how a row's cell is written."""
+    """A column of a table: its header, and the function that writes a row's cell."""
 
     header: str
     cell: Callable[[Row], str]
@@ -140,7 +140,7 @@ COLUMNS: dict[str, list[Column]] = {
         Column("largest difference", _number("largest_relative_difference", "{:.1e}")),
     ],
 }
-# What is the same in all rows of a table, and so goes into its title.
+# Values that are the same in all rows of a table, so the table's title names them.
 FIXED = {
     "step": ("model", "dtype", "dropout", "batch_size", "seq_len", "num_experts", "optimizer"),
     "memory": ("model", "dtype", "dropout", "batch_size", "seq_len", "num_experts", "optimizer"),

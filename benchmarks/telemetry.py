@@ -1,8 +1,8 @@
-"""The suite `telemetry`: what it costs a training step to record the use of experts.
+"""The suite `telemetry`: how much slower a training step is when the use of experts is recorded.
 
 Two models with the same weights take turns. The experts of one are recorded, and every token counts, as in
-`mola train`. An interval of ten steps, the default between two lines, ends with the sums on the host and the records of
-a line.
+`mola train`. An interval of ten steps, the default between two log lines, ends by copying the sums to the host and
+making the records of a line.
 """
 
 from __future__ import annotations

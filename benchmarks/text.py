@@ -22,22 +22,22 @@ from mola.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_WITH_QUESTIONS = ("logits", "attention")  # in these suites every question is a sample; in `curve` they are joined
-_QUESTIONS = 640  # as many as `mola quickstart` trains on
+_WITH_QUESTIONS = ("logits", "attention")  # in these suites every question is a sample; `curve` joins the questions
+_QUESTIONS = 640  # the number that `mola quickstart` trains on
 
 
 def has_text(suite: str, model: str) -> bool:
-    """Whether a model has a tokenizer; says so where it has none."""
+    """Whether a model has a tokenizer; the log says so if it has none."""
     if model == "random12":
         logger.info("%s: random12 is left out, it has no tokenizer for real text", suite)
     return model != "random12"
 
 
 def check_text(options: BenchmarkOptions, folder: Path) -> None:
-    """Whether a model can read the text in blocks of the wanted length, if a suite asks for it.
+    """Check that a model can read the text in blocks of the wanted length, if a suite needs the text.
 
     Raises:
-        MolaError: there is no tokenizer, or blocks are too long.
+        MolaError: the model has no tokenizer, or the blocks are too long.
     """
     limit = max_positions(load_config(folder))
     if "curve" in options.suite:
@@ -84,7 +84,7 @@ def text_blocks(folder: str | Path, seq_len: int) -> torch.Tensor:
 def text_batches(case: Case, steps: int) -> list[dict[str, torch.Tensor]]:
     """Batches of blocks without padding, every token a label; blocks in an order that `case.seed` decides.
 
-    When all blocks were used they come again, in another order.
+    When all blocks have been used, they are used again in a different order.
     """
     blocks = text_blocks(case.folder, case.seq_len)
     needed = steps * case.batch_size

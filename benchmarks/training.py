@@ -61,7 +61,7 @@ def _per_linear(saved: dict[str, dict[str, int]], row: dict[str, Any], case: Cas
 
 
 def _above_frozen(row: dict[str, Any], rows: Rows) -> dict[str, int]:
-    """`rows` are of one case."""
+    """Peak bytes of a row above those of the frozen base in `rows`, which belong to the same case; empty without it."""
     for other in rows:
         if other["provider"] == "frozen":
             return {"peak_bytes_above_frozen": row["peak_bytes"] - other["peak_bytes"]}
@@ -86,7 +86,7 @@ def counts(options: BenchmarkOptions, model: str, folder: Path) -> Iterator[dict
 
 def _count(provider: Provider, batch: dict[str, Any], case: Case) -> dict[str, Any]:
     forward = make_forward(provider.model, batch, case)
-    forward().backward()  # what happens only once, such as building caches, does not count
+    forward().backward()  # work that happens only once, such as building caches, is not counted
     for parameter in trainable_parameters(provider.model):
         parameter.grad = None
     return count_operators(forward)
