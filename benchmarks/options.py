@@ -42,7 +42,7 @@ class BenchmarkOptions:
     dropout: list[float] = _several([0.0, 0.05], "Dropout on the adapters' input. growth uses the first, curve uses 0.")
     providers: list[str] = _several(
         PROVIDERS,
-        "Those to measure. decode, load and growth leave out lora_equal; decode and load leave out the loop. telemetry, "
+        "Who is measured. decode, load and growth leave out lora_equal; decode and load leave out the loop. telemetry, "
         "logits, attention and redundancy measure mola alone; curve compares the loop with mola.",
     )
     batch_size: int = option(4, "Samples of a step.")
