@@ -1,7 +1,7 @@
-"""Accuracy on prepared ScienceQA questions.
+"""Measures the accuracy on prepared ScienceQA questions.
 
-The flags and the result file of the research code's script of this name. More in
-docs/from-the-research-code.md. The same for other tasks: `mola evaluate`.
+This script has the flags and the result file of the research code's script of the same name, see
+docs/from-the-research-code.md. `mola evaluate` does the same for other tasks.
 """
 
 import sys

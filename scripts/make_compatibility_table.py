@@ -1,10 +1,10 @@
-"""Writes the table in docs/compatibility.md: runs the tests marked with `compatibility` and records what they said.
+"""Writes the table in docs/compatibility.md: runs the tests marked with `compatibility` and records their results.
 
 python scripts/make_compatibility_table.py                        every marked test, slow ones too: some minutes
 python scripts/make_compatibility_table.py --columns DDP FSDP     these columns only; other cells stay as they are
 
-A test names its cell: `@pytest.mark.compatibility(column="train", family="llama")`. Without `family` it is the test's
-parameter of that name. Several tests may share a cell: all have to pass.
+A test names its cell: `@pytest.mark.compatibility(column="train", family="llama")`. Without `family`, the test's
+parameter `family` is used. Several tests may share a cell: all of them have to pass.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Cells = dict[Cell, str]
 
 
 class Recorder:
-    """A pytest plugin: which cells the collected tests fill, and how they ended."""
+    """A pytest plugin that records which cells the collected tests fill, and how the tests ended."""
 
     def __init__(self, columns: tuple[str, ...] = COLUMNS) -> None:
         self.columns = columns
@@ -76,7 +76,7 @@ class Recorder:
         items[:] = [item for item in items if item.nodeid in self.cells]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Remember files that skip themselves, since a package is missing."""
+        """Remember test files that skip themselves because a package is missing."""
         if report.skipped:
             self.left_out.append(report.nodeid)
 
@@ -85,7 +85,7 @@ class Recorder:
         self.outcomes[report.nodeid].add("failed" if hasattr(report, "wasxfail") else report.outcome)
 
     def result(self) -> Cells:
-        """What each cell says: the worst of its tests."""
+        """The text of each cell: the worst result of its tests."""
         outcomes: dict[Cell, set[str]] = defaultdict(set)
         for test, cells in self.cells.items():
             for cell in cells:
@@ -133,7 +133,7 @@ def _pytest(recorder: Recorder, *options: str) -> Recorder:
 
 
 def read_table() -> Cells:
-    """The cells of the table as it is in the page."""
+    """Read the cells of the table in docs/compatibility.md."""
     table = _TABLE.search(TARGET.read_text(encoding="utf-8"))
     assert table is not None, f"{TARGET} has no table"
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[0].splitlines() if line]
@@ -162,12 +162,14 @@ def _untested(family: str, column: str) -> str:
 def main() -> int:
     """Run the tests and write the table."""
     parser = argparse.ArgumentParser(description="Write the table of docs/compatibility.md from the tests it names.")
-    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=COLUMNS, help="Run the tests of these only.")
+    parser.add_argument(
+        "--columns", nargs="+", choices=COLUMNS, default=COLUMNS, help="Run only the tests of these columns."
+    )
     columns = tuple(parser.parse_args().columns)
     recorder = _pytest(Recorder(columns))
     for name in recorder.left_out:
         print(f"left out: {name} skips itself; its cells are written as {UNTESTED!r}", file=sys.stderr)
-    # Not at the top: pytest warns about plugins that something imported before it could rewrite their assertions.
+    # Imported late: pytest warns about plugins that were imported before pytest could rewrite their assertions.
     from mola.files.atomic import atomic_write_text
 
     cells = {cell: value for cell, value in read_table().items() if cell.column not in columns} | recorder.result()

@@ -40,7 +40,7 @@ _EXAMPLES = ("optim", "max_grad_norm", "label_smoothing_factor", "dataloader_num
 
 
 def render() -> str:
-    """The whole file."""
+    """The text of the whole file."""
     return "\n".join([_HEAD, *(_section(name) for name in COMMANDS)])
 
 
@@ -73,15 +73,15 @@ def _section(name: str) -> str:
 
 @functools.cache
 def _documented() -> dict[Any, str]:
-    """Options class -> command, of all commands."""
+    """Map the options class of every command to the command's name."""
     return {getattr(importlib.import_module(c.module), c.options): name for name, c in COMMANDS.items()}
 
 
 def _own(options: Any) -> tuple[set[str], Any]:
-    """Names of the options to list, and the class that the others are from.
+    """Names of the options to list, and the class that the other options come from.
 
-    Listed are those the class declares itself, overridden defaults included, and those of a parent of this
-    package that is no command's own options class.
+    The list has the options that the class itself declares, including overridden defaults, and the options of parent
+    classes in this package that are no command's own options class.
     """
     ours = [options, *itertools.takewhile(_is_ours, options.__mro__[1:])]
     return {name for parent in ours for name in inspect.get_annotations(parent)}, options.__mro__[len(ours)]
@@ -99,12 +99,12 @@ def _row(field: dataclasses.Field, kind: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text without what Markdown would take for a border or a tag."""
+    """Escape the characters that Markdown would read as a border or a tag."""
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def _kind(kind: Any) -> str:
-    """A word for the kind; an optional value is shown by its kind alone, since the default says the rest."""
+    """A word for the type; an optional value is shown by its type alone, since its default is in the next column."""
     is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     kinds = [part for part in (typing.get_args(kind) if is_union else (kind,)) if part is not type(None)]
     if any(typing.get_origin(part) is dict for part in kinds):
@@ -124,7 +124,7 @@ def _default(field: dataclasses.Field) -> str:
 
 
 def main() -> int:
-    """Write the file, or compare it."""
+    """Write the file, or check that it is up to date."""
     parser = argparse.ArgumentParser(description="Write docs/options.md from the commands' options.")
     parser.add_argument("--check", action="store_true", help="Write nothing; exit code 1 if the file is out of date.")
     text = render()

@@ -1,7 +1,7 @@
 """Fine-tune experts on plain text, such as sampled instruction data.
 
-The flags of the research code's script of this name; `--help` says what they do. More in
-docs/from-the-research-code.md. The same with more options: `mola train`.
+This script has the flags of the research code's script of the same name; `--help` explains them, see also
+docs/from-the-research-code.md. `mola train` does the same with more options.
 """
 
 import sys

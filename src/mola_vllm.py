@@ -1,7 +1,7 @@
 """vLLM's entry to mola: registers the load format `mola`; see docs/vllm.md.
 
-vLLM imports this module and calls `register` in every process, whatever it serves. So the module imports mola only when
-a model is loaded in this format.
+vLLM imports this module and calls `register` in every process, whatever vLLM serves. So the module imports mola only
+when a model is loaded in this format.
 """
 
 from __future__ import annotations

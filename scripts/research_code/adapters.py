@@ -1,4 +1,4 @@
-"""The adapter a script is given: one of mola, or one of the research code, which is converted once."""
+"""Finds the adapter for a script: an adapter of mola, or an adapter of the research code, which is converted once."""
 
 import logging
 import os
@@ -23,9 +23,9 @@ from mola.models.adapters import check_adapter
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.options.fields import split_names
 
-_RECORD = "conversion.json"  # in the converted folder: which files and which `top_k` it was made from
+_RECORD = "conversion.json"  # file in the converted folder that names its source files and `top_k`
 
-logger = logging.getLogger("mola.research_code")  # below "mola", whose lines are shown
+logger = logging.getLogger("mola.research_code")  # a child of "mola", whose log lines are shown
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _converted(source: str, base_model: str, top_k: str | None, trust_remote_cod
     if top_k is None:
         raise MolaError(
             f"`top_k` must be given for an adapter of the research code: the files in {source!r} do not hold it, and a "
-            "wrong value gives other outputs without an error. Pass --top_k with the value of its training (2 was the "
+            "wrong value gives different outputs without an error. Pass --top_k with the training's value (2 was the "
             "default)."
         )
     target = Path(f"{Path(source).resolve()}.mola")
@@ -113,7 +113,8 @@ def _converted(source: str, base_model: str, top_k: str | None, trust_remote_cod
         if _is_same_conversion(read_json_object(target / _RECORD), record, target):
             return str(target)
         raise MolaError(
-            f"`{target}` was not converted from {source!r} as it is now with `top_k` {top_k}. Remove that folder, or "
+            f"`{target}` was not converted from the present files of {source!r} with `top_k` {top_k}. Remove that "
+            "folder, or "
             "convert with `mola convert` and pass its output."
         )
     if process_count() > 1:
@@ -142,7 +143,7 @@ def _converted(source: str, base_model: str, top_k: str | None, trust_remote_cod
 
 
 def _is_same_conversion(before: Mapping[str, Any], now: Mapping[str, Any], target: Path) -> bool:
-    """Compare the source files and the experts used per token: "2" and "1,2,2,2" mean the same if layer 0 has one."""
+    """Whether source files and experts used per token are equal; "2" equals "1,2,2,2" if layer 0 has one expert."""
     num_experts, top_k = read_json_object(target / CONFIG_FILE).get("num_experts"), before.get("top_k")
     if before.get("source") != now["source"] or not isinstance(num_experts, list) or not isinstance(top_k, list):
         return False
@@ -160,7 +161,7 @@ def _check_flags(
         return resolve_per_layer(value, num_layers, name)
 
     num_experts = per_layer(config["num_experts"], "num_experts")
-    compared: dict[str, tuple[Any, Any]] = {}  # flag -> what it says, what the adapter has
+    compared: dict[str, tuple[Any, Any]] = {}  # flag -> the flag's value, the adapter's value
     if flags.number_experts is not None:
         compared["number_experts"] = per_layer(flags.number_experts, "number_experts"), num_experts
     if flags.lora_r is not None:
@@ -177,13 +178,14 @@ def _check_flags(
     for flag, (wanted, saved) in compared.items():
         if wanted != saved:
             raise MolaError(
-                f"`{flag}` must be what the adapter was made with: got {_text(wanted)}, {folder!r} has {_text(saved)}. "
+                f"`{flag}` must be the value that the adapter was made with: got {_text(wanted)}, {folder!r} has "
+                f"{_text(saved)}. "
                 "Leave the flag out: the adapter has its own settings."
             )
 
 
 def _same_linears(model: Any, names: Any, others: Any) -> bool:
-    """Whether both name the same linears of the model: an adapter of "all-linear" is saved by whole names."""
+    """Whether two values of `target_modules` choose the same linears; adapters save "all-linear" as whole names."""
     try:
         first, second = ({each.name for each in linear_shapes(model, group)} for group in (names, others))
     except MolaError:  # a name that the model does not have

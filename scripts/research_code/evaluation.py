@@ -12,7 +12,7 @@ from mola.files.atomic import atomic_write_json, check_new_file
 from mola.options.fields import option
 from research_code.adapters import adapter_flags, usable_adapter
 
-logger = logging.getLogger("mola.research_code")  # below "mola", whose lines are shown
+logger = logging.getLogger("mola.research_code")  # a child of "mola", whose log lines are shown
 
 # Flags that `mola evaluate` has under the same name.
 _SAME_NAME = (
@@ -27,27 +27,32 @@ class ResearchEvaluateOptions:
 
     test_dataset: str = option(
         "./scienceqa/scienceq_test.json",
-        "Prepared test data. The names scienceq_* and scienceqa_* stand for each other.",
+        "Prepared test data. If there is no file scienceq_*, scienceqa_* is read, and vice versa.",
     )
     base_model: str = option("NousResearch/Llama-2-7b-hf", "Folder or hub id of the base model.")
     mola_weights: str = option(
         "./scienceqa_mola",
-        "Folder of the adapter, of mola or of the research code. The latter is converted to <folder>.mola.",
+        "Folder of an adapter of mola or of the research code. An adapter of the research code is converted to "
+        "<folder>.mola.",
     )
-    number_experts: str | None = option(None, "Experts per layer. Must be what the adapter has; may be left out.")
+    number_experts: str | None = option(
+        None, "Experts per layer. May be left out; else it must equal the adapter's value."
+    )
     top_k: str | None = option(
         None,
-        "Experts used per token. Needed for an adapter of the research code, whose files do not hold it: the value of "
-        "its training (2 was the default). For other adapters it may be left out.",
+        "Experts used per token. Needed for an adapter of the research code, whose files do not hold it: the value "
+        "used in training (2 was the default). For other adapters it may be left out.",
     )
-    lora_target_modules: str | None = option(None, "Adapted linears. Must be what the adapter has; may be left out.")
+    lora_target_modules: str | None = option(
+        None, "Adapted linears. May be left out; else they must equal the adapter's."
+    )
     save_path: str = option("./results/mola_test_sciqa_seed_10.json", "Result file (JSON).")
     batch_size: int = option(8, "Samples per batch.")
 
     # Not in the research code.
     max_new_tokens: int = option(128, "Tokens to generate per sample.")
     template: str | None = option(None, "Prompt template that the adapter was trained with. Default: alpaca.")
-    limit: int | None = option(None, "Evaluate only the first so many samples.")
+    limit: int | None = option(None, "Number of samples to evaluate, from the start of the data. Default: all.")
     overwrite: bool = option(False, "Replace an existing result file.")
     dtype: str = option("auto", "Dtype: auto, float32, bfloat16 or float16.")
     device: str | None = option(None, "Device, such as cpu or cuda:0. Default: the best one of this machine.")
@@ -79,7 +84,7 @@ def main(options: ResearchEvaluateOptions) -> int:
 
 
 def _research_result(result: dict[str, Any]) -> dict[str, Any]:
-    """The research code's names for a result of `mola evaluate`; `results` has an empty list for no answer."""
+    """The research code's names for a result of `mola evaluate`; `results` has an empty list if there is no answer."""
     samples = result["samples"]
     return {
         "acc": 100 * result["accuracy"],
@@ -91,7 +96,10 @@ def _research_result(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _existing_spelling(path: str) -> str:
-    """`path`, or the other spelling if only that file exists: the preparation script writes scienceq_ without an a."""
+    """`path`, or its name with scienceqa_ for scienceq_ or vice versa, if only that file exists.
+
+    The research code's preparation script writes scienceq_, without an a.
+    """
     place = Path(path)
     for old, new in (("scienceq_", "scienceqa_"), ("scienceqa_", "scienceq_")):
         other = place.with_name(new + place.name.removeprefix(old))

@@ -1,4 +1,4 @@
-"""The research code's preparation scripts: ScienceQA without images, and instruction data as plain text."""
+"""Runs the research code's preparation scripts: ScienceQA without images, and instruction data as plain text."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def prepare_scienceqa(options: ScienceQAOptions) -> Path:
     if missing:
         raise MolaError(
             f"`dataset` must have the splits {', '.join(SPLITS)}: `{options.dataset}` has no {', no '.join(missing)}, "
-            f"only {', '.join(sources)}. Pass three files as train=A,validation=B,test=C, or another dataset."
+            f"only {', '.join(sources)}. Pass three files as train=A,validation=B,test=C, or a different dataset."
         )
     task = load_task("scienceqa")
     splits = {}
@@ -86,7 +86,9 @@ def prepare_scienceqa(options: ScienceQAOptions) -> Path:
         if not splits[split]:
             print(f"warning: {split} is empty")
     if not any(splits.values()):
-        raise MolaError(f"`dataset` must have rows without an image: `{options.dataset}` has none. Choose another.")
+        raise MolaError(
+            f"`dataset` must have rows without an image: `{options.dataset}` has none. Choose a different dataset."
+        )
     shared = count_shared([np.array([*map(hash_instruction, rows)], dtype=np.uint64) for rows in splits.values()])
     if shared:
         print(f"warning: {shared} instructions occur in more than one split")

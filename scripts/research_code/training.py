@@ -1,6 +1,6 @@
 """`mola_training.py` and `mola_training_instruction.py`: their flags become options of `mola train`.
 
-The scripts print that `mola train` command. Messages name its options.
+The scripts print the equivalent `mola train` command. Messages name the options of `mola train`.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ from research_code.training_options import (
 
 __all__ = ["ResearchInstructionOptions", "ResearchTrainOptions", "main", "train_settings"]
 
-logger = logging.getLogger("mola.research_code")  # below "mola", whose lines are shown
+logger = logging.getLogger("mola.research_code")  # a child of "mola", whose log lines are shown
 
 _SAME_NAME = (
     *("base_model", "output_dir", "learning_rate", "cutoff_len", "truncation", "train_on_inputs", "add_eos_token"),
@@ -50,13 +50,13 @@ def main(options: SharedOptions) -> int:
             logger.info("The same%s as: %s", processes, _as_command(settings, tracker))
         os.environ.update(tracker)
         train_options = TrainOptions(**settings)
-    except (ValueError, TypeError, ImportError) as error:  # from TrainingArguments
+    except (ValueError, TypeError, ImportError) as error:  # raised by TrainingArguments
         raise MolaError(str(error)) from error
     return train_main(train_options)
 
 
 def train_settings(options: SharedOptions, reports: bool) -> dict[str, Any]:
-    """Options of `mola train` with the same effect as the flags; `reports` to Weights & Biases."""
+    """Options of `mola train` with the same effect as the flags; `reports`: whether to report to Weights & Biases."""
     accumulation = _accumulation(options)
     settings: dict[str, Any] = {name: getattr(options, name) for name in _SAME_NAME} | {
         "data": options.data_path,
@@ -98,14 +98,14 @@ def _flag_text(value: Any) -> str:
 
 
 def _accumulation(options: SharedOptions) -> int:
-    """Micro-batches per step and process."""
+    """Number of micro-batches per optimiser step in each process."""
     processes = process_count()
     at_once = options.micro_batch_size * processes
     if at_once < 1 or options.batch_size < 1 or options.batch_size % at_once:
         times = f" times {processes} processes" if processes > 1 else ""
         raise MolaError(
             f"`batch_size` must be a multiple of `micro_batch_size`{times}: got {options.batch_size} and "
-            f"{options.micro_batch_size}. Pass another --batch_size or --micro_batch_size."
+            f"{options.micro_batch_size}. Pass a different --batch_size or --micro_batch_size."
         )
     return options.batch_size // at_once
 
@@ -128,7 +128,7 @@ def _warmup_steps(options: SharedOptions, accumulation: int) -> float:
     if warmup < WARMUP_STEPS and os.environ.get("RANK", "0") == "0":
         logger.warning(
             "Warm-up is %d of %d steps. The research code's %d steps would keep the learning rate low for most of the "
-            "run. --warmup_steps sets another number.",
+            "run. --warmup_steps sets a different number.",
             *(warmup, steps, WARMUP_STEPS),
         )
     return warmup
@@ -138,7 +138,7 @@ def tracker_environment(options: SharedOptions) -> dict[str, str]:
     """Environment variables for Weights & Biases; empty without a project or without the package.
 
     Raises:
-        MolaError: another flag of the tracker is given without a project.
+        MolaError: a flag of the tracker is given without a project.
     """
     project = options.wandb_project or os.environ.get("WANDB_PROJECT", "")
     if not project:
@@ -154,7 +154,7 @@ def tracker_environment(options: SharedOptions) -> dict[str, str]:
 
 
 def _experts(options: SharedOptions) -> dict[str, Any]:
-    """Options for new experts, for those of an adapter, or for those of an interrupted run."""
+    """Options for new experts, for an adapter's experts, or for the experts of an interrupted run."""
     flags = adapter_flags(options)
     start = (options.resume_from_checkpoint or "").strip()
     if start.lower() in ("", "none", "false", "no"):
@@ -188,7 +188,7 @@ def _new_experts(flags: AdapterFlags) -> dict[str, Any]:
 
 
 def _resumed_run(start: str, options: SharedOptions, flags: AdapterFlags) -> dict[str, Any]:
-    """Options that go on with the run of the checkpoint `start`."""
+    """Options that resume the run of the checkpoint `start`."""
     is_last = start.lower() in ("last", "true")
     if not is_last and (Path(start) / "pytorch_model.bin").is_file():
         raise MolaError(
@@ -201,7 +201,7 @@ def _resumed_run(start: str, options: SharedOptions, flags: AdapterFlags) -> dic
     first_adapter = settings.get("adapter") if isinstance(settings, dict) else None
     if not first_adapter:
         return {**_new_experts(flags), **resume}
-    # The checkpoint has the settings of the adapter that the run began with, which may be gone.
+    # The checkpoint has the settings of the adapter that the run began with; that adapter may be missing by now.
     checkpoint = find_checkpoint(Path(options.output_dir), resume["resume_from_checkpoint"])
     usable_adapter(str(checkpoint), options.base_model, flags, options.trust_remote_code)
     return {"adapter": first_adapter, **resume}

@@ -1,6 +1,6 @@
 """Flags of the research code's two training scripts, with the same names and the same effective defaults.
 
-None stands for the default in the help text, so that an adapter's own value is used where a flag is not given.
+None stands for the default in the help text, so that an adapter's own value is used if a flag is not given.
 """
 
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ class SharedOptions:
     learning_rate: float = option(3e-4, "Learning rate after warm-up; it decays linearly to 0.")
     cutoff_len: int = option(256, "Maximum sequence length in tokens; see truncation.")
     val_set_size: float = option(
-        2, "Samples (or a share below 1) to take from the split `train` and evaluate the loss on; 0 = no evaluation."
+        2, "Samples (or a share below 1) of the split `train` to hold out and evaluate the loss on; 0 = no evaluation."
     )
-    lora_r: str | None = option(None, "Rank of each expert: one, or one per layer between commas. Default 8.")
+    lora_r: str | None = option(None, "Rank of each expert: one number, or one per layer between commas. Default 8.")
     lora_alpha: float | None = option(None, "The update is scaled by lora_alpha / lora_r. Default 16.")
     lora_dropout: float | None = option(None, "Dropout on the experts' input. Default 0.05.")
     lora_target_modules: str | None = option(
@@ -48,20 +48,20 @@ class SharedOptions:
     )
     top_k: str | None = option(
         None,
-        "Experts used per token: one, or one per layer between commas. Default 2; needed to start from an adapter of "
-        "the research code, whose files do not hold it.",
+        "Experts used per token: one number, or one per layer between commas. Default 2; needed to start from an "
+        "adapter of the research code, whose files do not hold it.",
     )
-    train_on_inputs: bool = option(True, "Train on the prompt's tokens as well.")
+    train_on_inputs: bool = option(True, "Let the prompt's tokens contribute to the loss as well.")
     add_eos_token: bool = option(True, "End every sample with the end-of-sequence token.")
     group_by_length: bool = option(False, "Put samples of similar length into one batch.")
     wandb_project: str = option("", "Report to this project of Weights & Biases.")
-    wandb_run_name: str = option("", "Name of the run there.")
-    wandb_watch: str = option("", "What to watch there: false, gradients or all.")
-    wandb_log_model: str = option("", "Upload there: false, end or checkpoint.")
+    wandb_run_name: str = option("", "Name of the run in Weights & Biases.")
+    wandb_watch: str = option("", "What Weights & Biases watches: false, gradients or all.")
+    wandb_log_model: str = option("", "What to upload to Weights & Biases: false, end or checkpoint.")
     resume_from_checkpoint: str | None = option(
         None,
-        "A checkpoint-N folder: go on with that run, its optimiser and schedule. An adapter folder, of mola or of the "
-        "research code: start a new run from its experts. 'last': go on with the newest checkpoint in output_dir.",
+        "A checkpoint-N folder: resume that run with its optimiser and schedule. An adapter folder, of mola or of the "
+        "research code: start a new run from its experts. 'last': resume from the newest checkpoint in output_dir.",
     )
     obalance: bool = option(
         False,
@@ -71,13 +71,13 @@ class SharedOptions:
     # Not in the research code.
     warmup_steps: float | None = option(
         None,
-        f"Steps of warm-up, or below 1 a share of all. Default: {WARMUP_STEPS} as in the research code, but at most "
-        f"{WARMUP_SHARE:.0%}% of the run.",
+        f"Steps of warm-up; a number below 1 is a share of all steps. Default: {WARMUP_STEPS} as in the research code, "
+        f"but at most {WARMUP_SHARE:.0%}% of the run.",
     )
     truncation: str = option(
         "left", "What to do with samples longer than cutoff_len: error, drop, left (cut the prompt) or right."
     )
-    save_steps: int = option(200, "Evaluate and write a checkpoint every so many steps; the last 3 are kept.")
+    save_steps: int = option(200, "Steps between evaluations, each with a checkpoint; the last 3 checkpoints are kept.")
     seed: int = option(42, "Random seed of everything.")
     dtype: str = option("auto", "Dtype of the frozen base: auto, float32, bfloat16 or float16.")
     overwrite_output_dir: bool = option(False, "Replace an earlier run in the output folder.")
@@ -108,7 +108,8 @@ class ResearchInstructionOptions(SharedOptions):
     output_dir: str = option("./meta_moe_llm2_3ep_2468", "Folder for the adapter and the run's files.")
     num_epochs: float = option(3, "Passes over the data.")
     val_set_size: float = option(
-        100, "Samples (or a share below 1) to take from the split `train` and evaluate the loss on; 0 = no evaluation."
+        100,
+        "Samples (or a share below 1) of the split `train` to hold out and evaluate the loss on; 0 = no evaluation.",
     )
     load_in_8bit: bool = option(False, "Quantise the base to 8 bits while it loads; needs bitsandbytes.")
     prompt_template_name_meta: str = option("meta", "Prompt template; meta: the text itself, without a prompt.")

@@ -387,7 +387,7 @@ def test_unusable_probes_are_refused(tiny_model_dir, no_weights_dir, probe, tmp_
     one = save_probe(tiny_model_dir, tmp_path / "one", num_experts=[1, 2, 2, 2], top_k=1)
     refused("at least 2 experts in every layer: .* has one in layer 0", adapter=one)
     untrained = save_probe(tiny_model_dir, tmp_path / "untrained", init_lora_weights=True)
-    refused("all the same or zero", adapter=untrained)
+    refused("all equal or zero", adapter=untrained)
     lora = tmp_path / "lora"
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), LoraConfig()).save_pretrained(lora)
     refused("of type LORA", adapter=lora)

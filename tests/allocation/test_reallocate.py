@@ -57,7 +57,7 @@ def test_the_same_numbers_are_the_same_adapter(tiny_model_dir, adapter, tmp_path
 def test_stacked_experts_alone_have_no_numbers(tiny_model_dir, tmp_path):
     config = MolaConfig(r=2, num_experts=1, target_modules=[], target_parameters=["mlp.up_proj.weight"])
     source = save_adapter(tiny_model_dir, tmp_path / "stacked", config)
-    with pytest.raises(MolaError, match="`adapter` must have experts on linears: .* has `target_parameters` only"):
+    with pytest.raises(MolaError, match="`adapter` must have experts on linears: .* has only `target_parameters`"):
         moved(source, "2", tmp_path / "new")
 
 
@@ -173,7 +173,9 @@ def test_more_experts_than_a_plain_number_can_say_load_again(tiny_model_dir, uni
 
 
 def test_a_base_model_with_fewer_layers_is_refused(uniform, small_model_dir, tmp_path):
-    with pytest.raises(MolaError, match="`base_model` must be that of the adapter: .* has 1 decoder layers, .* in 4"):
+    with pytest.raises(
+        MolaError, match="`base_model` must be the adapter's base model: .* has 1 decoder layers, .* in 4"
+    ):
         moved(uniform, "2,", tmp_path / "new", base_model=str(small_model_dir))
 
 
@@ -189,7 +191,7 @@ def test_unusable_folders_are_refused(tiny_model_dir, uniform, tmp_path):
         moved(lora, "2,", tmp_path / "new")
     other = tmp_path / "inspect.json"
     other.write_text(json.dumps(inspection_of(uniform, [[0.5, 0.5]] * 4)))
-    with pytest.raises(MolaError, match="`inspection` must be of `adapter`: .* has 2 experts of .* which has 3"):
+    with pytest.raises(MolaError, match="`inspection` must be made from `adapter`: .* has 2 experts of .* which has 3"):
         moved(uniform, "2,", tmp_path / "new", inspection=str(other))
     assert not (tmp_path / "new").exists()
 

@@ -121,7 +121,7 @@ def test_fitted_routers_choose_the_own_adapter(tiny_model_dir, lora, tmp_path, r
     sources = [lora("a", r=2, seed=0), lora("b", r=2, seed=1)]
     more = ["--num_experts", "3,", "--top_k", 1, "--data", *data, "--task", "sample", "--split", "train"]
     printed = run("convert", *sources, *flags(tiny_model_dir, tmp_path / "out", *more, "--dtype", "float32"))
-    share = float(printed.split("right first choice for ")[1].split("%")[0])
+    share = float(printed.split("correct first choice for ")[1].split("%")[0])
     # The prompt around the question is the same in both.
     assert share > 55
     assert load(tiny_model_dir, tmp_path / "out").peft_config["default"].top_k == 1

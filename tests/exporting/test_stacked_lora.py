@@ -35,7 +35,8 @@ def test_export_is_exact(kind, targets, tiny_tokenizer_dir, tmp_path):
     options = {"target_format": "lora", "base_model": str(tmp_path / "base"), "rank": 4}
     convert(ConvertOptions([str(tmp_path / "adapter")], str(tmp_path / "lora"), **options))
     ours, lora = (logits(load(tmp_path / "base", tmp_path / name)) for name in ("adapter", "lora"))
-    torch.testing.assert_close(lora, ours, rtol=0, atol=1e-5)
+    # Both models sum the experts' float32 products in a different order, and the rounding differs by CPU.
+    torch.testing.assert_close(lora, ours, rtol=0, atol=2e-5)
     assert (ours - logits(base(kind))).abs().max() > 0.1
     merge(MergeOptions(str(tmp_path / "lora"), str(tmp_path / "base"), str(tmp_path / "merged"), dtype="float32"))
     torch.testing.assert_close(logits(load_base(tmp_path / "merged")), ours, rtol=0, atol=1e-4)

@@ -229,7 +229,7 @@ def test_other_architectures_and_columns_are_refused(vllm, family):
     assert "was not tried with FalconForCausalLM" in vllm(base, adapter, PROMPTS, **TINY)["error"]
     trial = {"untried_architecture": True}
     assert (
-        "'transformer.h.0.self_attention.query_key_value' is several linears there"
+        "vLLM treats 'transformer.h.0.self_attention.query_key_value' as several linears"
         in vllm(base, adapter, PROMPTS, extra=trial, **TINY)["error"]
     )
 

@@ -1,9 +1,9 @@
-"""`mola allocate`: numbers of experts for every decoder layer, or every linear, with an exact total.
+"""`mola allocate`: chooses numbers of experts for every decoder layer, or every linear, with an exact total.
 
     mola allocate --base_model my-model --method alphalora --budget 160 --output allocation.json
     mola allocate --base_model my-model --method redundancy --adapter runs/probe --budget 160 --output allocation.json
 
-The file is a value of `num_experts`, for `mola plan`, `mola train` and in Python.
+The file can be passed as `num_experts` to `mola plan`, to `mola train` and in Python.
 """
 
 import shlex
@@ -50,12 +50,12 @@ __all__ = ["AllocateOptions", "AllocateResult", "allocate", "main"]
 
 _WHY = {
     "alphalora": "whose weights have a larger power-law exponent count as less well trained and get more experts.",
-    "gradient": "that a first step on the data would change more get more.",
-    "activation": "whose inputs vary most in few directions get more.",
-    "redundancy": "whose experts differ more in the probe get more; like experts are redundant.",
-    "usage": "that spread their tokens over more experts in the probe get more.",
+    "gradient": "that a first step on the data would change more get more experts.",
+    "activation": "whose inputs vary most in few directions get more experts.",
+    "redundancy": "whose experts differ more in the probe get more experts; similar experts are redundant.",
+    "usage": "that spread their tokens over more experts in the probe get more experts.",
 }
-_RANK = "8"  # for the count of trained values; the default of `mola plan`
+_RANK = "8"  # for the count of trainable parameters; the default of `mola plan`
 _BAR_WIDTH = 30
 
 
@@ -64,16 +64,17 @@ class AllocateResult:
     """An allocation, and how it was made.
 
     Attributes:
-        num_experts: experts of every decoder layer, lowest first. A layer without adapted linears has 1, which does
-            not count for the budget and has no effect. With `per_module` the means of the layers, rounded.
+        num_experts: experts of every decoder layer, lowest first. A layer without adapted linears has 1, which
+            does not count for the budget and has no effect. With `per_module`, the rounded mean of each layer.
         scores: score of every layer, the mean of its linears; None without adapted linears.
-        why: one sentence.
+        why: one sentence that explains the numbers.
         method: from the options.
         budget: total number of experts over the layers with a score; with `per_module` for each kind of linears.
         base_model: from the options.
         settings: the options.
-        num_experts_pattern: with `per_module`, linears by name that have another number than their layer; else None.
-        modules: with `per_module`, every adapted linear.
+        num_experts_pattern: with `per_module`, name of a linear whose number differs from its layer's -> its number;
+            else None.
+        modules: with `per_module`, every adapted linear; else empty.
     """
 
     num_experts: list[int]
@@ -116,8 +117,8 @@ def allocate(options: AllocateOptions) -> AllocateResult:
         The allocation; it is also written to `options.output`, if that is given.
 
     Raises:
-        MolaError: options contradict each other, the budget does not fit the model, or data that a method reads are
-            missing.
+        MolaError: options contradict each other, the budget does not fit the model, or data that the method reads
+            are missing.
     """
     digits, beta = check_options(options)
     if options.output is not None:
@@ -134,7 +135,7 @@ def allocate(options: AllocateOptions) -> AllocateResult:
         scores = _shape_scores(digits, base)
         why = f"The layers keep the proportions of the shape {digits}, lowest layers first."
         if len(set(digits)) == 1:
-            why = "All layers get the same, the higher ones one more where the budget does not divide."
+            why = "All layers get the same number, the higher ones one more if the budget does not divide."
     else:
         found = _measured_scores(options, base)
         scores = layer_scores(found, base.num_layers)
@@ -196,7 +197,7 @@ def _measured_scores(options: AllocateOptions, base: Base) -> list[ModuleScore]:
 
 
 def main(options: AllocateOptions) -> int:
-    """Run the command, print the numbers and how to use the result; returns 0, the exit code."""
+    """Run the command, print the numbers and how to use them; returns 0, the exit code."""
     result = allocate(options)
     console = make_table_console()
     title = f"{result.base_model}: {result.budget} experts by {result.method}"
@@ -218,7 +219,7 @@ def main(options: AllocateOptions) -> int:
 
 
 def one_per_layer(numbers: Sequence[int]) -> str:
-    """Numbers of layers as a value of `num_experts`; one number gets a comma, or its digits would be numbers."""
+    """Numbers per layer as a value of `num_experts`; a single number gets a comma, or its digits would be numbers."""
     return ",".join(map(str, numbers)) if len(numbers) > 1 else f"{numbers[0]},"
 
 
@@ -234,10 +235,13 @@ def _needed_flags(options: AllocateOptions) -> list[str]:
 
 
 def _compare_cost(options: AllocateOptions, result: AllocateResult) -> str:
-    """Compare the trained values with those of a uniform allocation; experts of a wide linear have more values."""
+    """Say how many more trainable parameters the allocation has than a uniform one with equal numbers of experts.
+
+    The counts differ, since an expert of a wide linear has more parameters.
+    """
     rule = Rule(options.budget, options.min_experts, options.max_experts)
     uniform = numbers_of_layers([None if score is None else 1.0 for score in result.scores], rule)
-    values = [
+    parameters = [
         cost_of_allocation(
             options.base_model,
             one_per_layer(experts),
@@ -252,7 +256,8 @@ def _compare_cost(options: AllocateOptions, result: AllocateResult) -> str:
     ]
     return (
         f"{sum(each.num_experts for each in result.modules)} experts of linears in all. At r {_RANK} they have "
-        f"{values[0]:,} trained values, as many uniform ones {values[1]:,} ({values[0] / values[1] - 1:+.1%})."
+        f"{parameters[0]:,} trainable parameters; the same number of experts, spread uniformly, has "
+        f"{parameters[1]:,} ({parameters[0] / parameters[1] - 1:+.1%})."
     )
 
 
@@ -275,7 +280,7 @@ def _bar(value: int, largest: int) -> Any:
 
 
 def module_table(modules: Sequence[ModuleExperts], num_layers: int, title: str) -> Table:
-    """Table of the linears' numbers with a row per layer, a column per kind, and the sum of each kind.
+    """Table of the linears' numbers: one row per layer, one column per kind of linear, and the sum of each kind.
 
     A layer with several linears of a kind shows their smallest and largest number.
     """

@@ -1,4 +1,4 @@
-"""The base model of an allocation: its depth, its linears and, one matrix at a time, their weights."""
+"""Reads the base model of an allocation: its depth, its linears and, one matrix at a time, their weights."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ class Base:
     linears: tuple[LinearShape, ...]  # the linears to adapt; empty if a probe determines them
     layer_of: Mapping[str, int | None]  # name of any module -> its layer, None outside the layers
     trust_remote_code: bool = False  # run code shipped with the model
-    gguf_file: str | None = None  # GGUF file in the folder, if it is one
+    gguf_file: str | None = None  # GGUF file in the folder; None for a model in other formats
 
     @property
     def is_adapted(self) -> list[bool]:
@@ -50,7 +50,7 @@ def read_base(
     *,
     has_probe: bool = False,
 ) -> Base:
-    """Read a model's depth and the linears to adapt, as `mola train` chooses them; loads no weights.
+    """Read a model's depth and the linears to adapt, chosen as in `mola train`; loads no weights.
 
     With `has_probe` the linears are left out: the probe determines them, and some architectures have no default.
 
@@ -74,9 +74,9 @@ def read_base(
 def iterate_weights(base: Base) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and weight of every linear to adapt, in the order of the model.
 
-    The weights are read from the safetensors files, so that one matrix is in memory at a time. If the files hold them
-    under other names than the model (GGUF, other formats, architectures that Transformers converts while loading), the
-    whole model is loaded in float32, and a log line says so.
+    The weights are read from the safetensors files, so that one matrix is in memory at a time. If the files name
+    the weights differently than the model (GGUF, other formats, architectures that Transformers converts while
+    loading), the whole model is loaded in float32, and a log line says so.
 
     Raises:
         MolaError: the weights are missing or quantised; raised before the first weight is read.
@@ -84,13 +84,13 @@ def iterate_weights(base: Base) -> Iterator[tuple[str, torch.Tensor]]:
     config = load_config(base.name, base.trust_remote_code, base.gguf_file)
     if base.gguf_file is None and stored_quantization(config) is not None:
         raise MolaError(
-            f"`base_model` must have plain weights for alphalora: those of {base.name!r} are quantised. Pass the model "
-            "that they were made of; the allocation holds for both."
+            f"`base_model` must have plain weights for alphalora: the weights of {base.name!r} are quantised. Pass "
+            "the model that they were quantised from; the allocation holds for both."
         )
     files = {} if base.gguf_file is not None else _files_of(base)
     if files:
         return _iterate_files(base, files)
-    logger.info("The weights of %s have other names in its files: the whole model is loaded.", base.name)
+    logger.info("The files of %s do not use the model's names of weights: the whole model is loaded.", base.name)
     return _iterate_model(base)
 
 
@@ -134,7 +134,7 @@ def _files_of(base: Base) -> dict[str, tuple[Path, str]]:
 
 
 def _safetensors_files(name: str) -> list[Path]:
-    """The safetensors files of a folder or of a model on the hub, which are downloaded; empty if there are none."""
+    """The safetensors files in a folder, or downloaded from a model on the hub; empty if there are none."""
     return_none_if_missing = {
         "_raise_exceptions_for_gated_repo": False,
         "_raise_exceptions_for_missing_entries": False,

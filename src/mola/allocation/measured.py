@@ -1,4 +1,4 @@
-"""Scores of linears, measured on the base model's weights or on a probe adapter; a layer's score is their mean."""
+"""Scores linears by the base model's weights or by a probe adapter; a layer's score is the mean of its linears."""
 
 import math
 from collections import defaultdict
@@ -25,7 +25,7 @@ CheckLayers = Callable[[int], None]
 class ModuleScore(NamedTuple):
     """Score of one adapted linear."""
 
-    module: str  # its name in the base model
+    module: str  # the linear's name in the base model
     layer_index: int
     score: float
 
@@ -70,8 +70,8 @@ def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> li
     scores = relative_scores(distances, base)
     if not any(each.score for each in scores):
         raise MolaError(
-            f"`adapter` must have experts that differ: those of {adapter!r} are all the same or zero. Train the probe "
-            "for longer."
+            f"`adapter` must have experts that differ: the experts of {adapter!r} are all equal or zero. Train the "
+            "probe for longer."
         )
     return scores
 
@@ -81,8 +81,8 @@ def usage_scores(
 ) -> list[ModuleScore]:
     """Score linears by the effective number of experts that a probe uses, see `effective_experts`.
 
-    Reads the records of `read_routing_records`, which must cover every adapted layer, with `per_module` every adapted
-    linear. `check_layers` as in `redundancy_scores`.
+    Reads the records of `read_routing_records`, which must cover every adapted layer, or with `per_module` every
+    adapted linear. For `check_layers` see `redundancy_scores`.
 
     Raises:
         MolaError: a file is missing or broken, or does not fit the model.
@@ -101,14 +101,14 @@ def usage_scores(
     adapted_layers = {layer for name in adapted if (layer := base.layer_of[name]) is not None}
     if extra := recorded_layers - adapted_layers:
         raise MolaError(
-            f"{source} must belong to `base_model` and `adapter`: it names layer {next(iter(extra))}, which has no "
-            f"adapted linear there ({base.name!r} has {base.num_layers} layers)."
+            f"{source} must belong to `base_model` and `adapter`: it names layer {next(iter(extra))}, in which no "
+            f"linear is adapted ({base.name!r} has {base.num_layers} layers)."
         )
     if missing := sorted(adapted_layers - recorded_layers):
         raise MolaError(
             f"{source} must cover every adapted layer: it lacks {', '.join(map(str, missing))}. These layers had one "
             "expert or were not adapted. Use a probe with at least 2 experts everywhere, and pass --adapter as well if "
-            "it adapts some layers only."
+            "the probe adapts only some layers."
         )
     if per_module and (differing := sorted({each.module for each in found} ^ {*adapted})):
         raise MolaError(
@@ -135,7 +135,7 @@ def relative_scores(values: Mapping[str, float], base: Base) -> list[ModuleScore
 
 
 def scores_by_name(values: Mapping[str, float], base: Base) -> list[ModuleScore]:
-    """Scores of linears from a mapping of names; all of them are in a decoder layer."""
+    """Convert name -> score of linears to `ModuleScore`s; every linear must be in a decoder layer."""
     return [ModuleScore(name, cast(int, base.layer_of[name]), value) for name, value in values.items()]
 
 

@@ -1,4 +1,4 @@
-"""Scores of linears on samples of data, before anything is trained: from gradients and from spectra of inputs."""
+"""Scores linears on samples of data, before anything is trained: by gradients or by spectra of their inputs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from mola.models.loading import load_model
 from mola.models.tokenizer import load_tokenizer
 
 _RANK = 8  # components of a linear's input that count, on average
-_TOKENS = 1024  # tokens for the spectrum of an input
+_TOKENS = 1024  # number of tokens for the spectrum of an input
 
 
 def read_samples(
     base: Base, data: str, task: str, template: str | None, split: str, limit: int
 ) -> Sequence[Mapping[str, Any]]:
-    """Read the first `limit` samples of a data file as `input_ids` and `labels`; without a template in the task's own.
+    """Read the first `limit` samples of a data file as `input_ids` and `labels`; `template` None means the task's own.
 
     Raises:
         MolaError: the data do not fit the task, or a sample is longer than the model's positions.
@@ -53,7 +53,7 @@ def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any
     L is the mean loss of a sample's answer. For a LoRA whose A is random with variance `s^2`, the expected squared
     gradient of B at the start is `r s^2` times that of the weight, with the same factor for all linears of a name.
     So `f_m` is the trace of the empirical Fisher matrix of a first LoRA step. With inputs X and output gradients D of
-    one sample, `|| dL / dW ||_F^2` is the sum of `(X X^T) * (D D^T)`: no gradient of the size of a weight is formed.
+    one sample, `|| dL / dW ||_F^2` is the sum of `(X X^T) * (D D^T)`: no gradient as large as a weight is formed.
 
     Raises:
         MolaError: no linear gets a gradient.
@@ -71,18 +71,18 @@ def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any
             recorded.clear()
     model.disable_input_require_grads()
     if not any(any(values) for values in found.values()):
-        raise MolaError("`data` must have answers that a loss can be computed of: no linear got a gradient.")
+        raise MolaError("`data` must have answers to compute a loss from: no linear got a gradient.")
     # A sample gives no gradient to a linear that it does not reach, such as one of the base's own experts.
     return relative_scores({each.name: fsum(found[each.name]) / len(samples) for each in base.linears}, base)
 
 
 def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> list[ModuleScore]:
-    """Score linears by how many directions of their inputs are among the strongest, as EVA (arXiv 2410.07170).
+    """Score linears by how many directions of their inputs are among the strongest, like EVA (arXiv 2410.07170).
 
         rho_mj = lambda_j / sum_j lambda_j       of the j-th eigenvalue of the covariance of the inputs of a linear m
         score_m = | {j: rho_mj is one of the 8 M largest of all M linears} |
 
-    The covariance is that of the first 1024 tokens.
+    The covariance is computed from the first 1024 tokens.
     """
     rows: dict[str, list[torch.Tensor]] = defaultdict(list)
     counts: dict[str, int] = defaultdict(int)
@@ -132,9 +132,9 @@ def _tensors(
 
 @contextmanager
 def _recorded_gradients(base: Base, model: Any) -> Iterator[dict[str, list[tuple[torch.Tensor, torch.Tensor]]]]:
-    """Record the input and the output's gradient of every linear, both `(tokens, features)`, in each backward pass.
+    """Record every linear's input and output gradient, both `(tokens, features)`, in each backward pass.
 
-    There is one pair for each call of a linear, since some models call a layer several times.
+    Each call of a linear adds one pair, since some models call a layer several times.
     """
     recorded: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
 

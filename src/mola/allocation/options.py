@@ -1,4 +1,4 @@
-"""Options of `mola allocate`, and their checks that need no model."""
+"""Options of `mola allocate`, and the checks of them that need no model."""
 
 import math
 import re
@@ -49,18 +49,20 @@ class AllocateOptions:
     template: str | None = option(
         None, "Prompt template of `data`; chat is the base model's chat template. Default: the task's own."
     )
-    split: str = option("train", "Split of `data` to read where it has several.")
-    limit: int = option(32, "Read only the first samples of `data`, this many; activation reads at most 1,024 tokens.")
-    min_experts: int = option(1, "Fewest experts of a layer.")
-    max_experts: int | None = option(None, "Most experts of a layer; by default there is no bound.")
+    split: str = option("train", "Split to read if `data` has several.")
+    limit: int = option(
+        32, "Number of samples to read from the start of `data`; activation reads at most 1,024 tokens."
+    )
+    min_experts: int = option(1, "Lowest number of experts in a layer.")
+    max_experts: int | None = option(None, "Highest number of experts in a layer; by default there is no bound.")
     beta: float | None = option(
         None,
         "Experts are in proportion to score ** beta. Default: 2.5 for alphalora, 1 for other methods that measure.",
     )
     target_modules: str | None = option(
         None,
-        "Linears that will be adapted, as in `mola train`: they are measured, and their layers get experts. With "
-        "`adapter` they are the linears of the probe.",
+        "Linears that will be adapted, as in `mola train`: these linears are measured, and their layers get experts. "
+        "With `adapter`, the linears of the probe are used.",
     )
     per_module: bool = option(
         False,
@@ -70,7 +72,7 @@ class AllocateOptions:
     shuffle: int | None = option(
         None,
         "Seed to shuffle the numbers over the layers, or with `per_module` over the linears of a kind, to test whether "
-        "it matters which of them have more experts.",
+        "it matters which layers or linears have more experts.",
     )
     gguf_file: str | None = option(None, GGUF_HELP)
     device: str = option("cpu", "Device that computes the scores, such as cpu or cuda:0; alphalora needs float64.")
@@ -90,7 +92,7 @@ def check_options(options: AllocateOptions) -> tuple[str | None, float | None]:
     """Check the options.
 
     Returns:
-        The digits of the shape and None, or for methods that measure None and the exponent of the scores.
+        For shapes the digits and None; for methods that measure None and the exponent of the scores.
 
     Raises:
         MolaError: a value is out of range, options contradict each other, or an option would be ignored.
@@ -104,7 +106,7 @@ def check_options(options: AllocateOptions) -> tuple[str | None, float | None]:
         value = getattr(options, option_name)
         if value != getattr(AllocateOptions, option_name) and name not in methods:
             raise MolaError(
-                f"`{option_name}` ({value!r}) has no effect with `method` {options.method!r}: it is for "
+                f"`{option_name}` ({value!r}) has no effect with `method` {options.method!r}: the option is for "
                 f"{', '.join(methods)}. Leave it out."
             )
     if name in _ON_DATA:
@@ -134,6 +136,6 @@ def _check_probe(options: AllocateOptions, name: str) -> None:
         )
     if options.adapter is not None and options.target_modules is not None:
         raise MolaError(
-            f"`target_modules` ({options.target_modules!r}) has no effect with `adapter`: the linears are those of the "
-            "probe. Leave it out."
+            f"`target_modules` ({options.target_modules!r}) has no effect with `adapter`: the probe determines the "
+            "linears. Leave it out."
         )

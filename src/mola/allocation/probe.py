@@ -21,11 +21,11 @@ from mola.tuner.loading import PREFIX
 
 @dataclass(frozen=True)
 class Probe:
-    """The experts of a probe."""
+    """A probe adapter: its configuration and its experts."""
 
-    config: Mapping[str, Any]  # its `adapter_config.json`
+    config: Mapping[str, Any]  # content of the probe's `adapter_config.json`
     layers: Mapping[str, int]  # module name in the base model -> its decoder layer
-    tensors: Mapping[str, torch.Tensor]  # as in the file, on the CPU
+    tensors: Mapping[str, torch.Tensor]  # name in the probe's file -> tensor, on the CPU
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A `(E, r, in)` and B `(E, r, out)` of a module."""
@@ -41,7 +41,7 @@ def read_probe(adapter: str, base: Base) -> Probe:
     """Read the probe in a folder and check that an allocation can be made from it.
 
     Raises:
-        MolaError: it is no mixture, belongs to another model, or has one expert in some module.
+        MolaError: the adapter is no mixture, belongs to a different model, or has one expert in some module.
     """
     config = check_mixture(adapter)
     tensors = read_tensors(Path(adapter))
@@ -67,7 +67,7 @@ def check_mixture(adapter: str) -> dict[str, Any]:
     """Read the configuration of a mixture.
 
     Raises:
-        MolaError: the folder holds no adapter, or one of another method.
+        MolaError: the folder holds no adapter, or an adapter that is not a mixture.
     """
     config = check_adapter(adapter)
     if config["peft_type"] != "MOLA":
@@ -89,8 +89,8 @@ def read_routing_records(
     Args:
         adapter: run folder; the last interval of its `routing.jsonl` is read unless `inspection` is given.
         inspection: file of `mola inspect --json`; its means over all tokens are read.
-        option: name of the option with the run folder, for messages.
-        advice: what to do if the run folder has no such file, for messages.
+        option: name of the option with the run folder, used in messages.
+        advice: what to do if the run folder has no `routing.jsonl`, used in messages.
 
     Returns:
         Records with `module`, `layer_index` and `mean_gates`, and the path of the file.
@@ -119,7 +119,7 @@ def read_routing_records(
 
 
 def _last_interval(path: Path) -> Any:
-    """The last line; or the one before it, if the run ended early in the last interval."""
+    """The last record of `routing.jsonl`; the record before it if the run ended early in the last interval."""
     *_, before, last = [None, None, *read_json_lines(path)]
     if last is None:
         raise ValueError("there is no complete line")

@@ -1,9 +1,9 @@
-"""`mola reallocate`: gives a trained adapter other numbers of experts, for further training.
+"""`mola reallocate`: changes the numbers of experts of a trained adapter, for further training.
 
     mola reallocate --adapter runs/first --num_experts allocation.json --output_dir runs/moved
     mola train --adapter runs/moved --base_model my-model --data data.json --output_dir runs/second
 
-It reads and writes adapter folders only. `mola.allocation.resize` changes the experts of a module.
+The command reads and writes adapter folders only. `mola.allocation.resize` changes the experts of a module.
 """
 
 import contextlib
@@ -53,11 +53,12 @@ class ReallocateOptions:
     output_dir: str = field(metadata={"help": "Folder to write; it must be new or empty."})
     inspection: str | None = option(
         None,
-        "File of `mola inspect --json` on the adapter. With it, experts are merged and copied by their use; without "
-        "it, those with the smallest updates are dropped.",
+        "File of `mola inspect --json` on the adapter. With this file, experts are merged and copied by their use; "
+        "without it, the experts with the smallest updates are dropped.",
     )
     top_k: str | None = option(
-        None, "New experts used per token, one number or a list. Default: as before. Another number changes answers."
+        None,
+        "New number of experts used per token, one number or a list. Default: unchanged. A new number changes answers.",
     )
     seed: int = option(0, "Random seed of new routers and router rows.")
     base_model: str | None = option(
@@ -69,12 +70,12 @@ class ReallocateOptions:
 
 @dataclass(frozen=True)
 class ReallocateResult:
-    """What was written. Lists have one entry per decoder layer, lowest first.
+    """Report about the new adapter. Lists have one entry per decoder layer, lowest first.
 
     Attributes:
         output_dir: the new folder.
-        before: experts of the adapter that was read.
-        num_experts: experts of the new adapter.
+        before: numbers of experts of the adapter that was read.
+        num_experts: numbers of experts of the new adapter.
         top_k: experts used per token.
         is_adapted: whether the layer has experts; if not, its numbers have no meaning.
         unchanged: number of modules whose tensors are the same.
@@ -91,7 +92,7 @@ class ReallocateResult:
 
 
 def reallocate(options: ReallocateOptions) -> ReallocateResult:
-    """Give the layers of a trained adapter other numbers of experts.
+    """Change the numbers of experts in the layers of a trained adapter.
 
     Args:
         options: see `ReallocateOptions`.
@@ -106,12 +107,12 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
     if config.num_experts_pattern:
         raise MolaError(
             f"`adapter` must have one number of experts per layer: {options.adapter!r} has `num_experts_pattern` "
-            f"{config.num_experts_pattern!r}. Train one without."
+            f"{config.num_experts_pattern!r}. Train an adapter without."
         )
     if pattern_with(options.num_experts, None):
         raise MolaError(
-            f"`num_experts` must have one number per layer: {options.num_experts!r} has `num_experts_pattern`. Make it "
-            "without --per_module."
+            f"`num_experts` must have one number per layer: {options.num_experts!r} has `num_experts_pattern`. Make "
+            "the file without --per_module."
         )
     tensors = read_tensors(Path(options.adapter))
     base = _base_without_weights(config, options)
@@ -121,7 +122,7 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
     num_layers = known or adapted
     if num_layers < adapted:
         raise MolaError(
-            f"`base_model` must be that of the adapter: {options.base_model!r} has {num_layers} decoder layers, "
+            f"`base_model` must be the adapter's base model: {options.base_model!r} has {num_layers} decoder layers, "
             f"{options.adapter!r} has experts in {adapted}."
         )
     before = resolve_per_layer(config.num_experts, num_layers, "num_experts")
@@ -149,7 +150,7 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
 def _resize_modules(
     tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, int], seed: int, use: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """All tensors of the adapter with new numbers of experts by module, and how many modules are unchanged."""
+    """Resize the modules in `numbers`; return all tensors of the adapter, and how many modules are unchanged."""
     generator = torch.Generator().manual_seed(seed)
     resized, unchanged = dict(tensors), 0
     for module, number in numbers.items():
@@ -184,18 +185,19 @@ def main(options: ReallocateOptions) -> int:
     table.add_row("total", *map(str, totals), "", style="bold")
     make_table_console().print(table)
     print(
-        f"{result.unchanged} of {result.modules} modules are unchanged. Written to {result.output_dir}. Train on:\n"
+        f"{result.unchanged} of {result.modules} modules are unchanged. Written to {result.output_dir}. "
+        "Train further:\n"
         f"  mola train --adapter {shlex.quote(result.output_dir)} ..."
     )
     return 0
 
 
 def _base_without_weights(config: Any, options: ReallocateOptions) -> Any:
-    """The base model without weights, to look up layers; None if it is not at hand."""
+    """The base model without weights, to look up layers; None if the model cannot be found."""
     if options.base_model is not None:
         return _decoder_on_meta(options.base_model, options.trust_remote_code)
     recorded = config.base_model_name_or_path
-    if recorded and os.path.isdir(recorded):  # the folder it was trained on; a name on the Hub may be gone
+    if recorded and os.path.isdir(recorded):  # only a folder is tried: a name on the Hub may be missing
         with contextlib.suppress(MolaError):
             return _decoder_on_meta(recorded, options.trust_remote_code)
     return None
@@ -214,14 +216,14 @@ def _layer_of_modules(
     """Find the decoder layer of every adapted module.
 
     Returns:
-        Module name -> layer, None outside the layers; and whether these are certain. Without the base model they come
-        from the numbers in the names, which are not certain if the model may have several stacks of layers.
+        Module name -> layer, None outside the layers; and whether the layers are certain. Without the base model, the
+        layers come from the numbers in the names and are not certain if the model may have several stacks of layers.
     """
     names = [key.removeprefix(PREFIX) for key in adapted_modules(tensors)]
     if not names:
         raise MolaError(
-            f"`adapter` must have experts on linears: {options.adapter!r} has `target_parameters` only, one LoRA for "
-            "each, and no number to change."
+            f"`adapter` must have experts on linears: {options.adapter!r} has only `target_parameters`, with one "
+            "LoRA for each, and no number to change."
         )
     stacks_in_names = {part for name in names for part in name.split(".") if part in ("encoder", "decoder")}
     if len(stacks_in_names) > 1:
@@ -238,9 +240,9 @@ def _layer_of_modules(
 
 
 def _known_depth(config: Any, options: ReallocateOptions, base: Any, adapted: int) -> int | None:
-    """Number of decoder layers of the model, from the base model or from a list with one entry per layer; else None.
+    """Number of decoder layers, from the base model or from a list with one entry per layer; None if unknown.
 
-    `adapted` is the number of layers that the model has at least.
+    The model has at least `adapted` layers.
     """
     if options.base_model is not None and base is not None:
         return count_decoder_layers(base, options.base_model)
@@ -259,15 +261,15 @@ def _check_layers_are_known(options: ReallocateOptions, layers: Mapping[str, int
     """Raise if numbers that differ by layer cannot be assigned to layers."""
     if not is_known:
         raise MolaError(
-            f"`base_model` is needed to know which layers the numbers are for: {options.adapter!r} does not name all, "
-            "or may have others beside or below them. Pass its base model, which may not be an encoder-decoder, or one "
-            "number for all layers."
+            f"`base_model` is needed to know which layers the numbers are for: {options.adapter!r} does not name all "
+            "layers, or its model may have several stacks of layers. Pass its base model, which may not be an "
+            "encoder-decoder, or one number for all layers."
         )
     outside = [module for module, layer in layers.items() if layer is None]
     if outside:
         raise MolaError(
             f"`num_experts` must be one number for all layers: {options.adapter!r} adapts {outside[0]!r}, which is in "
-            "none of them."
+            "no layer."
         )
 
 
@@ -277,7 +279,7 @@ def _choose_top_k(
     given = config.top_k if options.top_k is None else options.top_k
     top_k = resolve_per_layer(given, num_layers, "top_k")
     if options.top_k is None and isinstance(given, list):
-        # A layer without a router has 1. If it gets a router, it takes the largest number of the other layers.
+        # A layer without a router has 1. If the layer gets a router, it gets the other layers' largest number.
         largest = max(top_k)
         top_k = [min(largest, new) if old == 1 else k for k, old, new in zip(top_k, before, after, strict=True)]
         top_k = [1 if new == 1 else k for k, new in zip(top_k, after, strict=True)]
@@ -291,7 +293,7 @@ def _choose_top_k(
 def _read_use(
     inspection: str, layers: Mapping[str, int | None], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The mean gates of every module; raises unless they fit its number of experts."""
+    """The mean gates of every module; raises if a module's gates do not fit its number of experts."""
     records, source = read_routing_records(None, inspection)
     gates = {record["module"].removeprefix(PREFIX): torch.tensor(record["mean_gates"]) for record in records}
     for module in layers:
@@ -299,12 +301,12 @@ def _read_use(
         if count > 1 and len(gates.get(module, ())) != count:
             found = f"{len(gates[module])} experts" if module in gates else "nothing"
             raise MolaError(
-                f"`inspection` must be of `adapter`: {source} has {found} of {module!r}, which has {count}. Run `mola "
-                "inspect --json FILE` on this adapter."
+                f"`inspection` must be made from `adapter`: {source} has {found} of {module!r}, which has {count}. Run "
+                "`mola inspect --json FILE` on this adapter."
             )
     return {module: values for module, values in gates.items() if module in layers}
 
 
 def _compact(values: list[int]) -> int | list[int]:
-    # A larger single number would be read as digits.
+    # A larger single number would be read as a sequence of digits.
     return values[0] if len(set(values)) == 1 and values[0] <= LARGEST_PLAIN_NUM_EXPERTS else values

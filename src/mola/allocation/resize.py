@@ -1,6 +1,6 @@
-"""Another number of experts for a trained module, with as little change of its outputs as possible.
+"""Changes the number of experts of a trained module, and changes the module's outputs as little as possible.
 
-Uses the tensors of the module only. No update `B A` is formed, so nothing has the size `out * in`.
+Only the module's tensors are used. No update `B A` is formed, so no tensor has the size `out * in`.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from mola.errors import MolaError
 from mola.insight.redundancy import inner_products
 
-_ROW_NOISE = 0.05  # of a copied router row, in units of its norm
+_ROW_NOISE = 0.05  # noise on a copied router row, in units of the row's norm
 
 
 class Experts(NamedTuple):
@@ -30,27 +30,27 @@ def resize(
 ) -> Experts:
     r"""Change the number of experts of a module.
 
-    - The same number: the same tensors.
-    - From one to several: copies of the expert and a random router. Gates add up to 1, so the module computes exactly
-      the same; the router makes the copies differ from the first step of training on.
+    - The same number: the tensors are left unchanged.
+    - From one to several: copies of the expert and a random router. Gates add up to 1, so the module's outputs do not
+      change; the router makes the copies differ from the first training step on.
     - From several to one: `low_rank_mean` of the updates, weighted by their use.
     - Fewer, use unknown: the experts with the largest `||B_e A_e||_F` are kept, in their order.
-    - Fewer, use known: the pair of least `m_i m_j / (m_i + m_j) * ||B_i A_i - B_j A_j||_F^2` becomes its weighted mean,
-      updates and router rows, until the number is reached (Ward's clustering).
-    - More: a copy of the expert of largest use, with a little noise on its router row; the two share its use. This is
-      repeated until the number is reached.
+    - Fewer, use known: the pair with the least `m_i m_j / (m_i + m_j) * ||B_i A_i - B_j A_j||_F^2` is replaced by the
+      weighted mean of its updates and router rows, until the number is reached (Ward's clustering).
+    - More: the expert of largest use is copied, with a little noise on the copy's router row, and each of the two gets
+      half of the use. This is repeated until the number is reached.
 
     Args:
-        experts: of the module.
-        num_experts: the new number.
-        generator: of random numbers, on the CPU.
+        experts: the module's experts.
+        num_experts: the new number of experts.
+        generator: generator of random numbers, on the CPU.
         use: mean gates `m: (E,)`; None treats all experts alike, so that the lowest ones are copied first.
 
     Returns:
         Tensors of the same dtypes; the router is float32.
 
     Raises:
-        MolaError: `num_experts` is below 1, or `use` has another number of experts.
+        MolaError: `num_experts` is below 1, or `use` does not have one entry per expert.
     """
     count = len(experts.A)
     if num_experts < 1:
@@ -86,7 +86,7 @@ def low_rank_mean(
         weights: `(E,)`, at least 0.
 
     Returns:
-        A `(r, in)` and B `(r, out)`. The ratio of their norms is that of the experts' mean norms, so that an
+        A `(r, in)` and B `(r, out)`. The ratio of their norms equals the ratio of the experts' mean norms, so that an
         optimiser's steps keep their relative size.
     """
     r = experts_A.shape[1]
@@ -138,7 +138,7 @@ def _merge(experts: Experts, weights: torch.Tensor, num_experts: int) -> Experts
 
 def _copy_only_expert(experts: Experts, num_experts: int, generator: torch.Generator) -> Experts:
     A, B = (stack.repeat(num_experts, 1, 1) for stack in (experts.A, experts.B))
-    # Router rows are drawn as in `MolaLinear.reset_parameters`: uniform within 1 / sqrt(in).
+    # Router rows are drawn as in `MolaLinear.reset_parameters`: uniformly within 1 / sqrt(in).
     features = experts.A.shape[2]
     bound = 1 / math.sqrt(features)
     return Experts(A, B, torch.empty(num_experts, features).uniform_(-bound, bound, generator=generator))
@@ -159,7 +159,7 @@ def _add_copies(experts: Experts, weights: torch.Tensor, num_experts: int, gener
 
 def _router(experts: Experts) -> torch.Tensor:
     if experts.router is None:
-        raise MolaError(f"a module with {len(experts.A)} experts must have a router: it has none. The file is broken.")
+        raise MolaError(f"a module with {len(experts.A)} experts must have a router, but has none. The file is broken.")
     return experts.router
 
 

@@ -1,4 +1,4 @@
-"""Numbers of experts from scores, for layers or for single linears, at exactly a budget."""
+"""Computes numbers of experts from scores, for layers or for single linears, with exactly the budget as their sum."""
 
 import math
 import random
@@ -21,22 +21,22 @@ def experts_from_scores(
         x_l = min(max(c * s_l, min_experts), max_experts)    with c such that the x_l add up to the budget
 
     Each layer gets the integer part of `x_l`. The rest of the budget goes to the layers with the largest fractional
-    parts, one expert each; of equal fractions the higher layer comes first (largest remainder method). So a layer with
-    a larger score never gets fewer experts, and layers with equal scores differ by at most one. A factor common to all
-    scores changes nothing. The computation uses exact fractions. A layer of score 0 gets `min_experts`, and more only
-    if all others are full.
+    parts, one expert each; among equal fractions the higher layer comes first (largest remainder method). So a layer
+    with a larger score never gets fewer experts, and layers with equal scores differ by at most one. A factor common
+    to all scores changes nothing. The computation uses exact fractions. A layer of score 0 gets `min_experts`, and
+    more only if all others are full.
 
     Args:
         scores: one per layer, at least 0, lowest layer first.
         budget: sum of the numbers.
-        min_experts: fewest experts of a layer.
-        max_experts: most experts of a layer; None for no bound.
+        min_experts: lowest number of experts in a layer.
+        max_experts: highest number of experts in a layer; None for no bound.
 
     Returns:
         One integer per layer.
 
     Raises:
-        MolaError: no scores, a score is negative or not finite, all are zero, or the bounds exclude the budget.
+        MolaError: scores are missing, negative, not finite or all zero, or the bounds exclude the budget.
     """
     if not scores or not all(math.isfinite(score) and score >= 0 for score in scores) or not any(scores):
         raise MolaError(f"scores must be finite, at least 0 and not all 0, one per layer: got {list(scores)}.")
@@ -103,7 +103,7 @@ class Rule:
     def numbers(self, scores: Sequence[float], groups: Sequence[str], budget: int | None = None) -> list[int]:
         """One number for each score, `budget` in all; with `shuffle` the numbers are shuffled within each group."""
         largest = max(scores, default=0.0)
-        if self.beta is not None and largest > 0:  # divided by the largest first, so that nothing overflows
+        if self.beta is not None and largest > 0:  # dividing by the largest first keeps powers from overflowing
             scores = [(score / largest) ** self.beta for score in scores]
         experts = experts_from_scores(scores, budget or self.budget, self.min_experts, self.max_experts)
         if self.shuffle is not None:
@@ -138,8 +138,8 @@ def numbers_of_layers(scores: LayerScores, rule: Rule) -> list[int]:
 def numbers_of_modules(found: Sequence[ModuleScore], rule: Rule) -> list[ModuleExperts]:
     """Distribute experts over linears in proportion to their scores.
 
-    The total is that of a uniform allocation of the budget B to layers, if every linear gets the number of its layer.
-    With M kinds of linears in every layer it is `B * M`.
+    The total equals that of a uniform allocation in which layers share the budget B and every linear gets the number of
+    its layer. With M kinds of linears in every layer the total is `B * M`.
     """
     found = sorted(found, key=lambda each: each.layer_index)
     counts = Counter(each.layer_index for each in found).values()

@@ -1,4 +1,4 @@
-"""Data that a conversion is fitted to and measured on: tokens, held-out rows, batches without padding."""
+"""Reads the data that a conversion is fitted to and measured on: tokens, held-out rows, batches without padding."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from mola.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_PIECE_LENGTH = 256  # tokens of a piece of text
+_PIECE_LENGTH = 256  # number of tokens in a piece of text
 _BATCH_TOKENS = 1024
-_HELD_OUT_INTERVAL = 10  # one of so many rows is held out
+_HELD_OUT_INTERVAL = 10  # one row in ten is held out
 _NO_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of a sample.
+    """The tokens of one sample.
 
     Attributes:
         ids: token ids of prompt and answer.
@@ -47,11 +47,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Rows of one kind.
+    """The rows of one data source.
 
     Attributes:
         fitted: rows to fit to.
-        held_out: other rows, to measure on.
+        held_out: different rows, to measure on.
         too_long: number of rows left out because they are longer than the model's positions.
     """
 
@@ -61,10 +61,10 @@ class Calibration:
 
 
 def read_task(options: ConvertOptions) -> Task | None:
-    """The task of `data` and `test`, with `template` or else the template of the adapters' training.
+    """Read the task of `data` and `test`, with `template` or else the template that the adapters were trained with.
 
     Returns:
-        The task; None if there is neither `data` nor `test`.
+        The task; None if neither `data` nor `test` is given.
 
     Raises:
         MolaError: `task` is missing with `data` or `test`, is given without them, or is wrong.
@@ -72,7 +72,7 @@ def read_task(options: ConvertOptions) -> Task | None:
     is_needed = options.data is not None or options.test is not None
     if is_needed != (options.task is not None):
         raise MolaError(
-            f"`task` must be given with `data` or `test`, and with these only: got task {options.task!r}, data "
+            f"`task` must be given with `data` or `test`, and only with these: got task {options.task!r}, data "
             f"{options.data!r}, test {options.test!r}."
         )
     if options.task is None:
@@ -114,7 +114,7 @@ def read_test(options: ConvertOptions, task: Task) -> Calibration:
 def _read_rows(
     options: ConvertOptions, path: str, task: Task, source: str, split: str, limit: int | None
 ) -> tuple[list[Row], int]:
-    """The rows, and the number of rows that are too long."""
+    """Read rows of a data file; also return the number of rows that are too long, which are left out."""
     tokenizer = load_tokenizer(str(options.base_model), "right", options.trust_remote_code)
     examples = load_examples(path, task, split, limit=None if limit is None else limit + 1)
     if limit is not None and len(examples) > limit:
@@ -135,11 +135,11 @@ def _warn_of_limit(what: str, limit: int) -> None:
 
 
 def read_general_text(options: ConvertOptions, option: str) -> Calibration:
-    """Read a text file as pieces of 256 tokens; those of `test_text` are all held out.
+    """Read a text file as pieces of 256 tokens; all pieces of `test_text` are held out.
 
     Args:
-        options: of the command.
-        option: text or test_text.
+        options: the command's options.
+        option: name of the option with the file: text or test_text.
 
     Raises:
         MolaError: the file is unreadable, or is too short: `text` needs two pieces, `test_text` one.
@@ -162,7 +162,7 @@ def read_general_text(options: ConvertOptions, option: str) -> Calibration:
     if option == "text":
         return _hold_out(rows, 0, path)
     if not rows:
-        raise MolaError(f"`{option}` must have at least 2 tokens: {path!r} has fewer. Pass another file.")
+        raise MolaError(f"`{option}` must have at least 2 tokens: {path!r} has fewer. Pass a longer file.")
     return Calibration([], rows)
 
 
@@ -174,7 +174,8 @@ def _max_length(options: ConvertOptions) -> int:
 def _hold_out(rows: list[Row], too_long: int, path: str) -> Calibration:
     if len(rows) < 2:
         raise MolaError(
-            f"data to fit to must have at least 2 rows, of which one is held out: {path!r} has {len(rows)}. Pass more."
+            f"data to fit to must have at least 2 rows, of which one is held out: {path!r} has "
+            f"{len(rows)}. Pass more rows."
         )
     interval = min(_HELD_OUT_INTERVAL, len(rows))
     held_out = rows[interval - 1 :: interval]
@@ -182,7 +183,7 @@ def _hold_out(rows: list[Row], too_long: int, path: str) -> Calibration:
 
 
 def batches(rows: Sequence[Row]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and labels `(samples, length)`; the rows of a batch have one length, so there is no padding."""
+    """Batches of token ids and labels `(samples, length)`; all rows of a batch are equally long, without padding."""
     by_length: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         by_length[len(row.ids)].append(row)
@@ -196,22 +197,22 @@ def batches(rows: Sequence[Row]) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def token_ids(rows: Sequence[Row]) -> list[torch.Tensor]:
-    """The token ids of `batches`."""
+    """Batches of token ids; see `batches`."""
     return [ids for ids, _ in batches(rows)]
 
 
 def answer_weights(rows: Sequence[Row], weight: float) -> list[torch.Tensor]:
-    """Weights of the tokens of `batches`: `weight` where a token of an answer is predicted, else 1."""
+    """Weights of the tokens in `batches`: `weight` if the token predicts a token of an answer, else 1."""
     return [torch.where(F.pad(answer_mask(labels), (0, 1)), weight, 1.0) for _, labels in batches(rows)]
 
 
 def answer_mask(labels: torch.Tensor) -> torch.Tensor:
-    """Which positions `(samples, length - 1)` predict a token of an answer."""
+    """Boolean mask `(samples, length - 1)` of the positions that predict a token of an answer."""
     return labels[:, 1:] != IGNORED
 
 
 def note_overlaps(data: Mapping[str, Calibration]) -> list[str]:
-    """Notes for the report about held-out rows that have the same tokens as a fitted row of any kind."""
+    """Notes for the report about held-out rows that have the same tokens as a fitted row of any data source."""
     fitted = {tuple(row.ids) for each in data.values() for row in each.fitted}
     overlaps = {kind: sum(tuple(row.ids) in fitted for row in each.held_out) for kind, each in data.items()}
     return [

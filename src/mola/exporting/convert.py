@@ -40,14 +40,14 @@ def convert(options: ConvertOptions) -> ConvertReport | ExportReport | MixtureRe
     """Convert an adapter in the direction that `source_format` or `target_format` gives.
 
     Args:
-        options: see `ConvertOptions`; `source` and `data` may also be one text each.
+        options: see `ConvertOptions`; `source` and `data` may also be single strings.
 
     Returns:
-        What was read and written; for a LoRA also how near it is to the mixture.
+        The report of the conversion; with --to lora also how near the LoRA is to the mixture.
 
     Raises:
         MolaError: the options contradict each other, the output folder is not empty, the source is
-            unreadable or incomplete, does not fit the base model, or cannot be expressed in the other format.
+            unreadable or incomplete, does not fit the base model, or cannot be expressed in the target format.
     """
     lists = {name: [value] for name in ("source", "data") if isinstance(value := getattr(options, name), str)}
     options = replace(options, **lists)  # type: ignore[arg-type]

@@ -37,16 +37,16 @@ from mola.tuner.loading import PREFIX
 
 @dataclass(frozen=True)
 class MixtureReport:
-    """A mixture made of LoRA adapters.
+    """Report about a mixture made from LoRA adapters.
 
     Attributes:
         output: the folder written.
         adapters: the LoRA adapters, in the order of their experts.
         num_experts: experts of each adapted linear.
-        r: rank of each expert, the largest rank of the adapters.
+        r: rank of each expert, which is the adapters' largest rank.
         lora_alpha: numerator of the scale.
-        right: with fitted routers, for each linear the share of held-out tokens whose first choice is the expert of
-            their own adapter.
+        right: with fitted routers, for each linear the share of held-out tokens for which the router prefers the
+            expert of the adapter that the token's data belong to.
         notes: what the reader of the report should know.
     """
 
@@ -62,7 +62,7 @@ class MixtureReport:
         counts = sorted(set(self.num_experts.values()))
         routers = "fresh"
         if self.right:
-            routers = f"fitted; right first choice for {fmean(self.right.values()):.1%} of held-out tokens"
+            routers = f"fitted; correct first choice for {fmean(self.right.values()):.1%} of held-out tokens"
         lines = [
             f"experts    {', '.join(map(str, counts))} in {len(self.num_experts)} linears",
             f"the first  {', '.join(self.adapters)}",
@@ -83,9 +83,12 @@ def convert_from_lora(options: ConvertOptions, output: Path) -> MixtureReport:
     loras = [read_lora(Path(source), _on_meta(options)) for source in sources]
     base = _on_meta(options)
     model: Any = get_peft_model(base, _make_config(options, loras, base))
-    config, layers = model.peft_config["default"], mola_layers(model)  # the config has plain numbers for notations
+    config, layers = (
+        model.peft_config["default"],
+        mola_layers(model),
+    )  # the config now has plain numbers instead of notations
     _check_num_experts(layers, len(loras), options.noise)
-    if options.data is None:  # with data the adapters are loaded, which warns too
+    if options.data is None:  # with data the adapters are loaded, and loading warns too
         for source in sources:
             warn_other_base(base_model, source, read_settings(Path(source)))
     notes: list[str] = []
@@ -93,9 +96,9 @@ def convert_from_lora(options: ConvertOptions, output: Path) -> MixtureReport:
     tensors = _make_tensors(options, layers, loras, config, {} if routers is None else routers.weights)
     for source, lora in zip(options.source, loras, strict=True):
         if missing := len(layers) - len(lora):
-            notes.append(f"{source} does not adapt {missing} linears: its expert starts at zero there")
+            notes.append(f"{source} does not adapt {missing} linears: in these, its expert starts at zero")
     if routers is not None and (unreached := len(layers) - len(routers.weights)):
-        notes.append(f"{unreached} linears saw no token: their routers are fresh")
+        notes.append(f"{unreached} linears got no token: their routers are fresh")
     has_one_prompt = len({(trained_template(source), own_chat(source)) for source in sources}) == 1
     if not has_one_prompt:
         notes.append("the adapters were trained with different prompts: the mixture's folder names none")
@@ -122,7 +125,10 @@ def _on_meta(options: ConvertOptions) -> nn.Module:
 
 
 def _make_config(options: ConvertOptions, loras: Sequence[Mapping[str, Factors]], base: Any) -> MolaConfig:
-    """One rank and one scale for all experts. If all adapters have the same scale, it is kept."""
+    """The configuration of the mixture, with one rank and one scale for all experts.
+
+    If all adapters have the same scale, the mixture keeps it.
+    """
     factors = [each for lora in loras for each in lora.values()]
     rank = max(each.A.shape[0] for each in factors)
     names = list(dict.fromkeys(name for lora in loras for name in lora))
@@ -147,7 +153,7 @@ def _check_num_experts(layers: Mapping[str, MolaLinear], num_adapters: int, nois
                 "leave adapters out."
             )
     if noise != ConvertOptions.noise and set(numbers.values()) == {num_adapters}:
-        raise MolaError(f"`noise` ({noise}) is for copies, and every adapter is one expert here. Leave it out.")
+        raise MolaError(f"`noise` ({noise}) is for copies, but every adapter becomes exactly one expert. Leave it out.")
 
 
 def _make_tensors(
@@ -157,7 +163,7 @@ def _make_tensors(
     config: Any,
     routers: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """The tensors of the mixture by their names in its file; `routers` has the fitted router of some linears."""
+    """The mixture's tensors by their names in its file; `routers` maps some linears to their fitted routers."""
     tensors: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -172,7 +178,7 @@ def _make_tensors(
 def _make_experts(
     found: Sequence[Factors | None], layer: MolaLinear, config: Any, noise: float, router: torch.Tensor | None
 ) -> dict[str, torch.Tensor | None]:
-    """A, B and router of one linear; `found` has the factors of each adapter, None if it does not adapt the linear."""
+    """A, B and router of one linear; `found` has each adapter's factors, None for an unadapted linear."""
     num_experts = layer.num_experts["default"]
     A = torch.empty(num_experts, config.r, layer.in_features)
     B = torch.empty(num_experts, config.r, layer.out_features)
@@ -182,7 +188,7 @@ def _make_experts(
         source = found[expert % len(found)]
         if source is not None:
             rank = source.A.shape[0]
-            # Beyond its rank A stays random and B zero: this adds nothing, and both can be trained.
+            # Beyond the adapter's rank, A stays random and B zero: this adds nothing, and both can be trained.
             A[expert, :rank] = source.A
             B[expert, :rank] = source.B.t() * (source.scaling * config.r / config.lora_alpha)
             if expert >= len(found):
@@ -199,7 +205,7 @@ def _make_experts(
 def _fit_routers(
     options: ConvertOptions, sources: Sequence[str], modules: Sequence[str], notes: list[str]
 ) -> Routers | None:
-    """Fit routers to `data`, and add to the notes which rows are left out; returns None without data."""
+    """Fit routers to `data`, and add notes about rows that are left out. Return None without data."""
     task = read_task(options)
     if options.data is None or task is None:
         return None

@@ -1,4 +1,4 @@
-"""PEFT's LoRA folders: written from factors, and read with the rank and scale of every module as PEFT resolves them."""
+"""Writes and reads PEFT's LoRA folders; PEFT itself determines the rank and scale of every module."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _SHARED_SETTINGS = ("task_type", "modules_to_save", "trainable_token_indices", "
 _NOT_EXPRESSIBLE = {
     "use_dora": "DoRA scales the base weight",
     "lora_bias": "experts have no bias",
-    "target_parameters": "only linears have experts",
+    "target_parameters": "only linears can have experts",
     "modules_to_save": "a module trained in full cannot be divided among experts",
     "trainable_token_indices": "tokens trained in full cannot be divided among experts",
-    "layer_replication": "its layers are not those of the base model",
-    "alora_invocation_tokens": "it acts on a part of the tokens",
+    "layer_replication": "its layers are not the base model's layers",
+    "alora_invocation_tokens": "it acts on some of the tokens only",
     **dict.fromkeys(
         ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
         "it computes more than `B A x`",
@@ -51,7 +51,7 @@ class Factors(NamedTuple):
     Attributes:
         A: `(r, in)`.
         B: `(out, r)`.
-        scaling: as PEFT computes it.
+        scaling: the factor of the update, as computed by PEFT.
     """
 
     A: torch.Tensor
@@ -71,14 +71,15 @@ def write_lora(
     """Write a LoRA whose scale is 1 everywhere.
 
     Args:
-        folder: where to write.
-        updates: module, named as in a PeftModel -> `B (out, r)` and `A (r, in)`. A rank below `rank` is filled up with
-            zeros, since more programs read one rank than a rank per module. A rank above it is kept for the module.
+        folder: the folder to write to.
+        updates: name of the module in a PeftModel -> `B (out, r)` and `A (r, in)`. A module of a lower rank than `rank`
+            is filled up with zeros, since more programs read one rank than a rank per module. A module of a higher
+            rank keeps its rank.
         rank: the rank of most modules.
         config: the mixture's configuration, for the settings that are kept.
-        base: the adapted model, for names and classes of its linears.
-        other_tensors: tensors besides experts, such as those of `modules_to_save` and of stacked experts.
-        stacked_ranks: name of a parameter with stacked experts -> their rank.
+        base: the adapted model, which has the names and classes of the linears.
+        other_tensors: tensors that are not the experts of linears: `modules_to_save` and LoRAs of stacked experts.
+        stacked_ranks: name of a parameter with stacked experts -> the rank of their LoRAs.
     """
     tensors, own_ranks = dict(other_tensors), {}
     for module, (B, A) in updates.items():
@@ -102,7 +103,7 @@ def make_lora_config(
     stacked_ranks: Mapping[str, int],
     own_ranks: Mapping[str, int] | None = None,
 ) -> LoraConfig:
-    """The configuration of a LoRA of these modules; `own_ranks` holds the ranks that differ from `rank`."""
+    """The configuration of a LoRA on these modules; `own_ranks` holds the ranks that differ from `rank`."""
     known = dict(base.named_modules())
     shared = {name: value for name in _SHARED_SETTINGS if (value := getattr(config, name, None))}
     return LoraConfig(
@@ -120,20 +121,20 @@ def make_lora_config(
 
 
 def choose_target_names(names: list[str], base: nn.Module) -> list[str]:
-    """Values for `target_modules`: the last parts of the names, or whole names if others share their last parts."""
+    """Values for `target_modules`: last parts of the names, or whole names if other modules share the last parts."""
     leaves = sorted({name.rpartition(".")[2] for name in names})
     matching = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in leaves]
     return leaves if len(matching) == len(names) else sorted(names)
 
 
-def check_peft_places_lora(lora: LoraConfig, modules: Collection[str], base_on_meta: nn.Module) -> None:
+def check_peft_places_lora(lora: LoraConfig, modules: Collection[str], meta_base: nn.Module) -> None:
     """Check that PEFT puts a LoRA into the modules for which it has tensors.
 
-    For some architectures PEFT takes the names of linears for those of older models, and would silently leave their
-    tensors out. The LoRA is put into `base_on_meta`, the base model without weights.
+    For some architectures PEFT mistakes names of linears for names used by older models, and would silently leave
+    their tensors out. The LoRA is put into `meta_base`, the base model without weights.
 
     Raises:
-        MolaError: PEFT puts it into other modules.
+        MolaError: PEFT puts the LoRA into different modules.
     """
     config = copy.deepcopy(lora)
     config.base_model_name_or_path = None
@@ -141,37 +142,38 @@ def check_peft_places_lora(lora: LoraConfig, modules: Collection[str], base_on_m
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            adapted = get_peft_model(base_on_meta, config)
-        except ValueError as error:  # for names that PEFT takes for a part of stacked experts
+            adapted = get_peft_model(meta_base, config)
+        except ValueError as error:  # PEFT mistook a name for part of stacked experts
             raise MolaError(f"{reason}: {error}") from error
     found = {name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
-    if lost := sorted(set(modules) - found):
+    if missing := sorted(set(modules) - found):
         raise MolaError(
-            f"{reason}: it puts those of {lost[0].removeprefix(PREFIX)!r} and {len(lost) - 1} others elsewhere when it "
-            "loads the file. Train with `exclude_modules` or other `target_modules` to export the adapter, such as "
-            "those of attention."
+            f"{reason}: PEFT would put the LoRA tensors of {missing[0].removeprefix(PREFIX)!r} elsewhere, which is one "
+            f"of {len(missing)} such linears. To export the adapter, train with `exclude_modules` or different "
+            "`target_modules`, such as the linears of attention."
         )
 
 
 def stacked_lora_tensors(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], rank: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """The LoRAs of a base model's stacked experts, as PEFT saves them for `target_parameters`; this is exact.
+    """The LoRAs of a base model's stacked experts, as saved by PEFT for `target_parameters`; the conversion is exact.
 
     Args:
         model: the adapted model, which may be on the meta device.
-        tensors: content of the mixture's file.
-        rank: A and B of a lower rank are filled up with zeros. The scale is 1; `B` includes the mixture's scale.
+        tensors: the content of the mixture's file.
+        rank: the LoRAs' lowest rank; A and B of a lower rank are filled up with zeros.
 
     Returns:
-        The tensors by PEFT's names, and the ranks by name of the parameter.
+        PEFT's name -> tensor, and name of the parameter -> rank. The LoRAs' scale is 1: `B` includes the mixture's
+        scale.
     """
     found, ranks = {}, {}
     for name, module in model.named_modules():
         if isinstance(module, StackedParameters):
             settings = module.settings[NAME]
             ordered = [each for each, _ in module.base_layer.named_parameters(recurse=False) if each in settings]
-            # PEFT has a wrapper for each parameter, and the first one is innermost.
+            # PEFT wraps the module once for each parameter; the wrapper of the first parameter is innermost.
             for depth, parameter in enumerate(reversed(ordered)):
                 A, B = (tensors[f"{name}.mola_{part}_{parameter}"].float() for part in "AB")
                 ranks[f"{name.removeprefix(PREFIX)}.{parameter}"] = max(rank, A.shape[1])
@@ -187,10 +189,10 @@ def read_lora(folder: Path, model_on_meta: nn.Module) -> dict[str, Factors]:
     """Read a LoRA of PEFT, and put it into `model_on_meta`, its base model without weights.
 
     Returns:
-        Name of the module in the base model -> its factors.
+        Name of the module in the base model -> the module's factors.
 
     Raises:
-        MolaError: another kind of adapter, one that does what experts cannot, or one that does not fit the model.
+        MolaError: the adapter is of a different kind, does something that experts cannot, or does not fit the model.
     """
     _check_expressible(folder)
     tensors = read_tensors(folder)
@@ -210,7 +212,7 @@ def read_lora(folder: Path, model_on_meta: nn.Module) -> dict[str, Factors]:
             )
         )
         found[name] = Factors(A, B, layer.scaling["default"])
-        # PEFT saves a frozen head or embeddings, too, if they are adapted.
+        # PEFT also saves the frozen weight of an adapted head or of adapted embeddings.
         frozen_key = f"{PREFIX}{name}.base_layer.weight"
         if frozen_key in tensors:
             check_shape(tensors.pop(frozen_key), tuple(layer.get_base_layer().weight.shape), frozen_key, folder)
@@ -224,10 +226,10 @@ def _check_expressible(folder: Path) -> None:
     is_foreign = foreign_format(settings) is not None
     if settings.get("peft_type") != "LORA" or is_foreign:
         is_mola = settings.get("peft_type") == "MOLA" and not is_foreign
-        advice = f" `mola convert {shlex.quote(str(folder))} --to lora ...` makes one of it." if is_mola else ""
+        advice = f" `mola convert {shlex.quote(str(folder))} --to lora ...` makes a LoRA of it." if is_mola else ""
         raise MolaError(
             f"`source` must be LoRA adapters of PEFT for --from lora: {str(folder)!r} has peft_type "
-            f"{settings.get('peft_type')!r}{', of another program' if is_foreign else ''}.{advice}"
+            f"{settings.get('peft_type')!r}{', of a different program' if is_foreign else ''}.{advice}"
         )
     reasons = {name: why for name, why in _NOT_EXPRESSIBLE.items() if settings.get(name)}
     if settings.get("bias", "none") != "none":
@@ -235,4 +237,6 @@ def _check_expressible(folder: Path) -> None:
     if settings.get("init_lora_weights", True) not in _KEEP_BASE_WEIGHT:
         reasons["init_lora_weights"] = f"{settings['init_lora_weights']!r} changes the base weight"
     for name, why in reasons.items():
-        raise MolaError(f"`{name}` of {str(folder)!r} cannot be expressed by experts: {why}. Train it without.")
+        raise MolaError(
+            f"`{name}` of {str(folder)!r} cannot be expressed by experts: {why}. Train the LoRA without this setting."
+        )

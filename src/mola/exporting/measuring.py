@@ -1,4 +1,4 @@
-"""Measures and reports how near a LoRA is to the mixture it was made from: updates, divergence, accuracy."""
+"""Measures how near a LoRA is to the mixture it was made from: updates, divergence, accuracy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REPORT_FILE = "export.json"
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported, and how near it is to the mixture.
+    """Report about an exported LoRA: what was exported, and how near the LoRA is to the mixture.
 
     Attributes:
         output: the folder written; its file `export.json` holds this report.
@@ -43,13 +43,14 @@ class ExportReport:
         exact: number of linears with one expert, which are exported exactly.
         explained: for each linear with several experts, the share of the mixture's squared update on held-out tokens
             that the LoRA reproduces, `1 - E ||y - B A x||^2 / E ||y||^2`; None without data.
-        divergence: mean KL(mixture || LoRA) of held-out rows in nats, by kind of tokens: `answer` of the data,
-            `test answer` of the test file, `text`.
+        divergence: mean KL(mixture || LoRA) of held-out rows in nats, by kind of tokens: `answer` (in the data),
+            `test answer` (in the test file), `text`, `other text` (in the test text).
         loss: mean loss of base, mixture and LoRA on the same tokens.
-        accuracy: of `base`, `mixture` and `lora` on the test file.
-        differences: of `lora` and `base` from the mixture on the same questions, with an interval over questions.
-        rows: number of rows fitted and held out, by kind.
-        seconds: seconds of each step.
+        accuracy: accuracy of `base`, `mixture` and `lora` on the test file.
+        differences: accuracy of `lora` and of `base` minus the mixture's on the same questions, with an interval over
+            questions.
+        rows: numbers of fitted and held-out rows, by kind.
+        seconds: how long each step took.
         notes: what the reader of the report should know.
         settings: the options.
     """
@@ -70,7 +71,7 @@ class ExportReport:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def by_kind(self) -> dict[str, float]:
-        """Mean explained share of the linears of each kind that have several experts; empty without data."""
+        """Mean explained share for each kind of linear, over linears with several experts; empty without data."""
         known = {name: value for name, value in (self.explained or {}).items() if value is not None}
         values: dict[str, list[float]] = {}
         for name, kind in module_kinds(known).items():
@@ -148,7 +149,7 @@ def measure_divergence(
     """KL(mixture || LoRA), and the losses of base, mixture and LoRA: means over the rows' answer tokens, in nats.
 
     Raises:
-        MolaError: one of them is not finite.
+        MolaError: one of these values is not finite.
     """
     total, count = torch.zeros(4, dtype=torch.float64), 0
     for ids, labels in batches(rows):
@@ -189,7 +190,7 @@ def measure_accuracies(
     scoring: str,
     template: Template | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Accuracy of base, mixture and LoRA on the same questions, and differences from the mixture."""
+    """Accuracies of base, mixture and LoRA on the same questions, and their differences from the mixture's."""
     contexts = {
         "base": model.disable_adapter,
         "mixture": nullcontext,

@@ -1,4 +1,4 @@
-"""`mola merge`: base model and adapter as one ordinary model folder.
+"""`mola merge`: writes base model and adapter as one ordinary model folder.
 
 mola merge lora --base_model my-model --output merged
 """
@@ -62,7 +62,7 @@ def merge(options: MergeOptions) -> Path:
         The folder written.
 
     Raises:
-        MolaError: a mixture, a quantised base model, an adapter that does not fit, a folder with something in it.
+        MolaError: the adapter is a mixture or does not fit, the base model is quantised, or the folder is not empty.
     """
     adapter = os.path.expanduser(options.adapter)
     output = check_new_folder("output", options.output)
@@ -117,7 +117,7 @@ def _check_mergeable(options: MergeOptions, adapter: str, config: Any) -> None:
 
 
 def _own_dtype(config: Any, base_model: str) -> str:
-    """The dtype in the configuration, else that of the weights in the folder; float32 if it is none of `DTYPES`."""
+    """Name of the dtype in the configuration, else of the weights in the folder; float32 if `DTYPES` lacks it."""
     own = getattr(config, "dtype", None)
     files = sorted(Path(os.path.expanduser(base_model)).glob("*.safetensors")) if own is None else []
     if files:
@@ -129,8 +129,8 @@ def _own_dtype(config: Any, base_model: str) -> str:
 def _save(model: Any, folder: Path) -> None:
     """Save a model with its generation settings unchanged, even if Transformers calls them invalid.
 
-    Some older base models have such settings, for example a temperature without sampling. Many versions of
-    Transformers refuse to save them.
+    Some older base models have invalid settings, for example a temperature without sampling. Many versions of
+    Transformers refuse to save such settings.
     """
     own: Any = getattr(model, "generation_config", None)
     try:
@@ -146,7 +146,7 @@ def _save(model: Any, folder: Path) -> None:
 
 
 def _set_end_tokens(path: Path, ends: list[int]) -> None:
-    """Set the tokens that end an answer in the saved file; Transformers refuses to save some changed settings."""
+    """Write the tokens that end an answer into the saved file: Transformers refuses to save some changed settings."""
     settings = read_json_object(path)
     own = settings.get("eos_token_id")
     if settings and ends != (own if isinstance(own, list) else [own]):

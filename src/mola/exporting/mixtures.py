@@ -1,4 +1,4 @@
-"""The experts of an adapter as plain factors, and a model that computes with LoRAs in place of its mixtures."""
+"""Reads the experts of an adapter as plain factors, and lets a model compute with LoRAs in place of its mixtures."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mola.insight.redundancy import in_float64
 from mola.tuner.layer import MolaLinear
 from mola.tuner.routing import route_all
 
-NAME = "default"  # of the adapter in a model that a command has loaded
+NAME = "default"  # name of the adapter in a model that a command has loaded
 Update = tuple[torch.Tensor, torch.Tensor]  # B (out, r) and A (r, in) of an update B A
 
 
 class Lora(NamedTuple):
-    """An update in the layout of a layer with one expert.
+    """The factors of an update, in the layout of a layer with one expert.
 
     Attributes:
         A: `(1, r, in)`.
@@ -86,7 +86,10 @@ def as_loras(layers: Mapping[str, MolaLinear], updates: Mapping[str, Update]) ->
     found = {}
     for name, (B, A) in updates.items():
         like = layers[name].mola_A[NAME]
-        to = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}  # as PEFT loads a LoRA
+        to = {
+            "device": like.device,
+            "dtype": torch.promote_types(like.dtype, torch.float32),
+        }  # like a LoRA that PEFT loads
         parts = (A.to(**to).unsqueeze(0), B.t().to(**to).contiguous().unsqueeze(0))
         found[name] = Lora(*(nn.Parameter(part, requires_grad=False) for part in parts))
     return found
@@ -94,7 +97,7 @@ def as_loras(layers: Mapping[str, MolaLinear], updates: Mapping[str, Update]) ->
 
 @contextmanager
 def replaced_by_loras(layers: Mapping[str, MolaLinear], loras: Mapping[str, Lora]) -> Iterator[None]:
-    """Compute with LoRAs in place of the experts of these layers, until the context ends."""
+    """Make the layers compute with LoRAs in place of their experts, until the context ends."""
     with ExitStack() as stack:
         for name, (A, B) in loras.items():
             layer, rank = layers[name], A.shape[1]

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of linears, gathered in hooks while a model computes; groups bound the memory."""
+"""Gathers second moments of the linears' inputs in hooks while a model computes, in groups that bound the memory."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ class Moments(NamedTuple):
 def group_by_input(model: Any, modules: Mapping[str, nn.Module], row: TokenIds) -> list[list[str]]:
     """Group the names of modules that get the same tensor as input, such as q, k and v; uses one forward pass.
 
-    The groups have the order in which the model computes them. A module that gets no input is a group of its own.
+    The groups have the order in which the model computes them. A module that gets no input forms its own group.
     """
-    groups: list[tuple[torch.Tensor, list[str]]] = []  # keeps the tensors alive, so that no other takes their memory
+    groups: list[
+        tuple[torch.Tensor, list[str]]
+    ] = []  # keeps the tensors alive, so that no new tensor reuses their memory
 
     def record(name: str, x: torch.Tensor) -> None:
         if groups and groups[-1][0] is x:
@@ -95,12 +97,12 @@ def gather_moments(
     """Gather moments in one pass over the batches.
 
     Args:
-        model: in eval mode.
+        model: the model, in eval mode.
         modules: name -> module.
         groups: names of modules with the same input.
-        features: gives `h (N, m)` for a module's name and its input `(N, in)`, which is at least float32.
-        batches: token ids.
-        weights: weights of the tokens of each batch, in its shape; None weights every token with 1.
+        features: computes `h (N, m)` from a module's name and its input `(N, in)`, which is at least float32.
+        batches: the token ids of each batch.
+        weights: the token weights of each batch, in the batch's shape; None gives every token the weight 1.
 
     Returns:
         The moments of each group; None for a group that no token reached.
@@ -117,7 +119,7 @@ def gather_moments(
         index, is_first = place[name]
         x = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
         sums = [(name, features(name, x))] + ([("", x)] if is_first else [])
-        # Some linears get patches of tokens, or a part of the tokens. For them every row has weight 1.
+        # Some linears get patches of tokens, or only some of the tokens. For these linears every row has weight 1.
         weighted = x * weight.to(x).reshape(-1, 1) if weight.numel() in (1, len(x)) else x
         for key, left in sums:
             product = left.t() @ weighted
@@ -131,7 +133,7 @@ def gather_moments(
             run(model, batches[number], **all_logits_if_head(model, (modules[name] for name in place)))
     for names, sums in zip(groups, found, strict=True):
         if not all(torch.isfinite(each).all() for each in sums.values()):
-            raise MolaError(f"inputs of {names[0]!r} must be finite numbers: they are not. Pass --dtype float32.")
+            raise MolaError(f"inputs of {names[0]!r} must be finite numbers, but are not. Pass --dtype float32.")
     return [Moments(sums.pop(""), sums) if sums else None for sums in found]
 
 
@@ -151,14 +153,14 @@ def hooked_inputs(modules: Mapping[str, nn.Module], callback: Callable[[str, tor
 
 
 def all_logits_if_head(model: Any, modules: Iterable[nn.Module]) -> dict[str, int]:
-    """Arguments for `run` so that the head, if it is among the modules, gets every token, not the last one only."""
+    """Arguments for `run` that make the head, if it is among the modules, get every token instead of the last only."""
     find = getattr(base_of(model), "get_output_embeddings", None)
     head = None if find is None else find()
     return {"logits_to_keep": 0} if any(module is head for module in modules) else {}
 
 
 def run(model: Any, ids: TokenIds, **arguments: Any) -> torch.Tensor:
-    """Run the model on token ids and return its logits; by default those of the last position only."""
+    """Run the model on token ids and return its logits; by default only the last position's logits."""
     device = next(model.parameters()).device
     arguments = {"logits_to_keep": last_positions(1, device), "use_cache": False} | arguments
     return model(input_ids=ids.to(device), **arguments).logits

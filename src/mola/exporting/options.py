@@ -38,8 +38,8 @@ class ConvertOptions:
     )
     top_k: str | None = option(
         None,
-        "Experts per token. With --from published: the number of the adapter's training, which its files do not hold. "
-        "With --from lora: the number of the new mixture (default 2). An integer, or one per layer between commas.",
+        "Experts per token. With --from published: the number used in training, which the adapter's files do not hold. "
+        "With --from lora: the number for the new mixture (default 2). An integer, or one per layer between commas.",
     )
     trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")
 
@@ -59,7 +59,7 @@ class ConvertOptions:
     )
     answer_weight: float = option(
         10.0,
-        "regression: weight of the tokens at which an answer, or a text, is predicted; other tokens have weight 1.",
+        "regression: weight of the tokens that predict a token of an answer or of `text`; other tokens have weight 1.",
     )
     test: str | None = option(
         None, "Test file of `task`: measures the accuracy of base, mixture and LoRA, and their differences."
@@ -71,23 +71,23 @@ class ConvertOptions:
     num_experts: str | None = option(None, "Experts per layer of the new mixture, in any notation of `mola train`.")
     noise: float = option(
         0.1,
-        "Standard deviation of the noise on copies of an adapter, relative to that of the adapter's weights. 0 makes "
-        "equal copies.",
+        "Standard deviation of the noise on copies of an adapter, relative to the standard deviation of the adapter's "
+        "weights. 0 makes equal copies.",
     )
 
     _data: ClassVar = Group("data, with lora")
     data: list[str] | None = option(
         None,
-        "Data like those the adapter is for: a JSON, JSON lines or CSV file, or a saved dataset. With --from lora one "
-        "for each adapter, in the same order: routers are fitted to tell the adapters' inputs apart.",
+        "Data like the adapter's training data: a JSON, JSON lines or CSV file, or a saved dataset. With --from lora "
+        "one for each adapter, in the same order: routers are fitted to tell the adapters' inputs apart.",
     )
     task: str | None = option(None, "Task of `data` and `test`: a name or a task file (YAML).")
     template: str | None = option(
         None,
-        "Prompt template of `data` and `test`. Default: the template of the adapter's training, else the task's own.",
+        "Prompt template of `data` and `test`. Default: the template used in the adapter's training, else the task's.",
     )
-    split: str = option("train", "Split of `data` to read where it has several; `test` has its own.")
-    text: str | None = option(None, "Text file of general text, to keep the LoRA near the mixture there as well.")
+    split: str = option("train", "Split to read if `data` has several; of `test`, the split test is read.")
+    text: str | None = option(None, "File of general text, to keep the LoRA near the mixture on such text as well.")
     limit: int = option(2000, "Read at most this many samples of `data` and pieces of `text` and `test_text`.")
     seed: int = option(0, "Random seed of routers and noise.")
     memory_gb: float = option(
@@ -119,7 +119,7 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
         *_DATA,
     ),
 }
-# An option of this table has no effect unless one of the others is given.
+# Option -> options of which one must be given, or the option has no effect.
 _NEEDS_ONE_OF = {
     **dict.fromkeys(("fit_passes", "answer_weight", "memory_gb"), ("data", "text")),
     "limit": ("data", "text", "test_text"),
@@ -130,9 +130,9 @@ _NEEDS_ONE_OF = {
 }
 _REGRESSION = ("fit_passes", "answer_weight", "memory_gb")
 _WHY_REQUIRED = {
-    "base_model": "its config.json says whether the shapes fit",
-    "top_k": "the files do not hold it, and a wrong number gives other outputs without an error. Pass the value of the "
-    "training command, such as --top_k 2",
+    "base_model": "its config.json is needed to check that the shapes fit",
+    "top_k": "the files do not hold it, and a wrong number gives different outputs without an error. Pass the value of "
+    "the training command, such as --top_k 2",
     "rank": "it is the size of the LoRA. The rank of one expert is a good start, such as --rank 8",
     "num_experts": "such as --num_experts 4, or one number per layer",
 }
@@ -145,7 +145,7 @@ def check_direction(options: ConvertOptions) -> str:
         The direction, such as "--to lora".
 
     Raises:
-        MolaError: not exactly one direction, a required option is missing, or an option would be ignored.
+        MolaError: not exactly one direction is given, a required option is missing, or an option would be ignored.
     """
     direction = _direction(options)
     for name in _REQUIRED[direction]:
@@ -153,7 +153,7 @@ def check_direction(options: ConvertOptions) -> str:
             raise MolaError(f"`{name}` must be given with {direction}: {_WHY_REQUIRED[name]}.")
     if len(options.source) > 1 and direction != "--from lora":
         raise MolaError(
-            f"`source` must be one adapter for {direction}, got {options.source}. Only --from lora takes more."
+            f"`source` must be one adapter for {direction}, got {options.source}. Only --from lora accepts several."
         )
     if options.limit < 1:
         raise MolaError(f"`limit` must be at least 1, got {options.limit}.")

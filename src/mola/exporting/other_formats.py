@@ -32,7 +32,7 @@ _ROPE_THETA = 10000.0  # the only value that the research code's LLaMA has
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What was converted. Lists have one entry per decoder layer, lowest layer first.
+    """Report about a converted adapter. Lists have one entry per decoder layer, lowest layer first.
 
     Attributes:
         output: the folder written.
@@ -41,8 +41,8 @@ class ConvertReport:
         r: rank of each expert.
         lora_alpha: numerator of the scale.
         target_modules: names of the adapted linears.
-        not_saved: settings for which the output format has no place.
-        notes: what was left out, added, or written in another way than it was read.
+        not_saved: settings that the output format cannot hold.
+        notes: what was left out, added, or written differently than it was read.
     """
 
     output: Path
@@ -66,7 +66,7 @@ class ConvertReport:
         ]
         if self.not_saved:
             lost = ", ".join(f"{name} = {_short(value)}" for name, value in self.not_saved.items())
-            lines.append(f"this format has no place for these settings, write them down: {lost}")
+            lines.append(f"this format cannot hold these settings, write them down: {lost}")
         return "\n".join([*lines, f"written to {self.output}"])
 
 
@@ -124,7 +124,7 @@ def convert_to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
 
 
 def _note_unused_settings(source: Path, config: MolaConfig, names_in_base: Collection[str]) -> list[str]:
-    """Report settings of the file for which it holds no tensors; raise if the base model has such a module."""
+    """Notes for settings of the file without tensors; raise if the base model has a module without tensors."""
     settings, notes = read_settings(source), []
     num_ranks, num_layers = len(settings["r"]), len(cast(list[int], config.r))
     if num_ranks > num_layers:
@@ -134,16 +134,18 @@ def _note_unused_settings(source: Path, config: MolaConfig, names_in_base: Colle
     absent = [name for name in listed if name not in (config.target_modules or ())]
     if missing := [name for name in absent if name in names_in_base]:
         raise MolaError(
-            f"`target_modules` in {str(source)!r} names {', '.join(missing)}, of which there are no tensors. The file "
-            "is incomplete."
+            f"`target_modules` in {str(source)!r} names {', '.join(missing)}, but the file holds no tensors of it. The "
+            "file is incomplete."
         )
     if absent:
-        notes.append(f"target_modules: the base model has no {', '.join(map(repr, absent))}; not adapted there either")
+        notes.append(
+            f"target_modules: the base model has no {', '.join(map(repr, absent))}, nor has the adapter tensors for it"
+        )
     return notes
 
 
 def _note_ignored_by_research_code(config: Any) -> list[str]:
-    """Report what the research code's own LLaMA ignores in a base model: the adapter was trained without it."""
+    """Notes for settings of a base model that the research code's LLaMA ignored when the adapter was trained."""
     rope = getattr(config, "rope_parameters", None) or {}
     theta, kind = rope.get("rope_theta") or _ROPE_THETA, rope.get("rope_type", "default")
     ignored = [f"`rope_theta` {theta:g}"] if theta != _ROPE_THETA else []
@@ -151,9 +153,7 @@ def _note_ignored_by_research_code(config: Any) -> list[str]:
     ignored += [f"`{name}`" for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)]
     if not ignored:
         return []
-    return [
-        f"base model: the research code computes it without {', '.join(ignored)}; outputs here differ from its outputs"
-    ]
+    return [f"base model: the research code runs it without {', '.join(ignored)}, so its outputs differ from mola's"]
 
 
 def convert_to_published(options: ConvertOptions, output: Path) -> ConvertReport:
@@ -197,15 +197,15 @@ def convert_to_published(options: ConvertOptions, output: Path) -> ConvertReport
 
 
 def _note_unsupported_base(config: MolaConfig, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Report a base model that the research code's own LLaMA, which has no grouped queries, cannot compute."""
+    """Notes for a base model that the research code's LLaMA cannot run (it has no grouped-query attention)."""
     query_sizes, value_sizes = (
         [each.shape[-1] for key, each in tensors.items() if key.endswith(tuple(f"{name}.mola_B" for name in names))]
         for names in (["q_proj"], ["k_proj", "v_proj"])
     )
     if query_sizes and value_sizes and min(value_sizes) < min(query_sizes):
-        reason = "grouped queries"
+        reason = "grouped-query attention"
     elif config.base_model_type not in (None, "llama"):
         reason = f"the type {config.base_model_type}"
     else:
         return []
-    return [f"base model: the research code knows the first LLaMA only and cannot compute a model with {reason}"]
+    return [f"base model: the research code supports only the original LLaMA and cannot run a model with {reason}"]

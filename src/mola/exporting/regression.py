@@ -1,6 +1,6 @@
-"""The low-rank update that replaces the experts of a linear: their mean, or the nearest one on data.
+"""Computes the low-rank update that replaces the experts of a linear: their mean, or the nearest update on data.
 
-No matrix of the size of a weight is formed: all products are kept as two factors.
+No matrix as large as a weight is formed: all products are kept as two factors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mola.exporting.mixtures import Mixture, Update, as_loras, gated_hidden, rep
 from mola.exporting.moments import gather_moments, group_by_input, moment_bytes, split_by_memory
 from mola.tuner.layer import MolaLinear
 
-_RIDGE = 1e-4  # less leaves more to the data; chosen from 1e-2 to 1e-5 on held-out rows
+_RIDGE = 1e-4  # a smaller value trusts the data more; chosen from 1e-2 to 1e-5 on held-out rows
 
 
 def cut_rank(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +27,7 @@ def cut_rank(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.
         rank: rank of the result; the result has fewer columns if `m`, `in` or `out` is smaller.
 
     Returns:
-        `B (out, rank)` and `A (rank, in)`; each gets the square roots of the singular values.
+        `B (out, rank)` and `A (rank, in)`; both include the square roots of the singular values.
     """
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.t())
@@ -41,8 +41,9 @@ def ridge_cholesky(second: torch.Tensor, ridge: float = 1e-3) -> tuple[torch.Ten
 
         lambda_i = ridge * mean of the diagonal + ridge / 10 * second_ii
 
-    The second part is for language models in which a few inputs are thousands of times larger than the others.
-    Without it the rounding errors of their float32 products exceed the first part, and `C` is not positive definite.
+    The second term is for language models in which a few inputs are thousands of times larger than the others. Without
+    this term, the rounding errors of these inputs' float32 products exceed the first term, and `C` is not positive
+    definite.
 
     Args:
         second: float64 `(in, in)`, the sum of `x x^T`; `lambda` is added to it in place.
@@ -68,16 +69,16 @@ def solve_low_rank(
         min over B (out, rank), A (rank, in) of  sum ||left h - B A x||^2 + ||(left D - B A) diag(lambda)^1/2||^2
 
     The full-rank solution is `W = left (sum h x^T + D diag(lambda)) C^-1`. The best solution of a lower rank is the
-    best approximation of `W L`, times `L^-1`. With `D = 0` this is ridge regression.
+    best low-rank approximation of `W L`, times `L^-1`. With `D = 0` this is ridge regression.
 
     Args:
         root: `L` of `ridge_cholesky`.
         cross: float64 `(m, in)`, the sum of `h x^T`, plus `D * lambda`.
         left: float64 `(out, m)`.
-        rank: as in `cut_rank`.
+        rank: see `cut_rank`.
 
     Returns:
-        `B` and `A`, as in `cut_rank`.
+        `B` and `A`; see `cut_rank`.
     """
     whitened = torch.linalg.solve_triangular(root, cross.t(), upper=False).t()
     B, A = cut_rank(left, whitened, rank)
@@ -109,17 +110,17 @@ def fit_updates(
     gets once the parts before it are converted.
 
     Args:
-        model: with the mixture.
+        model: the model with the mixture.
         layers: the adapted linears of the model.
         experts: the experts of the layers.
         rows: the data.
         rank: rank of linears with several experts.
         memory_gb: memory for moments in GB; less memory makes more parts.
-        passes: number of parts, at least; no more than there are groups of layers.
-        answer_weight: weight of tokens at which an answer, or a text, is predicted; other tokens have weight 1.
+        passes: the lowest number of parts; there are at most as many parts as groups of layers.
+        answer_weight: weight of tokens that predict a token of an answer or a text; other tokens have weight 1.
 
     Returns:
-        The updates, and the names of linears that no token reached; these get the mean of their experts.
+        The updates, and the names of linears that no token reached, which get the mean of their experts.
     """
     tokens, weights = token_ids(rows), answer_weights(rows, answer_weight)
     several = {name: layer for name, layer in layers.items() if len(experts[name].A) > 1}

@@ -1,4 +1,4 @@
-"""Routers in closed form: least squares that tell apart the inputs that each adapter gets on its own data."""
+"""Fits routers in closed form: least squares that tell apart the inputs that each adapter gets on its own data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mola.exporting.moments import (
 )
 from mola.exporting.regression import ridge_cholesky, solve_full
 
-_MARGIN = 4.0  # mean lead of the right expert's logit; between two experts its gate is then 0.98
+_MARGIN = 4.0  # mean lead of the correct expert's logit; with two experts this gives it a gate of 0.98
 
 
 class Routers(NamedTuple):
@@ -29,7 +29,7 @@ class Routers(NamedTuple):
 
     Attributes:
         weights: module -> float64 `(adapters, in)`; a module that no token reached is left out.
-        right: module -> share of held-out tokens whose largest logit is that of their own adapter, mean over adapters.
+        right: module -> share of held-out tokens whose own adapter has the largest logit, mean over adapters.
     """
 
     weights: dict[str, torch.Tensor]
@@ -37,10 +37,10 @@ class Routers(NamedTuple):
 
 
 def solve_router(seconds: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    r"""Fit a router by least squares: the target is +1 for the own adapter and -1 for the others.
+    r"""Fit a router by least squares: the target is +1 for a token's own adapter and -1 for the others.
 
-    The tokens of each adapter have the same total weight. The result is scaled so that the right logit leads the mean
-    of the others by 4, in the mean over adapters.
+    The tokens of each adapter have the same total weight. The result is scaled so that the own adapter's logit leads
+    the mean of the other logits by 4, averaged over adapters.
 
     Args:
         seconds: float64 `(in, in)`, the sum over adapters of the mean of `x x^T`; overwritten.
@@ -61,10 +61,11 @@ def solve_router(seconds: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
 def fit_routers(model: Any, modules: Mapping[str, Any], data: Sequence[Calibration], memory_gb: float) -> Routers:
     """Fit the router of every module to the data of the adapters.
 
-    Inputs are read with the own adapter active and, since lower layers may choose another expert, with none.
+    Inputs are read twice: with the data's own adapter active and, since lower layers may choose a different expert,
+    without an adapter.
 
     Args:
-        model: with the adapters "0", "1" ...
+        model: the model with the adapters "0", "1" ...
         modules: name -> linear.
         data: the data of each adapter.
         memory_gb: memory for moments, in GB.
@@ -104,7 +105,7 @@ def _input_means(
     groups: Sequence[Sequence[str]],
     rows: Sequence[torch.Tensor],
 ) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """Mean of `x x^T` and of `x` of each group of modules; None for a group that no token reached."""
+    """The means of `x x^T` and of `x` for each group of modules; None for a group that no token reached."""
 
     def one(name: str, x: torch.Tensor) -> torch.Tensor:
         return x.new_ones(len(x), 1)

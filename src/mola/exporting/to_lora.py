@@ -44,7 +44,7 @@ from mola.tuner.layer import MolaLinear
 
 @dataclass
 class _Inputs:
-    """What is exported, fitted to and measured on, all checked and read before the model's weights."""
+    """The adapter to export, the data and the settings; all are read and checked before the model's weights are."""
 
     source: str
     method: str
@@ -153,7 +153,7 @@ def _choose_method(options: ConvertOptions) -> str:
     if options.scoring not in SCORINGS:
         raise MolaError(f"`scoring` must be one of {', '.join(SCORINGS)}: got {options.scoring!r}.")
     if options.data is not None and len(options.data) > 1:
-        raise MolaError(f"`data` must be one file with --to lora, got {len(options.data)}. Put them into one.")
+        raise MolaError(f"`data` must be one file with --to lora, got {len(options.data)}. Join the files.")
     if options.fit_passes < 1:
         raise MolaError(f"`fit_passes` must be at least 1, got {options.fit_passes}.")
     if not 0 < options.answer_weight < math.inf:
@@ -172,7 +172,7 @@ def _check_rank(rank: int, experts: Mapping[str, Mixture]) -> None:
 
 
 def _check_test(options: ConvertOptions, task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
-    """Raise for questions that `measure_accuracies` could not ask."""
+    """Raise for questions that `measure_accuracies` could not use."""
     tokenizer = load_tokenizer(str(options.base_model), trust_remote_code=options.trust_remote_code)
     limit = max_positions(load_config(str(options.base_model), options.trust_remote_code))
     template = template_for(task.template, tokenizer, options.source[0])
@@ -197,14 +197,16 @@ def _read_gates(source: str, experts: Mapping[str, Mixture]) -> dict[str, torch.
     gates = {row["module"]: torch.tensor(row["mean_gates"], dtype=torch.float64) for row in records}
     for name, mixture in experts.items():
         if len(mixture.A) > 1 and (name not in gates or len(gates[name]) != len(mixture.A)):
-            raise MolaError(f"{path} must belong to the adapter: it has no gates of {name!r}. Pass --method mean.")
+            raise MolaError(
+                f"{path} must belong to the adapter: it does not hold the gates of {name!r}. Pass --method mean."
+            )
     return gates
 
 
 def _make_updates(
     options: ConvertOptions, inputs: _Inputs, model: Any, layers: Mapping[str, MolaLinear], notes: list[str]
 ) -> dict[str, Update]:
-    """The update of every linear by the chosen method; linears that saw no token are added to the notes."""
+    """The update of every linear by the chosen method. Linears that got no token are added to the notes."""
     experts, rank = inputs.experts, inputs.rank
     if inputs.method != "regression":
         return {name: mean_of_experts(each, rank, inputs.gates.get(name)) for name, each in experts.items()}
@@ -216,14 +218,14 @@ def _make_updates(
         answer_weight=options.answer_weight,
     )
     if unreached:
-        notes.append(f"{len(unreached)} linears saw no token and have the experts' mean, such as {unreached[0]}")
+        notes.append(f"{len(unreached)} linears got no token and have the experts' mean, such as {unreached[0]}")
     return updates
 
 
 def _measure(
     options: ConvertOptions, inputs: _Inputs, model: Any, layers: Mapping[str, MolaLinear], loras: Mapping[str, Lora]
 ) -> dict[str, Any]:
-    """Measured attributes of the report."""
+    """Measure the LoRA; return the values of the report's measured attributes."""
     found: dict[str, Any] = {}
     data, examples, task = inputs.data, inputs.examples, inputs.task
     if data:

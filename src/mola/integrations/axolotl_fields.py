@@ -1,4 +1,7 @@
-"""Converts the fields of axolotl's YAML to those of `MolaConfig` and checks the others. Does not import axolotl."""
+"""Converts fields of axolotl's YAML to fields of `MolaConfig`, and refuses fields that a mixture cannot use.
+
+This module does not import axolotl.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ _FIELDS = {
     "peft_layers_pattern": "layers_pattern",
 }
 _ALSO_READ = ("lora_model_dir", "lora_target_linear", "peft_autocast_adapter_dtype")
-_ADAPTER_PREFIXES = ("lora", "peft", "qlora", "relora", "mixlora", "mola_")  # of fields about adapters
-_QUANTISED = "axolotl quantises the base only for its own adapters; `mola train` does it for a mixture"
+_ADAPTER_PREFIXES = ("lora", "peft", "qlora", "relora", "mixlora", "mola_")  # prefixes of the fields about adapters
+_QUANTISED = "axolotl quantises the base only for its own adapters; `mola train` quantises it for a mixture, too"
 _SHARDED = "axolotl saves a sharded adapter by LoRA's names"
-_UNTRIED = "supervised fine-tuning has been tried alone"
+_UNTRIED = "only supervised fine-tuning has been tried"
 _REFUSED = {
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "gptq", "bnb_config_kwargs"), _QUANTISED),
     **dict.fromkeys(("fsdp", "fsdp_config"), _SHARDED),
@@ -34,7 +37,7 @@ _SIZES = ("tensor_parallel_size", "expert_parallel_size", "context_parallel_size
 
 
 def check_merge(cfg: Mapping[str, Any]) -> None:
-    """Raise for `axolotl merge-lora` of a mixture: it would save the base model alone.
+    """Raise if `axolotl merge-lora` is run on a mixture: axolotl would save the base model alone.
 
     Raises:
         MolaError: the adapter is a mixture.
@@ -45,7 +48,7 @@ def check_merge(cfg: Mapping[str, Any]) -> None:
 
 
 def check_inference(cfg: Mapping[str, Any]) -> None:
-    """Raise for `axolotl inference` without an adapter: a new mixture would answer, which equals the base model.
+    """Raise if `axolotl inference` is run without an adapter: a new mixture would answer, which equals the base model.
 
     Raises:
         MolaError: the YAML, with `adapter: mola`, names no `lora_model_dir`.

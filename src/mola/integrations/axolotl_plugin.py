@@ -1,6 +1,6 @@
 """Plug-in for axolotl: `adapter: mola` in its YAML trains a mixture, see docs/trainers.md.
 
-axolotl finds the plug-in by the entry point in pyproject.toml and imports it at every start, whatever is trained.
+axolotl finds the plug-in by the entry point in pyproject.toml and imports the plug-in whenever axolotl starts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class MolaPlugin(BasePlugin):
         return f"{__name__}.MolaArgs"
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
-        """The adapter's name. It is not marked as a kind of LoRA, or axolotl would build a `LoraConfig`."""
+        """The adapter's name. The adapter is not marked as a kind of LoRA, or axolotl would build a `LoraConfig`."""
         return [AdapterCapabilities(name="mola")]
 
     def load_adapter(self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False) -> Any:

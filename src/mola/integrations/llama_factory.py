@@ -1,7 +1,7 @@
 """Program that trains mixtures with LLaMA-Factory: `python -m mola.integrations.llama_factory train recipe.yaml`.
 
 LLaMA-Factory has no plug-ins. This program adds `finetuning_type: mola` to LLaMA-Factory in its own process and then
-runs its command line. The rest of LLaMA-Factory takes the mixture for `lora`.
+runs its command line. For the rest of LLaMA-Factory, the mixture is `lora`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from mola.tuner import MolaConfig
 
 _COMMANDS = ("train", "chat", "api", "webchat", "export", "env", "version", "help")
 _LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "use_rslora")
-_OTHER_WAYS = ("use_llama_pro", "use_mca", "use_hyper_parallel", "use_muon", "use_asft_loss")
-_OTHER_MODELS = ("use_unsloth", "use_unsloth_gc", "use_kt", "mixture_of_depths")
+_UNSUPPORTED_TRAINING = ("use_llama_pro", "use_mca", "use_hyper_parallel", "use_muon", "use_asft_loss")
+_UNSUPPORTED_MODELS = ("use_unsloth", "use_unsloth_gc", "use_kt", "mixture_of_depths")
 _STAGES = ("pt", "sft")
 
 
@@ -51,7 +51,7 @@ def _check_arguments(self: Any) -> None:
         raise MolaError(f"{[f'{PREFIX}{name}' for name in self.mixture_settings]} need `finetuning_type: mola`.")
     if self.is_mixture:
         check_unused_fields("LLaMA-Factory", self, LoraArguments, _LORA)
-        for name in _OTHER_WAYS:
+        for name in _UNSUPPORTED_TRAINING:
             if getattr(self, name):
                 raise MolaError(f"`{name}` does not work with a mixture: leave it out.")
         if self.stage not in _STAGES:
@@ -74,7 +74,7 @@ MixtureArguments = make_dataclass(
 def _set_up(
     original: Callable, config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool, cast: bool
 ) -> Any:
-    """Replaces `_setup_lora_tuning`; calls it for everything that is not a mixture."""
+    """Replace `_setup_lora_tuning`; call the `original` function for everything that is not a mixture."""
     folders = model_args.adapter_name_or_path or []
     init_kwargs = {
         "subfolder": model_args.adapter_folder,
@@ -86,9 +86,8 @@ def _set_up(
     if not (getattr(finetuning_args, "is_mixture", False) or any(are_mixtures)):
         return original(config, model, model_args, finetuning_args, is_trainable, cast)
     _check_use(model_args, finetuning_args, folders, are_mixtures, is_trainable)
-    settings = getattr(
-        finetuning_args, "mixture_settings", {}
-    )  # LLaMA-Factory sometimes makes arguments of its own class
+    # LLaMA-Factory sometimes makes arguments of its own class, which have no such attribute.
+    settings = getattr(finetuning_args, "mixture_settings", {})
     if folders and not is_trainable:
         asked = continued_config(model, folders[0], settings, PREFIX, **init_kwargs)
         return PeftModel.from_pretrained(model, folders[0], config=asked, **init_kwargs)
@@ -121,7 +120,7 @@ def _checkpoint_without_reentering(base: Any) -> None:
 def _check_use(
     model_args: Any, finetuning_args: Any, folders: list, are_mixtures: list[bool], is_trainable: bool
 ) -> None:
-    for name in _OTHER_MODELS:
+    for name in _UNSUPPORTED_MODELS:
         if getattr(model_args, name):
             raise MolaError(f"`{name}` does not work with a mixture: leave it out.")
     if model_args.export_dir is not None:
@@ -136,7 +135,7 @@ def _check_use(
 
 @contextlib.contextmanager
 def _config_of_mixture(settings: dict[str, Any]) -> Iterator[None]:
-    """Make LLaMA-Factory build a `MolaConfig` where it builds a `LoraConfig`, from the same arguments."""
+    """Make LLaMA-Factory build a `MolaConfig` instead of a `LoraConfig`, from the same arguments."""
 
     def make(use_rslora: bool, use_dora: bool, modules_to_save: Any, **lora: Any) -> MolaConfig:
         saved = modules_to_save and list(modules_to_save)
@@ -164,7 +163,9 @@ def main() -> int:
     try:
         command = sys.argv[1] if len(sys.argv) > 1 else "help"
         if command not in _COMMANDS and not in_torchrun:
-            raise MolaError(f"The command {command!r} does not work with mixtures. Those that do: {list(_COMMANDS)}.")
+            raise MolaError(
+                f"The command {command!r} does not work with mixtures. These commands do: {list(_COMMANDS)}."
+            )
         for name in ("USE_V1", "USE_RAY", "USE_MCA"):
             if is_env_enabled(name):
                 raise MolaError(f"The environment variable {name} selects code without mixtures: unset it.")

@@ -50,7 +50,7 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checked_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not None, with text converted to numbers and lists where `MolaConfig` has them.
+    """The settings that are not None, with text converted to the numbers and lists that `MolaConfig` expects.
 
     Raises:
         MolaError: a value is wrong.
@@ -61,7 +61,7 @@ def checked_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number_or_list(name: str, value: Any) -> Any:
-    """Convert text from a command line, or from YAML, where `1e-3` is text; other text stays for `MolaConfig`."""
+    """Convert text from a command line, or from YAML, which reads `1e-3` as text; leave other text to `MolaConfig`."""
     if isinstance(value, str) and (name in _NUMBERS or value.startswith("[")):
         try:
             return float(value) if name in _NUMBERS else json.loads(value)
@@ -70,23 +70,23 @@ def _number_or_list(name: str, value: Any) -> Any:
     return value
 
 
-def check_unused_fields(host: str, arguments: Any, group: type, honoured: tuple[str, ...]) -> None:
+def check_unused_fields(host: str, arguments: Any, group: type, used_fields: tuple[str, ...]) -> None:
     """Check that the user has not changed fields of the trainer that a mixture would ignore.
 
     Args:
         host: name of the trainer.
         arguments: the trainer's arguments.
         group: dataclass with the fields to check.
-        honoured: fields that a mixture does use.
+        used_fields: names of the fields in `group` that a mixture uses.
 
     Raises:
-        MolaError: a field has another value than its default.
+        MolaError: an unused field differs from its default.
     """
     changed = []
     for field in dataclasses.fields(group):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         value = getattr(arguments, field.name)
-        if field.name not in honoured and value != default:
+        if field.name not in used_fields and value != default:
             changed.append(f"`{field.name}` ({value!r})")
     if changed:
         raise MolaError(f"A mixture ignores {', '.join(changed)} of {host}: leave it out.")
@@ -119,14 +119,14 @@ def raise_not_mergeable(name: str) -> NoReturn:
 def continued_config(
     model: nn.Module, folder: str, settings: Mapping[str, Any], prefix: str = "", **kwargs: Any
 ) -> MolaConfig:
-    """The configuration of a saved mixture, with the settings that may change when its training goes on.
+    """The configuration of a saved mixture, with the settings that may change when training resumes.
 
     Args:
         model: the base model.
-        folder: of the adapter.
-        settings: fields of `MolaConfig`.
-        prefix: what the trainer puts before the names of settings, for messages.
-        kwargs: for `PeftConfig.from_pretrained`.
+        folder: the adapter's folder.
+        settings: fields of `MolaConfig` that the user has set.
+        prefix: the trainer's prefix for the names of settings, used in messages.
+        kwargs: arguments for `PeftConfig.from_pretrained`.
 
     Raises:
         MolaError: the adapter is not a mixture, or the settings contradict its structure.
@@ -146,7 +146,7 @@ def continued_config(
                 is_same = is_same and pattern_with(other, None) in (None, {}, config.num_experts_pattern)
         elif name in ("target_parameters", "modules_to_save", "layers_to_transform"):  # in any order
             is_same = isinstance(own, list) and isinstance(other, list) and sorted(own) == sorted(other)
-        else:  # the same target modules may be written in other ways
+        else:  # there are several ways to write the same target modules
             is_same = name == "target_modules" and (
                 linear_shapes(model, own, config.exclude_modules) == linear_shapes(model, other)
             )
@@ -164,7 +164,7 @@ def continue_mixture(model: Any, folder: str, settings: Mapping[str, Any], **kwa
 
 
 def require_router_losses(model: PeftModel) -> PeftModel:
-    """Make the first training step raise if the trainer computes its loss from logits, without router losses."""
+    """Make the first training step raise if the trainer computes its loss from logits, which omits router losses."""
     if has_router_losses(vars(model.peft_config["default"])):
         model.register_forward_hook(_check_has_loss)
     return model

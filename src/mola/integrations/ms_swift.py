@@ -60,7 +60,7 @@ class MolaTuner(PeftTuner):
 
     @staticmethod
     def prepare_model(args: Any, model: Any) -> PeftModel:
-        """A new mixture, from the LoRA fields of ms-swift and the settings."""
+        """Create a new mixture from ms-swift's LoRA fields and mola's settings."""
         from swift.pipelines.train.tuner import get_modules_to_save, get_target_modules
 
         config = MolaConfig(
@@ -81,7 +81,7 @@ class MolaTuner(PeftTuner):
     def save_pretrained(
         model: Any, save_directory: str, state_dict: Any = None, safe_serialization: bool = True, **kwargs: Any
     ) -> None:
-        """Save as PEFT does, with the weights that the trainer has gathered from its shards."""
+        """Save like PEFT, with the weights that the trainer has gathered from its shards."""
         kwargs["selected_adapters"] = ["default"]
         model.save_pretrained(save_directory, state_dict=state_dict, safe_serialization=safe_serialization, **kwargs)
 
@@ -94,7 +94,7 @@ class MolaTuner(PeftTuner):
 
 
 def _check_training(args: Any) -> None:
-    """Check the arguments for a mixture before anything is loaded, and set those that router losses need."""
+    """Check the arguments for a mixture before anything is loaded, and set the arguments that router losses need."""
     MolaTuner.settings = read_settings(args.model_kwargs)
     check_unused_fields("ms-swift", args, TunerArguments, (*_LORA, *_TARGETS))
     for name, tried in _TRIED.items():
@@ -103,14 +103,14 @@ def _check_training(args: Any) -> None:
             raise MolaError(f"`{name}` must be {' or '.join(tried) or 'left out'} for a mixture, got {value!r}.")
     if args.use_swift_lora or args.use_galore:
         raise MolaError("`use_swift_lora` and `use_galore` do not work with a mixture: leave them out.")
-    folder = _first_adapter(args)  # whose router losses continue
+    folder = _first_adapter(args)  # training continues from this adapter, with its router losses
     own = vars(PeftConfig.from_pretrained(folder)) if folder else {}
     if has_router_losses({**own, **MolaTuner.settings}):
         checkpointing = args.gradient_checkpointing_kwargs = json_parse_to_dict(args.gradient_checkpointing_kwargs)
         if checkpointing.setdefault("use_reentrant", False) or args.use_logits_to_keep:
             raise MolaError(
                 "Router losses need `gradient_checkpointing_kwargs` with `use_reentrant` false, and "
-                "`use_logits_to_keep` false, which hides the trained tokens from them: leave both out."
+                "`use_logits_to_keep` false, which hides tokens that contribute to the loss from them: leave both out."
             )
         args.use_logits_to_keep = False
 
@@ -119,8 +119,11 @@ def _first_adapter(args: Any) -> str | None:
     return args.resume_from_checkpoint or next(iter(args.adapters), None)
 
 
-def _check_other_training(args: Any) -> None:
-    """Raise for settings that only `tuner_type: mola` reads: ms-swift would silently train a LoRA, its default."""
+def _refuse_mola_settings_without_mola(args: Any) -> None:
+    """Refuse mola's settings under a different `tuner_type`.
+
+    ms-swift would ignore the settings and silently train its default, a LoRA.
+    """
     given = [name for name in args.model_kwargs if name.lower().startswith(PREFIX)]
     if given:
         raise MolaError(f"{given} in `model_kwargs` need `tuner_type: mola`, got {args.tuner_type!r}.")
@@ -130,7 +133,7 @@ def _check_other_training(args: Any) -> None:
 
 
 def _check_tuner(args: Any) -> None:
-    (_check_training if args.tuner_type == "mola" else _check_other_training)(args)
+    (_check_training if args.tuner_type == "mola" else _refuse_mola_settings_without_mola)(args)
 
 
 def _check_export(args: Any) -> None:

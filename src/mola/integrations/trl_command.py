@@ -1,7 +1,7 @@
 """TRL's commands with a mixture in place of LoRA: `python -m mola.integrations.trl_command sft --config recipe.yaml`.
 
-They are TRL's own scripts with TRL's own flags. Rank, alpha, dropout, targets and modules to save are TRL's `lora_*`
-flags. The other settings of a mixture are flags such as `mola_num_experts`.
+These commands are TRL's own scripts with TRL's own flags. Rank, alpha, dropout, targets and modules to save are TRL's
+`lora_*` flags. The other settings of a mixture are flags such as `mola_num_experts`.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def mixture_config(model_args: Any, mixture: Any) -> MolaConfig:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run a script of TRL.
+    """Run a TRL script.
 
     Args:
-        arguments: its name, such as sft, and its flags.
+        arguments: the name of the script, such as sft, and its flags.
 
     Raises:
         MolaError: TRL is not installed or has no such script, or a setting of the mixture is wrong.

@@ -4,7 +4,7 @@
     mola with accelerate launch --num_processes 2 train.py
     mola with python -m lm_eval --model hf --model_args pretrained=BASE,peft=ADAPTER --tasks my_task
 
-Without it such a program ends in `KeyError: 'MOLA'` when it loads an adapter of mola, since nothing imports mola.
+Without `mola with`, these programs end in `KeyError: 'MOLA'` when they load a mola adapter, since nothing imports mola.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     """Replace this process by a program.
 
     Args:
-        arguments: name of the program, and its own arguments.
+        arguments: the name of the program, then the program's own arguments.
 
     Returns:
         The exit code of the program, on systems where a process cannot be replaced (Windows).
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     path = [os.path.dirname(os.path.abspath(startup.__file__)), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     command = [program, *arguments[1:]]
-    if os.name == "nt":  # exec would start another process and end this one
+    if os.name == "nt":  # exec would start a new process and end this one
         return subprocess.call(command, env=environment)
     sys.stdout.flush()
     try:

@@ -1,4 +1,4 @@
-"""Adapters on disk and in a model: what a folder must hold, and whether all of its tensors fit the model.
+"""Checks and loads adapters: what a folder must hold, and whether all of its tensors fit the model.
 
 Adapters of any PEFT method load, not only mola's.
 """
@@ -39,8 +39,8 @@ def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
         The content of its `adapter_config.json`.
 
     Raises:
-        MolaError: no such folder, its `adapter_config.json` or weights are missing, unreadable or damaged, or it is in
-            a format that `mola convert` has to translate first.
+        MolaError: no such folder, its `adapter_config.json` or weights are missing, unreadable or damaged, or the
+            adapter is in a format that `mola convert` has to translate first.
     """
     folder = Path(adapter)
     path = folder / "adapter_config.json"
@@ -78,23 +78,23 @@ def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, tor
     Args:
         model_on_meta: the base model on the meta device; the experts are put into it.
         config: the adapter's configuration; stays unchanged.
-        tensors: the adapter's tensors by the names in its file; only shapes and finiteness are checked.
+        tensors: name in the adapter's file -> tensor; only shapes and finiteness are checked.
 
     Returns:
         The model with the experts, without weights.
 
     Raises:
-        MolaError: another kind of model, a tensor that is missing or unknown, another shape, or values that are not
-            finite.
+        MolaError: the model is of a different kind, or a tensor is missing or unknown, or has a different shape or
+            values that are not finite.
     """
     config = copy.deepcopy(config)
-    config.base_model_name_or_path = None  # the model has no name either, and PEFT would warn of the difference
+    config.base_model_name_or_path = None  # the model has no name, and PEFT would warn of the difference
     try:
         with torch.device("meta"):
             adapted: Any = get_peft_model(model_on_meta, config)
     except MolaError:
         raise
-    except Exception as error:  # PEFT does not check what the configuration says
+    except Exception as error:  # PEFT does not validate the configuration
         raise MolaError(f"the adapter's configuration cannot be put into the base model: {error}") from error
     check_adapter_tensors(adapted, "default", {f"{key}.default": value for key, value in tensors.items()})
     return adapted
@@ -104,28 +104,29 @@ def check_lora(folder: Path, model_on_meta: nn.Module, *, all_names: bool = True
     """Check that a LoRA of PEFT fits a model; needs no weights of the model.
 
     Args:
-        folder: of the adapter.
-        model_on_meta: its base model, without weights; the LoRA is put into it.
-        all_names: also raise for a tensor that is missing or unknown. PEFT renames some tensors while it loads them.
+        folder: the adapter's folder.
+        model_on_meta: the adapter's base model, without weights; the LoRA is put into it.
+        all_names: also raise for a tensor that is missing or unknown. Pass False if PEFT may rename tensors while it
+            loads them.
 
     Raises:
-        MolaError: the configuration is wrong, or a tensor has another shape.
+        MolaError: the configuration is wrong, or a tensor has a different shape.
     """
     tensors = {name: each for name, each in read_tensors(folder).items() if "lora_" in name}
     expected = get_peft_model_state_dict(put_lora_into(model_on_meta, folder), save_embedding_layers=False)
     shapes = {name: tuple(each.shape) for name, each in expected.items() if "lora_" in name}
     names = both = shapes.keys() & tensors.keys()
-    if all_names:  # except those of a base model's own experts, which PEFT renames while it loads them
+    if all_names:  # except tensors of a base model's own experts, which PEFT renames while it loads them
         names = {name for name in shapes.keys() | tensors.keys() if name in both or ".experts." not in name}
     for name in sorted(names):
         check_shape(tensors.get(name), shapes.get(name), name, folder)
 
 
 def put_lora_into(model_on_meta: nn.Module, folder: Path) -> Any:
-    """Put a LoRA into a model without weights; its own initialisation, which may need weights, is left out.
+    """Put a LoRA into a model without weights; skip the LoRA's own initialisation, which may need weights.
 
     Raises:
-        MolaError: PEFT cannot use the configuration, or not for this model.
+        MolaError: PEFT cannot use the configuration at all, or cannot use it for this model.
     """
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
@@ -133,7 +134,7 @@ def put_lora_into(model_on_meta: nn.Module, folder: Path) -> Any:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             return get_peft_model(model_on_meta, config)
-    except Exception as error:  # PEFT does not check what the file says
+    except Exception as error:  # PEFT does not validate the file
         raise MolaError(f"the adapter does not fit the base model: {str(folder)!r}: {error}") from error
 
 
@@ -158,10 +159,10 @@ _INITIALISED_FROM_BASE = ("pissa", "olora", "corda", "loftq")  # these change th
 
 
 def changes_base(config: Mapping[str, Any]) -> str | None:
-    """The change of the base model that remains when an adapter is switched off; None if there is none.
+    """The change to the base model that remains when an adapter is switched off; None if nothing remains.
 
     Args:
-        config: the content of its `adapter_config.json`.
+        config: the content of the adapter's `adapter_config.json`.
 
     Returns:
         The change as a predicate, such as "trained the base model's biases".
@@ -181,7 +182,7 @@ def changes_base(config: Mapping[str, Any]) -> str | None:
 def as_mapping(
     adapter: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None,
 ) -> dict[str, str | os.PathLike[str]]:
-    """Adapters as name -> folder, from one folder, a mapping or None.
+    """Return adapters as name -> folder, from one folder, a mapping or None.
 
     Raises:
         MolaError: PyTorch cannot use a name.
@@ -192,14 +193,14 @@ def as_mapping(
         return {"default": adapter}
     for name in adapter:
         if not name or "." in name:
-            raise MolaError(f"`adapter` needs names without dots, not empty: got {name!r}. Pass another name.")
+            raise MolaError(f"`adapter` needs names without dots, not empty: got {name!r}. Pass a different name.")
     return dict(adapter)
 
 
 def warn_other_base(
     base_model: str | os.PathLike[str], folder: str | os.PathLike[str], config: Mapping[str, Any]
 ) -> None:
-    """Warn if an adapter was trained on a base model of another name."""
+    """Warn if an adapter was trained on a base model with a different name."""
     recorded = config.get("base_model_name_or_path")
     if recorded and isinstance(recorded, str) and model_name(recorded) != model_name(base_model):
         logger.warning(
@@ -212,11 +213,11 @@ def warn_other_base(
 
 
 def attach(model: Any, name: str, folder: str) -> PeftModel:
-    """Load one adapter into a model, and check that every one of its tensors was used.
+    """Load one adapter into a model, and check that every tensor of the adapter was used.
 
     Raises:
-        MolaError: the adapter does not fit. A base model without adapters is then unchanged; from a model with other
-            adapters the caller has to delete the new one.
+        MolaError: the adapter does not fit. A base model without adapters is left unchanged; from a model that already
+            has adapters, the caller must delete the new one.
     """
     with nullcontext() if isinstance(model, PeftModel) else _unchanged_on_error(model):
         return _attach(model, name, folder)
@@ -276,7 +277,10 @@ def _device_of(model: Any) -> torch.device:
 
 
 def _keys_of(name: str, peft_type: Any, keys: list[str]) -> list[str]:
-    """The keys of one adapter. PEFT searches the name anywhere in a key, so its "b" also matches "base_model"."""
+    """Select the keys of the adapter `name`.
+
+    PEFT searches the adapter's name anywhere in a key, so an adapter "b" also matches keys with "base_model".
+    """
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_type, "")
     return [
         key

@@ -1,4 +1,4 @@
-"""A base model before its weights: whether a folder holds one, and its configuration."""
+"""Checks that a folder holds a base model, and reads the model's configuration, before weights are loaded."""
 
 import os
 import re
@@ -54,7 +54,7 @@ def read_config(base_model: str, trust_remote_code: bool = False, gguf_file: str
     Args:
         base_model: a folder with config.json, a config.json file, or a name on the hub.
         trust_remote_code: run code shipped with the model.
-        gguf_file: name of a GGUF file there, which is read instead of config.json.
+        gguf_file: name of a GGUF file in that folder, which is read instead of config.json.
 
     Raises:
         MolaError: the configuration is missing or broken, or its type is unknown to Transformers.
@@ -74,7 +74,7 @@ def read_config(base_model: str, trust_remote_code: bool = False, gguf_file: str
 def model_name(base_model: str | os.PathLike[str]) -> str:
     """The last part of a path or hub id, which still names the model when folders move.
 
-    In the cache of the Hub (`models--owner--name/snapshots/<commit>`) it is the name before the commit.
+    In the cache of the Hub (`models--owner--name/snapshots/<commit>`) the name comes from before the commit.
     """
     path = Path(base_model)
     is_commit = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
@@ -84,12 +84,12 @@ def model_name(base_model: str | os.PathLike[str]) -> str:
 def load_config(
     base_model: str | os.PathLike[str], trust_remote_code: bool = False, gguf_file: str | None = None
 ) -> PretrainedConfig:
-    """Check that a base model is there, and read its configuration; loads no weights.
+    """Check that a base model exists, and read its configuration; loads no weights.
 
     Args:
         base_model: folder or hub id.
         trust_remote_code: run code shipped with the model.
-        gguf_file: GGUF file in that folder, if it is one.
+        gguf_file: GGUF file in that folder; None if the model is not in a GGUF file.
 
     Raises:
         MolaError: see `check_base_model` and `read_config`.
@@ -104,12 +104,12 @@ def max_positions(config: Any) -> int | None:
 
 
 def vocabulary_size(config: Any) -> int | None:
-    """Number of tokens in the vocabulary of a model with this configuration, or None if it does not say."""
+    """Number of tokens in the vocabulary of a model with this configuration, or None if it is unknown."""
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def check_own_code(base_model: str, error: Exception) -> None:
-    """Raise a `MolaError` if `error` says that the model's own code was not run."""
+    """Raise a `MolaError` if `error` means that the model needs its own code, which was not run."""
     if "custom code" in str(error):
         raise MolaError(
             f"`base_model` {base_model!r} comes with code of its own, which would have to be run. Look at it, and pass "

@@ -36,8 +36,8 @@ def cost_of_allocation(
 ) -> AllocationPlan:
     """Count the cost of an allocation for a model, without its weights.
 
-    The arguments are options of `mola plan`; `num_experts` None stands for the default at the model's depth.
-    `with_kernels` adds which backends compute the allocation on this machine's CPU.
+    The arguments are options of `mola plan`; `num_experts` None means the default for the model's depth.
+    `with_kernels` adds the names of the backends that compute the allocation on this machine's CPU.
     `model` is the model on the meta device, if it has been built.
 
     Returns:
@@ -84,7 +84,7 @@ def _kernel_choices(
     for linear in linears:
         layer = plan.layers[linear.layer_index or 0]
         experts = by_pattern(num_experts, linear.name, layer.num_experts)
-        # The `top_k` of the options: that of the plan is 1 in a layer with one expert, whose linears may have more.
+        # Use the `top_k` of the options: the plan's is 1 in a layer with one expert, whose linears may have more.
         chosen = top_k_of_module(experts, top_k[linear.layer_index or 0], linear.name)
         settings = MixtureSettings(chosen, 1.0, dtype, needs_router_output=False)  # no backend depends on the scale
         for mode in TOKENS:

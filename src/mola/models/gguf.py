@@ -18,10 +18,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def check_gguf_file(folder: Path, gguf_file: str | None) -> None:
-    """Check that the folder of a base model holds the chosen GGUF file; None is no choice.
+    """Check that the folder of a base model holds the chosen GGUF file; None means that no file was chosen.
 
     Raises:
-        MolaError: the file is not there, or the folder has GGUF files only and none was chosen.
+        MolaError: the file does not exist, or the folder has GGUF files only and none was chosen.
     """
     names = sorted(file.name for file in folder.glob("*.gguf"))
     if gguf_file is None and names and not (folder / "config.json").is_file():
@@ -35,12 +35,12 @@ def check_gguf_file(folder: Path, gguf_file: str | None) -> None:
         found = ", ".join(names) or "none"
         raise MolaError(
             f"`gguf_file` must be a file in `base_model`: {gguf_file!r} is not in {str(folder)!r}. "
-            f"GGUF files there: {found}."
+            f"GGUF files in this folder: {found}."
         )
 
 
 def read_gguf_config(base_model: str, gguf_file: str) -> PretrainedConfig:
-    """Configuration of the model in a GGUF file; reading it takes seconds, so it is kept until the file changes."""
+    """Configuration of the model in a GGUF file. Reading is slow, so the result is kept until the file changes."""
     file = Path(base_model) / gguf_file
     changed = file.stat().st_mtime_ns if file.is_file() else None
     return copy.deepcopy(_read_gguf_config(base_model, gguf_file, changed))
@@ -57,12 +57,12 @@ def _read_gguf_config(base_model: str, gguf_file: str, changed: int | None) -> P
 
 
 def tokenizer_arguments(base_model: str, gguf_file: str | None) -> dict[str, str]:
-    """Arguments for `AutoTokenizer.from_pretrained`: the GGUF file, unless the folder has another tokenizer."""
+    """Arguments for `AutoTokenizer.from_pretrained`: the GGUF file, unless the folder has a tokenizer of its own."""
     if gguf_file is None or any((Path(base_model) / name).is_file() for name in TOKENIZER_FILES):
         return {}
     logger.warning(
         "The tokenizer is rebuilt from %s, without its rules for splitting text before the vocabulary is used: "
-        "for example, digits may become other tokens. To avoid this, put the model's tokenizer.json and "
+        "for example, digits may become different tokens. To avoid this, put the model's tokenizer.json and "
         "tokenizer_config.json beside the file.",
         gguf_file,
     )

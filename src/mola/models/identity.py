@@ -15,9 +15,9 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 def weights_identity(base_model: str | os.PathLike[str]) -> str:
-    """The sha256 of a folder's weight files, "" if it has none; for a model on the hub its name and commit.
+    """The sha256 of a folder's weight files, "" if there are none; for a model on the hub its name and commit.
 
-    Files are read once in a process, unless they change.
+    Each process reads a file only once, unless the file changes.
     """
     folder = Path(base_model)
     if not folder.is_dir():
@@ -32,5 +32,5 @@ def weights_identity(base_model: str | os.PathLike[str]) -> str:
 
 @functools.cache
 def _sha256(path: Path, size: int, changed: int) -> str:
-    """The sha256 of a file; its size and the time of its last change are the keys of the cache."""
+    """The sha256 of a file, cached by its path, its size and the time of its last change."""
     return file_sha256(path)

@@ -2,7 +2,7 @@
 
 - Everything that can be checked without weights is checked first (`load_config`, `check_adapter`,
   `check_adapter_fits`).
-- Routers stay in float32 on any base: in bfloat16 a few tokens would choose other experts.
+- Routers stay in float32 on any base: in bfloat16 a few tokens would choose different experts.
 """
 
 import gc
@@ -49,11 +49,11 @@ def check_adapter_fits(
 ) -> None:
     """Check that a mixture or a LoRA fits its base model, before the weights of the base model are loaded.
 
-    Adapters of other methods are only checked by PEFT, when they are loaded. `trust_remote_code` skips the check: code
-    shipped with the model may not work without weights. `config` is the model's configuration, if it has been read.
+    For other methods only PEFT checks the adapter, when it is loaded. `trust_remote_code` skips the check: code shipped
+    with the model may not work without weights. `config` is the model's configuration, if it has been read.
 
     Raises:
-        MolaError: the model is of another kind, or the tensors do not fit it.
+        MolaError: the model is of a different kind, or the tensors do not fit the model.
     """
     method = read_settings(Path(adapter))["peft_type"]
     if trust_remote_code or method not in ("MOLA", "LORA"):
@@ -79,7 +79,7 @@ def load_model(
     *,
     config: PretrainedConfig | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Base model with its adapters, ready for inference (eval mode, on its device, all weights frozen).
+    """Load a base model with its adapters, ready for inference (eval mode, on its device, all weights frozen).
 
     Args:
         base_model: folder or hub id.
@@ -122,7 +122,7 @@ def load_model(
         arguments["device_map"] = {"": target}
     logger.info("Loading %s on %s, %s.", name, target, reason)
     if target.type != "cpu":
-        gc.collect()  # frees an earlier model whose hooks refer back to it
+        gc.collect()  # frees an earlier model, whose hooks refer back to the model
     model = _load_base(name, arguments)
     if not is_quantized:
         model = model.to(target)
@@ -146,8 +146,8 @@ def _load_base(name: str, arguments: Mapping[str, Any]) -> Any:
         if memory_error_reason(error):
             raise
         raise MolaError(
-            f"`base_model` cannot be loaded: {name!r}: {error}. Its weights may be damaged, cut off or of another "
-            "configuration: copy it again."
+            f"`base_model` cannot be loaded: {name!r}: {error}. Its weights may be damaged, cut off or made for a "
+            "different configuration: copy the model again."
         ) from error
 
 
@@ -159,7 +159,10 @@ def _check_one_method(configs: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _check_base_has_no_adapter(base_model: str | os.PathLike[str], adapters: Mapping[str, Any]) -> None:
-    """Raise if an adapter meets a base model that holds one itself, which Transformers loads silently; else warn."""
+    """Check whether the base model's folder holds an adapter itself, which Transformers loads silently.
+
+    Raise if a further adapter is to be loaded, else warn.
+    """
     if not os.path.isfile(Path(base_model) / "adapter_config.json"):
         return
     if adapters:

@@ -1,4 +1,4 @@
-"""A model without weights: built from its configuration on the meta device, which takes a moment and no memory."""
+"""Builds a model without weights, from its configuration on the meta device; this takes a moment and no memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model_on_meta(
     if it has been read; it is not changed.
 
     Raises:
-        MolaError: there is no readable configuration, or it is not one of a causal language model.
+        MolaError: no configuration can be read, or the model is not a causal language model.
     """
     if config is None:
         place = os.path.expanduser(base_model) if gguf_file is None else base_model

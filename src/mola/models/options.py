@@ -18,7 +18,7 @@ from mola.options.fields import START, Group, convert_paths, option
 
 @dataclass
 class ModelOptions(Quantization):
-    """Which base model, and how it is loaded; commands add their own options."""
+    """The options that choose the base model and how it is loaded; commands add their own options."""
 
     _start: ClassVar = START
     base_model: str = field(metadata={"help": "Folder or hub id of the base model."})
@@ -37,7 +37,7 @@ def check_model(options: ModelOptions) -> PretrainedConfig:
     """Check the options of the base model; loads no weights.
 
     Returns:
-        Its configuration.
+        The base model's configuration.
 
     Raises:
         MolaError: the device, dtype, quantisation or model does not exist or does not fit.

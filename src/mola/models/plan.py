@@ -43,10 +43,12 @@ class PlanOptions:
         "else PEFT's choice for the architecture.",
     )
     target_parameters: str | None = option(
-        None, "Parameters with the base model's own stacked experts, between commas: one LoRA for each expert."
+        None, "Parameters that hold the base model's own stacked experts, between commas: each expert gets one LoRA."
     )
     num_experts_pattern: dict[str, Any] | str | None = option(
-        None, 'Experts of modules by name, as JSON: {"mlp.*": 8}; others as in `num_experts`, whose file may hold it.'
+        None,
+        'Experts of modules by name, as JSON: {"mlp.*": 8}. Other modules follow `num_experts`, whose file may '
+        "also hold this pattern.",
     )
     rank_pattern: dict[str, Any] | str | None = option(None, "The same for `r`.")
     gguf_file: str | None = option(None, GGUF_HELP)
@@ -58,7 +60,7 @@ def plan(options: PlanOptions) -> AllocationPlan:
     """Count the cost of an allocation for a model, without its weights.
 
     Raises:
-        MolaError: as `cost_of_allocation`.
+        MolaError: see `cost_of_allocation`.
     """
     return cost_of_allocation(
         options.base_model,

@@ -1,4 +1,4 @@
-"""The prompts of an adapter's training: which template it used, and its own way to write chats."""
+"""The prompts that an adapter was trained with: the name of the template, and the adapter's own chat template."""
 
 import functools
 import logging
@@ -14,7 +14,7 @@ from mola.files.atomic import atomic_write_json
 from mola.files.reading import read_json_object
 
 CHAT_TEMPLATE = "chat_template.jinja"  # tokenizers save their chat template here; older ones in tokenizer_config.json
-PROMPTS_FILE = "prompts.json"  # names the template of an adapter that was made from another adapter
+PROMPTS_FILE = "prompts.json"  # names the template of an adapter that was made from an existing adapter
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", CHAT_TEMPLATE, "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
@@ -27,7 +27,7 @@ _warn_once = functools.cache(logger.warning)
 
 
 def trained_settings(adapter: str | os.PathLike[str]) -> dict[str, Any]:
-    """Settings of the training of an adapter or a checkpoint; empty if the folder does not hold them."""
+    """The settings that an adapter or a checkpoint was trained with; empty if the folder does not hold them."""
     for path in (folder / _RUN_RECORD for folder in _record_folders(adapter)):
         if settings := read_json_object(path).get("settings"):
             return dict(settings)
@@ -35,7 +35,7 @@ def trained_settings(adapter: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def trained_template(adapter: str | os.PathLike[str]) -> str | None:
-    """Name of the prompt template of an adapter's training; None if its folder does not name it."""
+    """Name of the prompt template that an adapter was trained with; None if its folder does not name the template."""
     for path in (folder / name for folder in _record_folders(adapter) for name in (_RUN_RECORD, PROMPTS_FILE)):
         record = read_json_object(path)
         if not record and path.exists():
@@ -46,13 +46,13 @@ def trained_template(adapter: str | os.PathLike[str]) -> str | None:
 
 
 def _record_folders(adapter: str | os.PathLike[str]) -> list[Path]:
-    """Folders that may hold the record of an adapter's training; a checkpoint's record is in the folder above it."""
+    """Folders that may hold the record of an adapter's training; for a checkpoint also its parent folder."""
     folder = Path(os.path.expanduser(adapter)).resolve()
     return [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
 
 
 def warn_of_other_template(adapter: str | os.PathLike[str] | None, used: str) -> None:
-    """Warn if an adapter is used with another prompt template than that of its training."""
+    """Warn if an adapter is used with a different prompt template than the one it was trained with."""
     trained = None if adapter is None else trained_template(adapter)
     if trained not in (None, used):
         logger.warning(
@@ -69,7 +69,7 @@ def warn_of_other_template(adapter: str | os.PathLike[str] | None, used: str) ->
 
 
 def template_for(name: str, tokenizer: Any, adapter: str | os.PathLike[str] | None = None) -> Template:
-    """The prompt template of a name; for `chat` the chat template in the adapter's folder, if there is one.
+    """The prompt template called `name`; for `chat` the chat template in the adapter's folder, if it holds one.
 
     Raises:
         MolaError: no template has this name, or there is no chat template.
@@ -85,7 +85,7 @@ class Chat(NamedTuple):
 
     Attributes:
         template: the chat template, in Jinja.
-        end_token: text of the token that ends an answer; None if it is unknown, then it is the base model's.
+        end_token: text of the token that ends an answer; None if unknown, which means the base model's end token.
     """
 
     template: str
@@ -95,8 +95,8 @@ class Chat(NamedTuple):
 def own_chat(adapter: str | os.PathLike[str]) -> Chat | None:
     """The chat template that an adapter was trained with, as TRL saves it in the adapter's folder; None without one.
 
-    `mola train` saves the base model's tokenizer there, too. Unless its template was `chat`, that is no template of
-    the training, and the result is None.
+    `mola train` saves the base model's tokenizer in this folder, too. Unless the adapter was trained with the template
+    `chat`, that tokenizer's chat template was not used in training, and the result is None.
 
     Raises:
         MolaError: a file cannot be read.
@@ -115,7 +115,7 @@ def own_chat(adapter: str | os.PathLike[str]) -> Chat | None:
 
 
 def end_token_of(folder: str | os.PathLike[str]) -> str | None:
-    """Text of the token that ends an answer, from the tokenizer in a folder; None if it does not say."""
+    """Text of the token that ends an answer, from the tokenizer in a folder; None if the tokenizer does not say."""
     end = read_json_object(Path(folder, "tokenizer_config.json")).get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
     return end if isinstance(end, str) else None
@@ -137,13 +137,13 @@ def warn_of_unknown_tokens(adapter: str | os.PathLike[str], chat: Chat, tokenize
 
 
 def hand_on_template(source: str | os.PathLike[str], target: Path) -> None:
-    """Write the name of the prompt template of the adapter `source` into the folder `target`, if it is known."""
+    """Write the name of the prompt template of the adapter `source` into the folder `target`, if the name is known."""
     if (template := trained_template(source)) is not None:
         atomic_write_json(target / PROMPTS_FILE, {"template": template})
 
 
 def hand_on_prompts(source: str | os.PathLike[str], target: Path) -> None:
-    """Write the prompt template of the adapter `source` into the folder `target`, and copy its own chat template."""
+    """Write the name of the template of the adapter `source` into the folder `target`; copy its own chat template."""
     hand_on_template(source, target)
     if own_chat(source) is not None:
         for name in TOKENIZER_FILES:

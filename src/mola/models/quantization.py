@@ -1,7 +1,8 @@
-"""Quantised base models: weights packed in 8 or 4 bits by bitsandbytes, and GGUF files, which are unpacked.
+"""Loads quantised base models: weights packed in 8 or 4 bits by bitsandbytes, and GGUF files, which are unpacked.
 
 - The options of a command inherit from `Quantization`.
-- `check_quantization` needs no model, `check_quantized_base` needs its configuration. Both run before weights load.
+- `check_quantization` needs no model, `check_quantized_base` needs the model's configuration. Both run before weights
+  are loaded.
 - Experts and routers are never quantised. The layers of the base model are called unchanged.
 """
 
@@ -35,7 +36,10 @@ GGUF_HELP = "GGUF file in the folder `base_model`; loading unpacks it."
 
 @dataclass(kw_only=True)
 class Quantization:
-    """How the base model's weights are stored; the defaults leave it as it is. Options of a command inherit from it."""
+    """How the base model's weights are stored; the defaults leave the weights as they are.
+
+    The options classes of commands inherit from this class.
+    """
 
     _base: ClassVar = Group("base model")
     load_in_8bit: bool = option(False, "Quantise the base to 8 bits while it loads (bitsandbytes).")
@@ -60,7 +64,7 @@ QUANTIZATION_OPTIONS = tuple(item.name for item in fields(Quantization))
 
 
 def check_quantization(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:
-    """Check the options alone; `dtype` is that of the base.
+    """Check the options alone; `dtype` is the base model's dtype.
 
     Raises:
         MolaError: options contradict each other or would be ignored, or bitsandbytes cannot run on this machine.
@@ -121,7 +125,7 @@ def check_quantized_base(
     """Check a base model whose files are quantised; a model with plain weights passes.
 
     Raises:
-        MolaError: quantised twice, a package is missing, or the method cannot run or be trained here.
+        MolaError: the base would be quantised twice, a package is missing, or the method cannot run or be trained here.
     """
     stored = stored_quantization(config)
     if stored is None:
@@ -135,7 +139,7 @@ def check_quantized_base(
     quantizer = _check_environment(f"`base_model` {base_model!r}, quantised with {method},", stored, device)
     if training and not quantizer.is_trainable:
         raise MolaError(
-            f"`base_model` {base_model!r} is quantised with {method}, through which Transformers allows no training. "
+            f"`base_model` {base_model!r} is quantised with {method}, which Transformers cannot train through. "
             "Pass unquantised weights, with --load_in_4bit or --load_in_8bit for less memory."
         )
     if method not in _TESTED_METHODS:
@@ -143,7 +147,7 @@ def check_quantized_base(
 
 
 def _check_environment(what: str, settings: dict[str, Any], device: torch.device) -> Any:
-    """Ask Transformers' quantizer for these settings whether it can run here; returns it."""
+    """Return Transformers' quantizer for these settings; raise if the quantizer cannot run on this machine."""
     try:
         quantizer = AutoHfQuantizer.from_config(dict(settings), pre_quantized=True)
         quantizer.validate_environment(device_map={"": device}, dtype=None)
@@ -163,7 +167,7 @@ def _method_of(stored: dict[str, Any]) -> str:
 def loading_arguments(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
     """Keyword arguments for `from_pretrained` of Transformers; empty for a base that is loaded as it is.
 
-    `dtype` is that of the base; 4-bit layers compute in it by default.
+    `dtype` is the base model's dtype; 4-bit layers compute in this dtype by default.
     """
     if quantization.gguf_file is not None:
         # Unpacked: packed GGUF weights are slow to train on and cannot be saved.
@@ -184,12 +188,12 @@ def loading_arguments(quantization: Quantization, dtype: torch.dtype) -> dict[st
 
 
 def check_packable(model: Any, base_model: str, modules_to_save: Iterable[str] = ()) -> None:
-    """Check which linears quantising would pack; the model may be on the meta device.
+    """Check that quantising packs some linears, and none that is to be trained; the model may be on the meta device.
 
     Raises:
         MolaError: there is nothing to quantise, or a module of `modules_to_save` would be quantised.
     """
-    # bitsandbytes packs all linears but the head, and none of a class of its own.
+    # bitsandbytes packs all linears but the head, and no linear whose class is the model's own.
     head = model.get_output_embeddings()
     names = [name for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D) and m is not head]
     if not names:
@@ -255,7 +259,7 @@ def weight_bytes(model: Any) -> int:
 def prepare_for_training(model: Any, checkpointing: bool = False, checkpointing_kwargs: Any = None) -> Any:
     """Make a quantised base ready for new adapters; other models are returned unchanged.
 
-    As PEFT's `prepare_model_for_kbit_training`: the base is frozen; norms, embeddings and head become float32.
+    Like PEFT's `prepare_model_for_kbit_training`: the base is frozen; norms, embeddings and head become float32.
     A base model's own experts that are stacked in one parameter are not packed and keep their dtype: in float32 they
     would take more memory than the unquantised model.
 
@@ -268,11 +272,11 @@ def prepare_for_training(model: Any, checkpointing: bool = False, checkpointing_
         The same model.
 
     Raises:
-        MolaError: its weights were already repacked for inference.
+        MolaError: the model's weights were already repacked for inference.
     """
     if not getattr(model, "is_quantized", False):
         return model
-    # On CPUs with bfloat16 instructions bitsandbytes repacks 4-bit weights, and these pass no gradient on.
+    # On CPUs with bfloat16 instructions bitsandbytes repacks 4-bit weights; repacked weights pass no gradient on.
     for layer in _layers_of_4bits(model):
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
             raise MolaError(
@@ -289,7 +293,7 @@ def prepare_for_training(model: Any, checkpointing: bool = False, checkpointing_
 
 @contextmanager
 def _without_stacked_experts(model: nn.Module) -> Iterator[None]:
-    """Remove 16-bit parameters with the base model's own experts for the block; they come back frozen."""
+    """Remove 16-bit parameters with the base model's own experts during the block; afterwards they are frozen."""
     taken = [
         (module, name, parameter)
         for module in model.modules()
@@ -310,7 +314,7 @@ def _without_stacked_experts(model: nn.Module) -> Iterator[None]:
 def quantization_record(
     config: PretrainedConfig, quantization: Quantization, dtype: torch.dtype
 ) -> dict[str, Any] | None:
-    """How the base is stored, for a run's record; None for plain weights."""
+    """Describe how the base is stored, for a run's record; None for plain weights."""
     if quantization.gguf_file is not None:
         return {"quant_method": "gguf", "gguf_file": quantization.gguf_file, "dequantize": True}
     arguments = loading_arguments(quantization, dtype)

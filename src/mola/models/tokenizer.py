@@ -36,7 +36,7 @@ def load_tokenizer(
         base_model: folder or hub id.
         padding_side: `"left"` for generation, `"right"` for training.
         trust_remote_code: run code shipped with the model.
-        gguf_file: GGUF file in that folder; its tokenizer is used only if the folder has no other.
+        gguf_file: GGUF file in that folder; its tokenizer is used only if the folder has no tokenizer of its own.
         config: the model's configuration, if it has been read.
 
     Returns:

@@ -1,6 +1,6 @@
-"""Python imports this module at its start, since `mola with` puts its folder on the path. It imports mola after PEFT.
+"""Imports mola after PEFT. Python imports this module when it starts, since `mola with` puts its folder on the path.
 
-It imports nothing that is not loaded anyway, so processes that never import PEFT start as before.
+This module imports only what is loaded anyway, so processes that never import PEFT start as before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _AfterPeft:
             return None
         self.is_looking = True
         try:
-            spec = importlib.util.find_spec(name)  # by the other import hooks
+            spec = importlib.util.find_spec(name)  # uses the other import hooks
         finally:
             self.is_looking = False
         if spec is not None and spec.loader is not None:
@@ -38,14 +38,16 @@ class _AfterPeft:
 
 
 def _run_other_sitecustomize() -> None:
-    """Run the `sitecustomize` that Python would have found without this folder: it imports only the first one."""
+    """Run the `sitecustomize` that Python would have found without this folder: Python imports only the first one."""
     here = os.path.dirname(os.path.abspath(__file__))
     others = [each for each in sys.path if os.path.abspath(each) != here]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", others)
     try:
         if spec is not None and spec.loader is not None:
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    except ModuleNotFoundError as error:  # which means that it is for another Python
+    except (
+        ModuleNotFoundError
+    ) as error:  # a missing import means that the other `sitecustomize` is for a different Python
         if error.name != "sitecustomize":
             raise
 

@@ -1,19 +1,21 @@
 """vLLM's server with a mixture: the load format `mola`, see docs/vllm.md.
 
-- `parts`: an adapter folder as parts of linears, and their slices; `mixture`: what is added to a linear. No vLLM.
-- `linears`: finds the linears of a checkpoint in a model of vLLM; `loader`: the load format. These import vLLM.
+- `parts` reads an adapter folder as parts of linears and slices them; `mixture` computes what is added to a linear.
+  These two do not import vLLM.
+- `linears` finds the linears of a checkpoint in vLLM's model; `loader` is the load format. These two import vLLM.
 
-vLLM finds the load format by the module `mola_vllm`, which imports mola only when a model is loaded in it.
+vLLM finds the load format through the module `mola_vllm`, which imports mola only when a model is loaded in this
+format.
 """
 
 from mola.errors import MolaError
 
 TRIED = "0.32"
-"""Version of vLLM, up to its last part, with which this was tried."""
+"""Version of vLLM, without its last part, with which the load format was tried."""
 
 
 def check_version(found: str) -> None:
-    """Raise for another version of vLLM: its internals may differ, and wrong columns give wrong answers.
+    """Raise for a different version of vLLM: its internals may differ, and wrong columns give wrong answers.
 
     Raises:
         MolaError: the version was not tried.

@@ -1,4 +1,4 @@
-"""Find the linears of a checkpoint in a model of vLLM, which has other names, fused linears and slices."""
+"""Find the linears of a checkpoint in vLLM's model, which renames, fuses and slices them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from vllm.model_executor.utils import get_packed_modules_mapping
 from mola.errors import MolaError
 from mola.integrations.vllm_server.parts import Part, Shard, shards_of, slice_inputs, slice_outputs
 
-# Only these classes: subclasses may compute, load or slice in other ways.
+# Only these classes are supported: subclasses may compute, load or slice differently.
 _LINEARS = (ReplicatedLinear, ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear)
-# Linears that are fused in the checkpoint too, with columns in vLLM's order.
+# These linears are fused in the checkpoint too, with columns in vLLM's order.
 _FUSED_IN_CHECKPOINT = ("qkv_proj", "gate_up_proj", "c_attn")
 _CURE = "Serve this adapter with `mola serve`, without --engine vllm."
 
 
 def find_linears(model: nn.Module, parts: Mapping[str, Part]) -> dict[str, list[Part]]:
-    """Map each linear in vLLM by name to its parts, sliced for this rank. Other pipeline stages are left out.
+    """Map the name of each linear in vLLM to its parts, sliced for this rank. Other pipeline stages are left out.
 
     Raises:
-        MolaError: a linear does not exist in vLLM, is quantised, or computes in a way of its own.
+        MolaError: a linear does not exist in vLLM, is quantised, or has a class that is not supported.
     """
     modules, rename = dict(model.named_modules()), _renaming(model)
     packed = {
@@ -64,7 +64,7 @@ def _renaming(model: nn.Module) -> Callable[[str], str]:
 
 
 def _locate(name: str, modules: Mapping[str, Any], packed: Mapping[str, Any]) -> tuple[str | None, int | None]:
-    """The module that holds a linear, and the index of the linear among its outputs; None where it has only one."""
+    """The module that holds a linear, and the linear's index among the module's outputs; None for a single output."""
     if name in modules and not isinstance(modules[name], PPMissingLayer):
         return name, None
     parent, _, leaf = name.rpartition(".")
@@ -86,8 +86,8 @@ def _parents(name: str) -> Iterator[str]:
 def _check_linear(layer: Any, name: str) -> None:
     if type(layer) not in _LINEARS:
         raise MolaError(
-            f"`adapter` does not fit the model in vLLM: {name!r} is a {type(layer).__name__} there, whose input or "
-            f"output a mixture does not reach. {_CURE}"
+            f"`adapter` does not fit the model in vLLM: vLLM computes {name!r} by a {type(layer).__name__}, whose "
+            f"input or output a mixture does not reach. {_CURE}"
         )
     if type(layer.quant_method) is not UnquantizedLinearMethod:
         raise MolaError(
@@ -106,8 +106,8 @@ def _slice(layer: Any, part: Part, number: int | None, name: str) -> Part:
         return slice_outputs(part, [shards[number]], name)
     if len(shards) > 1 and name.rpartition(".")[2] not in _FUSED_IN_CHECKPOINT:
         raise MolaError(
-            f"`adapter` does not fit the model in vLLM: {name!r} is several linears there, whose columns may be in "
-            f"another order. {_CURE}"
+            f"`adapter` does not fit the model in vLLM: vLLM treats {name!r} as several linears, whose columns "
+            f"may be in a different order. {_CURE}"
         )
     return slice_outputs(part, shards, name)
 
@@ -115,7 +115,7 @@ def _slice(layer: Any, part: Part, number: int | None, name: str) -> Part:
 def _shards(layer: Any) -> list[Shard]:
     if type(layer) is ReplicatedLinear:
         return [Shard(layer.output_size, 0, 0, 1)]
-    copies = getattr(layer, "num_kv_head_replicas", 1)  # of the heads of keys and values
+    copies = getattr(layer, "num_kv_head_replicas", 1)  # copies of each head of keys and values
     sizes = layer.output_partition_sizes
     replicas = [1, copies, copies] if type(layer) is QKVParallelLinear else [1] * len(sizes)
     return shards_of(sizes, layer.tp_rank, layer.tp_size, replicas)

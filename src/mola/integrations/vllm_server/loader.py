@@ -1,4 +1,4 @@
-"""vLLM's load format `mola`: the weights of another load format, and a mixture on the linears.
+"""vLLM's load format `mola`: loads the base model by a different load format, and adds a mixture to its linears.
 
     --load-format mola --model-loader-extra-config '{"adapter": "FOLDER"}'
 
@@ -6,7 +6,7 @@ Other entries of the configuration: `load_format` of the base model ("auto" by d
 accepts an architecture that was not tried). All further entries go to the base model's load format.
 
 On a CPU the mixture is one operator for the compiler: generating loops for its small steps takes minutes and gains
-nothing. The operator finds the mixture by name in the context of the forward pass, as vLLM's attention does.
+nothing. The operator finds the mixture by name in the context of the forward pass, like vLLM's attention.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class MixtureLoader(BaseModelLoader):
         super().__init__(load_config)
         own = dict(load_config.model_loader_extra_config)
         self._folder, inner = own.pop("adapter", None), own.pop("load_format", "auto")
-        self._takes_untried = own.pop("untried_architecture", False)
+        self._accepts_untried = own.pop("untried_architecture", False)
         if not isinstance(self._folder, str) or not self._folder:
             raise MolaError(
                 "`--load-format mola` needs the adapter's folder: --model-loader-extra-config "
@@ -65,7 +65,12 @@ class MixtureLoader(BaseModelLoader):
         cure = "Pass 'auto', or leave it out."
         try:
             self._base = get_model_loader(replace(load_config, load_format=inner, model_loader_extra_config=own))
-        except (ImportError, KeyError, TypeError, ValueError) as error:  # no such format, or one that needs more
+        except (
+            ImportError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:  # an unknown format, or a format that needs more settings
             raise MolaError(f"`load_format` {inner!r} cannot be used: {error!r}. {cure}") from error
         if type(self._base).load_model is not BaseModelLoader.load_model:
             raise MolaError(f"`load_format` {inner!r} fills a model in a way of its own. {cure}")
@@ -84,7 +89,7 @@ class MixtureLoader(BaseModelLoader):
         """Create the model without weights, and find every linear of the adapter in it."""
         model = super().create_model(vllm_config, model_config, prefix)
         assert self._adapter is not None
-        _check_architecture(model, self._takes_untried)
+        _check_architecture(model, self._accepts_untried)
         self._parts_by_linear = find_linears(model, self._adapter.parts)
         return model
 
@@ -92,7 +97,7 @@ class MixtureLoader(BaseModelLoader):
         """Load the model with the mixture; everything is checked before the weights are read."""
         _check_engine(vllm_config, model_config)
         self._adapter = read_adapter(self._folder, model_config.model, model_config.trust_remote_code)
-        # The cache of compiled code has this in its key, but not the loader's own settings.
+        # The key of the cache of compiled code includes this, but not the loader's own settings.
         vllm_config.additional_config["mola"] = self._adapter.digest
         model = super().load_model(vllm_config, model_config, prefix)
         device = torch.device(self.load_config.device or vllm_config.device_config.device)
@@ -122,13 +127,13 @@ def _check_engine(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
         raise MolaError(f"`--additional-config` must be a dictionary, got {vllm_config.additional_config!r}.")
 
 
-def _check_architecture(model: nn.Module, takes_untried: Any) -> None:
+def _check_architecture(model: nn.Module, accepts_untried: Any) -> None:
     name = type(model).__name__
-    if name not in _TRIED_MODELS and not takes_untried:
+    if name not in _TRIED_MODELS and not accepts_untried:
         raise MolaError(
             f"`--load-format mola` was not tried with {name}; tried are {', '.join(_TRIED_MODELS)}. vLLM may have its "
-            'columns in another order. To try it, add "untried_architecture": true to --model-loader-extra-config and '
-            "compare answers with `mola generate`."
+            'columns in a different order. To try it, add "untried_architecture": true to --model-loader-extra-config '
+            "and compare answers with `mola generate`."
         )
 
 
@@ -155,7 +160,7 @@ def _add(layer: Any, parts: list[Part], device: torch.device, named: dict[str, A
 
 
 def _linear_of_vllm(matrix: torch.Tensor) -> Product:
-    """vLLM's own product on a CPU with a constant matrix: faster than torch's on some processors."""
+    """vLLM's own CPU product with a constant matrix, which is faster than torch's on some processors."""
     method, holder = UnquantizedLinearMethod(), nn.Module()
     holder.weight = nn.Parameter(matrix, requires_grad=False)
     method.process_weights_after_loading(holder)

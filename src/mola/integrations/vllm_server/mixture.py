@@ -1,9 +1,9 @@
-"""What a mixture adds to one linear of a server. Needs torch and mola's gates, not vLLM.
+"""Computes what a mixture adds to one linear of a server. Needs torch and mola's gates, not vLLM.
 
 - The input is read once: the A matrices and routers of all parts are rows of one matrix.
 - Parts with the same settings are routed together, by operators over all of them.
-- With several ranks a part holds a slice: of B's outputs, or of the inputs of A and router. In the second case router
-  logits are summed over ranks. Everything after the gates is linear, so it is summed with the outputs.
+- With several ranks a part holds a slice of B's outputs, or a slice of the inputs of A and router. In the second case
+  router logits are summed over ranks. Everything after the gates is linear, so it is summed with the outputs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from mola.integrations.vllm_server.parts import Part, PartSettings
 from mola.tuner.routing import route_all
 
-Product = Callable[[torch.Tensor], torch.Tensor]  # of rows, one per token; or a sum over ranks
+Product = Callable[[torch.Tensor], torch.Tensor]  # of a matrix with rows, one row per token; or a sum over ranks
 
 
 class _Group(NamedTuple):
@@ -38,11 +38,11 @@ class FusedMixture(nn.Module):
 
     Args:
         parts: in any order; their columns do not overlap.
-        dtype: of the products with A and B. Products with routers are in float32.
-        device: of the linear.
-        reduce: sums router logits over ranks, where each rank has a slice of the input; None where it has all of it.
-        linear: makes the function `x -> x W^T` of a matrix `(out, in)`, in the fastest way of the server. None keeps
-            the matrices as buffers, outside of checkpoints, and leaves the products to torch.
+        dtype: dtype of the products with A and B. Products with routers are in float32.
+        device: device of the linear.
+        reduce: sums router logits over ranks, if each rank has a slice of the input; None if each rank has all of it.
+        linear: makes the server's fastest function `x -> x W^T` for a matrix `(out, in)`. None keeps the matrices as
+            buffers, outside of checkpoints, and leaves the products to torch.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class FusedMixture(nn.Module):
 
 
 def _gate(hidden: torch.Tensor, logits: torch.Tensor, group: _Group) -> torch.Tensor:
-    """What A gives, times gates and scaling."""
+    """The products with A, times gates and scaling."""
     (num_experts, r, top_k, scaling, router), count = group.settings, group.parts * group.settings.num_experts
     if num_experts == 1:
         return hidden * scaling

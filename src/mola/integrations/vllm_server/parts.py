@@ -1,7 +1,7 @@
-"""A mixture as parts of a server's linears: read from an adapter folder, sliced for one rank of several.
+"""Reads a mixture from an adapter folder as parts of a server's linears, and slices the parts for one rank.
 
-A server may compute several linears of the checkpoint as one. Each of these is a `Part` with a router of its own.
-Needs torch and mola, not vLLM.
+A server may compute several linears of the checkpoint as one. Each linear of the checkpoint is a `Part` with a router
+of its own. This module needs torch and mola, not vLLM.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PREFIX = "base_model.model."
 
 
 class PartSettings(NamedTuple):
-    """What parts must have in common to be routed together."""
+    """The settings that parts must share to be routed together."""
 
     num_experts: int
     r: int
@@ -35,14 +35,14 @@ class PartSettings(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A linear of the checkpoint inside a linear of a server.
+    """The experts of one linear of the checkpoint, inside a linear of a server.
 
     Attributes:
         settings: see `PartSettings`.
         experts_A: `(E, r, in)`.
         experts_B: `(E, r, columns)`.
         router: `(E, in)`; None for one expert.
-        start: its first column in the output of the server's linear.
+        start: the part's first column in the output of the server's linear.
     """
 
     settings: PartSettings
@@ -56,8 +56,8 @@ class Adapter(NamedTuple):
     """A mixture as it is served.
 
     Attributes:
-        parts: by the checkpoint's names of linears.
-        digest: of everything that compiled code depends on.
+        parts: name of the linear in the checkpoint -> its part.
+        digest: hash of everything that compiled code depends on.
     """
 
     parts: dict[str, Part]
@@ -94,7 +94,7 @@ class Shard(NamedTuple):
         size: number of columns on this rank.
         start: first of these columns in this rank's output.
         rank: index of the slice among the equal slices of the whole output.
-        ranks: number of slices. Fewer than ranks, where ranks share heads of keys and values.
+        ranks: number of slices. There are fewer slices than ranks if ranks share heads of keys and values.
     """
 
     size: int
@@ -104,11 +104,11 @@ class Shard(NamedTuple):
 
 
 def shards_of(sizes: Sequence[int], rank: int, ranks: int, replicas: Sequence[int]) -> list[Shard]:
-    """The outputs of a linear, from their sizes on this rank.
+    """The slice of each output of a linear that this rank holds.
 
     Args:
         sizes: number of columns of each output on this rank.
-        rank: this rank.
+        rank: index of this rank.
         ranks: number of ranks that share the outputs.
         replicas: for each output the number of ranks that hold the same slice.
     """
@@ -122,7 +122,7 @@ def slice_outputs(part: Part, shards: Sequence[Shard], name: str) -> Part:
     """A rank's columns of a linear that has these outputs side by side in the checkpoint.
 
     Raises:
-        MolaError: the linear has another number of outputs than the experts.
+        MolaError: the linear and the experts have different numbers of outputs.
     """
     whole = [shard.size * shard.ranks for shard in shards]
     _check_size(part.experts_B.shape[2], sum(whole), "outputs", name)
@@ -137,7 +137,7 @@ def slice_inputs(part: Part, rank: int, ranks: int, name: str, size: int) -> Par
     """A rank's `size` inputs of a linear, with all of its outputs.
 
     Raises:
-        MolaError: the linear has another number of inputs than the experts.
+        MolaError: the linear and the experts have different numbers of inputs.
     """
     _check_size(part.experts_A.shape[2], size * ranks, "inputs", name)
     router = part.router if part.router is None else part.router.narrow(1, rank * size, size)
@@ -148,6 +148,6 @@ def _check_size(found: int, expected: int, what: str, name: str) -> None:
     if found != expected:
         raise MolaError(
             f"`adapter` does not fit the model in vLLM: the experts of {name!r} have {found} {what}, vLLM's linear has "
-            f"{expected}. This architecture has another form in vLLM: serve it with `mola serve`, without --engine "
+            f"{expected}. This architecture has a different form in vLLM: serve it with `mola serve`, without --engine "
             "vllm."
         )
