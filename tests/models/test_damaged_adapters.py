@@ -182,7 +182,7 @@ def other_models(tiny_model_dir, tmp_path_factory):
     ("kind", "words"),
     [
         ("size", ["mola_A.default has shape (2, 2, 32)", "needs (2, 2, 16)", "another base model"]),
-        ("architecture", ["'mistral'", "'llama'", "Pass its own base model"]),
+        ("architecture", ["'mistral'", "'llama'", "Pass the adapter's own base model"]),
     ],
 )
 def test_another_base_model_is_refused(kind, words, adapter, other_models, capsys):

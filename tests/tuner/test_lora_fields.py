@@ -235,7 +235,7 @@ def test_loraplus_refuses_a_ratio_of_zero_and_models_without_mixtures():
             get_peft_model(tiny_llama(), random_config()), torch.optim.SGD, lr=1.0, loraplus_lr_ratio=0
         )
     lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(MolaError, match="no trained `mola_B`"):
+    with pytest.raises(MolaError, match="no trainable `mola_B`"):
         create_loraplus_optimizer(lora, torch.optim.SGD, lr=1.0, loraplus_lr_ratio=2.0)
 
 

@@ -134,7 +134,7 @@ def test_a_loss_that_lowers_some_likelihoods_is_refused():
         log_probs, extra = torch.zeros(1, 3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
         total = (add_loss_to_log_probs(log_probs, extra, mask, LikelihoodCheck()) * torch.tensor(signs)).sum()
         if fails:
-            with pytest.raises(MolaError, match="must be 0 where the trainer's loss is not a mean"):
+            with pytest.raises(MolaError, match="must be 0 if the trainer's loss is not a mean"):
                 total.backward()
         else:
             total.backward()
@@ -185,7 +185,7 @@ def test_on_a_gpu_such_a_loss_is_refused_later():
     check.raise_if_violated()
     assert copy.deepcopy(check)._pending == []
     event.done = True
-    with pytest.raises(MolaError, match="must be 0 where the trainer's loss is not a mean"):
+    with pytest.raises(MolaError, match="must be 0 if the trainer's loss is not a mean"):
         check.raise_if_violated()
     assert check._pending == []
 

@@ -17,7 +17,7 @@ def add_peft_type(name: str) -> PeftType:
     """Add a member to PEFT's enum `PeftType`, or return the member that exists.
 
     PEFT accepts only methods in this enum. An enum with members cannot be subclassed, so this function builds the
-    member as `enum` does; Python 3.11 to 3.13 together read every attribute that it sets.
+    member like `enum`; Python 3.11 to 3.13 together read every attribute that it sets.
     """
     if name in PeftType._member_map_:
         return PeftType[name]

@@ -6,9 +6,9 @@
 | "gaussian" | normal, standard deviation `1 / r` | zero |
 | "orthogonal" | rows of a random orthogonal matrix | its other rows, so that `B_e A_e = 0` |
 | "principal" | right singular vectors of the base weight, the largest dealt in turn to all experts | zero |
-| False | as True | uniform within `1 / sqrt(r)`: no longer the base model |
+| False | as True | uniform within `1 / sqrt(r)`: the initial model differs from the base model |
 
-"gaussian" and "orthogonal" are PEFT's, applied to every expert. "principal" takes PiSSA's directions (arXiv
+"gaussian" and "orthogonal" are PEFT's, applied to every expert. "principal" uses PiSSA's directions (arXiv
 2404.02948) and does not change the base weight. PiSSA subtracts the adapter's product from the base weight; the product
 of a mixture differs from token to token and cannot be subtracted.
 """
@@ -50,12 +50,14 @@ def check_shapes(method: bool | str, num_experts: int, r: int, features: tuple[i
     """
     if method == "orthogonal" and r % 2:
         raise MolaError(
-            f"`init_lora_weights` 'orthogonal' needs an even rank: {module!r} has {r}. Take {r + 1}, or another start."
+            f"`init_lora_weights` 'orthogonal' needs an even rank: {module!r} has {r}. Choose {r + 1}, or a "
+            "different initialisation."
         )
     if method == "principal" and num_experts * r > min(features):
         raise MolaError(
-            f"`init_lora_weights` 'principal' has as many directions as the weight, {min(features)} for {module!r}: "
-            f"{num_experts} experts of rank {r} are {num_experts * r}. Take fewer or smaller ones, or another start."
+            f"`init_lora_weights` 'principal' has at most {min(features)} directions for {module!r}, but {num_experts} "
+            f"experts of rank {r} need {num_experts * r}. Choose fewer experts, a smaller rank or a different "
+            "initialisation."
         )
 
 
@@ -69,7 +71,7 @@ def initialize(
 ) -> None:
     """Fill experts and router of one module with their initial values.
 
-    The router is uniform within `1 / sqrt(in)` (kaiming, a = sqrt 5); the table above has the experts.
+    The router is uniform within `1 / sqrt(in)` (kaiming, a = sqrt 5). For experts see the table above.
 
     Args:
         method: one of `INITIALIZATIONS`.
@@ -79,7 +81,7 @@ def initialize(
         base_layer: the adapted linear.
     """
     _, r, in_features = experts_A.shape
-    # kaiming_uniform_ would take r * in as the fan-in of the stack.
+    # kaiming_uniform_ would use r * in as the fan-in of the stack.
     bound = 1.0 / math.sqrt(in_features)
     experts_B.zero_()
     if method == "gaussian":
@@ -106,7 +108,7 @@ def _orthogonal(experts_A: torch.Tensor, experts_B: torch.Tensor) -> None:
 
 
 def can_unpack_weight(base_layer: nn.Module) -> bool:
-    """Whether the weight of a layer is a plain one, or packed by a library for which PEFT can unpack it."""
+    """Whether a layer's weight is a plain tensor, or packed by a library whose weights PEFT can unpack."""
     weight = getattr(base_layer, "weight", None)
     libraries = {type(each).__module__.partition(".")[0] for each in (base_layer, weight)}
     is_plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1

@@ -28,23 +28,23 @@ _RESERVED_NAMES = ("base_model", "model", "mola_A", "mola_B", "mola_router")
 
 
 def check_adapter_names(adapter_names: Iterable[str], model: nn.Module) -> None:
-    """Refuse adapters that are called like a module, or a part of a module's path.
+    """Refuse adapters with the name of a module, or of a part of a module's path.
 
-    PEFT finds the tensors of an adapter by its name among the parts of their names. With such a name it would leave
-    tensors out of the saved file, also tensors of other adapters.
+    PEFT finds the tensors of an adapter by its name among the parts of their names. With the name of a module it
+    would leave tensors out of the saved file, including tensors of other adapters.
     """
     parts = {*_RESERVED_NAMES}
     for name, _ in model.named_modules():
         parts.update(_HOLDERS.split(name, maxsplit=1)[0].split("."))
     for adapter_name in parts.intersection(adapter_names):
         raise MolaError(
-            f"An adapter cannot be called {adapter_name!r}, as modules of this model are: saving would leave out "
-            "tensors, also of others. Choose another name."
+            f"An adapter cannot be called {adapter_name!r}, which is part of the name of a module: saving would leave "
+            "out tensors, including those of other adapters. Choose a different name."
         )
 
 
 def check_base_model(config: MolaConfig, model: nn.Module) -> None:
-    """Refuse another type of base model than the adapter's, and models that compute without calling their linears.
+    """Refuse base models of a different type than the adapter's, and those that rescale their weights.
 
     Raises:
         MolaError: the types differ, or the model rescales its weights in evaluation (RWKV).
@@ -54,12 +54,12 @@ def check_base_model(config: MolaConfig, model: nn.Module) -> None:
     if None not in (config.base_model_type, model_type) and config.base_model_type != model_type:
         raise MolaError(
             f"`base_model` must be the kind of model that the adapter was trained on: it is of type {model_type!r}, "
-            f"`base_model_type` in adapter_config.json is {config.base_model_type!r}. Pass its own base model; if this "
-            "one has the same weights in another form, remove `base_model_type`."
+            f"`base_model_type` in adapter_config.json is {config.base_model_type!r}. Pass the adapter's own base "
+            "model; if this model has the same weights in a different form, remove `base_model_type`."
         )
     if model_type == "rwkv" and getattr(model_config, "rescale_every", 0):
         raise MolaError(
-            "an RWKV divides its weights by powers of two in evaluation, and experts would count too much then: set "
+            "an RWKV divides its weights by powers of two in evaluation, which would give experts too much weight: set "
             "`rescale_every` to 0 in the configuration of the base model before you load it."
         )
 
@@ -77,23 +77,23 @@ def check_injection(
     """Refuse a configuration that does not fit the model.
 
     Args:
-        config: of the adapter.
-        modules: of the model, by name.
+        config: the adapter's configuration.
+        modules: the model's modules, by name.
         adapted: names of the linears that get mixtures.
-        per_layer: the numbers of the configuration.
-        layer_stacks: the model's layers.
+        per_layer: the configuration's numbers per layer.
+        layer_stacks: the model's lists of layers.
         stacked_parameters: the parameters that get LoRAs.
         is_new: whether the adapter starts with new values; False for a saved one.
 
     Raises:
-        MolaError: a shape, a pattern or a place does not fit.
+        MolaError: a shape, a pattern or the place of a module does not fit.
     """
     for name in adapted:
         settings = per_layer.settings(config, name, layer_stacks.index(name))
         if wrapper := trained_in_full(name, modules):
             raise MolaError(
-                f"`target_modules` matches {name!r}, which lies in {wrapper!r}: another adapter trains that in full "
-                "(`modules_to_save`), and neither could be saved. Leave it out with `exclude_modules`."
+                f"`target_modules` matches {name!r}, which lies in {wrapper!r}: a different adapter trains that module "
+                "in full (`modules_to_save`), and neither adapter could be saved. Use `exclude_modules`."
             )
         if is_adaptable(modules[name]):
             _check_has_weights(name, modules[name])
@@ -116,7 +116,7 @@ def check_injection(
 
 
 def _check_layers_exist(config: MolaConfig, modules: Mapping[str, nn.Module]) -> None:
-    """PEFT ignores a number in `layers_to_transform` that no layer has."""
+    """Raise MolaError for a number in `layers_to_transform` that no layer has; PEFT would ignore it."""
     layers, probe = config.layers_to_transform, copy.copy(config)
     probe.target_modules, probe.exclude_modules = {"inside"}, None  # the name of an invented linear in each layer
     names = [f"{name}.inside" for name in modules if name.rpartition(".")[2].isdigit()]
@@ -124,7 +124,7 @@ def _check_layers_exist(config: MolaConfig, modules: Mapping[str, nn.Module]) ->
         probe.layers_to_transform = [number]
         if not any(check_target_module_exists(probe, name) for name in names):
             raise MolaError(
-                f"`layers_to_transform` must be layers that the model has, the lowest is 0: there is no {number}. "
+                f"`layers_to_transform` must be numbers of layers of the model (from 0): there is no layer {number}. "
                 "Correct it."
             )
 
@@ -140,7 +140,7 @@ def _check_no_linear_in_stack(adapted: Sequence[str], stacked: Sequence[str], mo
 
 
 def _check_not_tensor_parallel(name: str, module: nn.Module) -> None:
-    """Each process of a tensor-parallel linear has a part of its features, and a router needs all of them."""
+    """Raise MolaError for a tensor-parallel linear: each process has only some features, and a router needs all."""
     base: Any = base_layer_of(module)
     mesh = getattr(getattr(base, "weight", None), "device_mesh", None)
     names = None if mesh is None else mesh.mesh_dim_names
@@ -156,15 +156,16 @@ def _check_readable(name: str, module: nn.Module) -> None:
     if not can_unpack_weight(base):
         raise MolaError(
             f"`init_lora_weights` 'principal' needs the base's weights: those of {name!r}, a {type(base).__name__}, "
-            "cannot be unpacked. Take another start."
+            "cannot be unpacked. Choose a different initialisation."
         )
 
 
 def _check_has_weights(name: str, module: nn.Module, parameter: str = "weight") -> None:
-    """accelerate restores offloaded weights only for modules that are called, and nothing calls experts."""
+    """Raise MolaError for offloaded weights: accelerate restores them for called modules only, not for experts."""
     weight: Any = getattr(base_layer_of(module), parameter, None)
     if weight is not None and weight.is_meta and hasattr(module, "_hf_hook"):
         raise MolaError(
             f"the base model must not be offloaded: the weights of {name!r} come from the CPU or a disk when it is "
-            "called, and experts cannot. Load it without `device_map`, or with one for which there is room."
+            "called, which does not work for experts. Load the model without `device_map`, or with a map that fits "
+            "into the devices' memory."
         )

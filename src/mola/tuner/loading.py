@@ -1,4 +1,4 @@
-"""Whether the tensors of an adapter file are those of the model; PEFT loads what matches and ignores the rest."""
+"""Checks that an adapter file has exactly the model's tensors; PEFT loads what matches and ignores the rest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[
         state_dict: the tensors of the file, with the adapter's name at the end of their keys.
 
     Raises:
-        MolaError: a tensor is missing, is not known to the model, has another shape, or values that are not finite.
+        MolaError: a tensor is missing, is not known to the model, has a different shape, or values that are not finite.
     """
     expected = _expected_shapes(model, adapter_name)
     own = {key: value for key, value in state_dict.items() if ".mola_" in key}
@@ -45,20 +45,20 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[
         raise MolaError(
             f"The adapter file does not fit the model: {len(missing)} of {len(expected)} tensors are missing"
             f"{_example(missing)}, {len(unknown)} are unknown{_example(unknown)}. The file is incomplete, belongs to "
-            "another base model, or its adapter_config.json was changed (`num_experts`, `target_modules`)."
+            "a different base model, or its adapter_config.json was changed (`num_experts`, `target_modules`)."
         )
     for key, shape in expected.items():
         if tuple(found[key].shape) != shape:
             raise MolaError(
                 f"The adapter file does not fit the model: {key} has shape {tuple(found[key].shape)}, the model "
-                f"needs {shape} (experts, rank or experts, features). The file belongs to another base model, or "
+                f"needs {shape} (experts, rank or experts, features). The file belongs to a different base model, or "
                 "`num_experts` or `r` in adapter_config.json was changed."
             )
-    check_finite(state_dict, "The adapter file")  # includes modules and tokens that are trained in full
+    check_finite(state_dict, "The adapter file")  # includes modules and token embeddings that are trained in full
 
 
 def check_on_load_state_dict(model: nn.Module) -> None:
-    """Compare tensors whenever `load_state_dict` is called, for PEFT before 0.21, which does not ask the method before.
+    """Compare tensors whenever `load_state_dict` is called: PEFT before 0.21 does not call the method before loading.
 
     The check covers keys with the prefix of a PeftModel. A second call for the same model does nothing.
     """
@@ -67,7 +67,7 @@ def check_on_load_state_dict(model: nn.Module) -> None:
 
 
 def _check_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *others: Any) -> None:
-    # A file of PEFT before 0.20 also has tensors of other adapters, with another name at the end.
+    # A file of PEFT before 0.20 also has tensors of other adapters, with their names at the end.
     own = {key.removeprefix(prefix): value for key, value in state_dict.items() if _EXPERT_TENSOR.search(key)}
     for name in {key.rpartition(".")[2] for key in own}:
         check_adapter_tensors(model, name, {key: each for key, each in own.items() if key.endswith(f".{name}")})

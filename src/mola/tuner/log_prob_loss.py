@@ -16,7 +16,7 @@ class LikelihoodCheck:
     """
 
     def __init__(self) -> None:
-        self._pending: list[tuple[torch.Tensor, Any]] = []  # results on their way from a GPU
+        self._pending: list[tuple[torch.Tensor, Any]] = []  # results that are being copied from a GPU
 
     def __reduce__(self) -> Any:
         return LikelihoodCheck, ()  # a copied model starts without pending results
@@ -41,7 +41,7 @@ class LikelihoodCheck:
             self._pending.append((copy, event))
 
     def raise_if_violated(self) -> None:
-        """Raise MolaError if a result that has arrived from the GPU is a violation."""
+        """Raise MolaError if a result that has arrived from the GPU shows a violation."""
         while self._pending and self._pending[0][1].query():
             self._raise_if(self._pending.pop(0)[0])
 
@@ -49,9 +49,9 @@ class LikelihoodCheck:
     def _raise_if(is_violated: torch.Tensor) -> None:
         if is_violated:
             raise MolaError(
-                "`router_aux_loss_coef` and `router_z_loss_coef` must be 0 where the trainer's loss is not a mean of "
-                "negative log-likelihoods: this one also lowers the likelihood of some tokens, as DPO, KTO and GRPO "
-                "do, so the weight of the routers' losses does not follow from it. Set them to 0 in the MolaConfig, "
+                "`router_aux_loss_coef` and `router_z_loss_coef` must be 0 if the trainer's loss is not a mean of "
+                "negative log-likelihoods: this loss also lowers the likelihood of some tokens, like DPO, KTO and "
+                "GRPO, so the weight of the router losses cannot be derived from it. Set them to 0 in the MolaConfig, "
                 "or for a loaded adapter in `model.peft_config[name]`."
             )
 
@@ -82,7 +82,7 @@ def add_loss_to_log_probs(
 
     A mean or a sum of negative log-likelihoods gives the log-probability of token t the gradient `-w_t`. The gradient
     of `loss` is the sum of `w_t`, which is this batch's share of all tokens of an optimiser step. A preference loss
-    gives some tokens a positive gradient, from which no share follows; `check` refuses it.
+    gives some tokens a positive gradient, from which no share can be derived; `check` refuses that loss.
 
     Args:
         log_probs: log-probabilities of tokens, in any shape.

@@ -18,17 +18,17 @@ from mola.errors import MolaError
 def create_loraplus_optimizer(
     model: nn.Module, optimizer_cls: Callable[..., Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
 ) -> Optimizer:
-    """An optimiser of all trained parameters, like `peft.optimizers.create_loraplus_optimizer` for LoRA.
+    """An optimiser of all trainable parameters, like `peft.optimizers.create_loraplus_optimizer` for LoRA.
 
     Args:
         model: a model with a mixture.
         optimizer_cls: class of the optimiser.
-        lr: learning rate of all trained parameters except `B`.
-        loraplus_lr_ratio: learning rate of `B` / `lr`; the paper takes 16.
+        lr: learning rate of all trainable parameters except `B`.
+        loraplus_lr_ratio: learning rate of `B` / `lr`; the paper uses 16.
         **kwargs: arguments of the class.
 
     Raises:
-        MolaError: the ratio is not above 0, or the model has no trained `mola_B`.
+        MolaError: the ratio is not above 0, or the model has no trainable `mola_B`.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return split_groups(optimizer_cls([{"params": trained}], lr=lr, **kwargs), model, loraplus_lr_ratio)
@@ -59,5 +59,5 @@ def split_groups(optimizer: Optimizer, model: nn.Module, loraplus_lr_ratio: floa
             optimizer.add_param_group({**group, "params": chosen, "lr": group["lr"] * loraplus_lr_ratio})
             moved += len(chosen)
     if not moved:
-        raise MolaError("`loraplus_lr_ratio` is for mixtures: the optimiser has no trained `mola_B` of this model.")
+        raise MolaError("`loraplus_lr_ratio` is for mixtures: the optimiser has no trainable `mola_B` of this model.")
     return optimizer

@@ -19,11 +19,11 @@ def check_no_shared_weights(model: nn.Module, adapters: Collection[str] | None =
     """Refuse to merge into a weight that two modules share, such as that of a head tied to the embeddings.
 
     Args:
-        model: a model with adapters, of any method of PEFT.
+        model: a model with adapters of any PEFT method.
         adapters: names of the adapters to be merged; None for all.
 
     Raises:
-        MolaError: the update of one module would also change another one.
+        MolaError: the update of one module would also change a second one.
     """
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -41,7 +41,7 @@ def check_no_shared_weights(model: nn.Module, adapters: Collection[str] | None =
             others = [other for other in owners.get(id(parameter), ()) if other != _adapted_module(name)]
             if others:
                 raise MolaError(
-                    f"the adapter cannot be merged: it adapts {name!r}, whose weight is that of {others[0]!r} too, so "
+                    f"the adapter cannot be merged: it adapts {name!r}, which shares its weight with {others[0]!r}, so "
                     "the update would change both. Keep it as an adapter, or train it without this module."
                 )
 
@@ -86,7 +86,7 @@ class SingleExpertMerging:
             weight = self._float_base_weight()
             merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
-                # PEFT's words: programs look for them.
+                # PEFT's words, since programs search for them.
                 raise MolaError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken.")
             weight.data = merged
             self.merged_adapters.append(name)
@@ -105,13 +105,13 @@ class SingleExpertMerging:
         # Not `isinstance`: packed weights are subclasses of nn.Parameter, some of them with a floating-point dtype.
         if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise MolaError(
-                f"Merging needs a plain floating-point base weight, this {type(base).__name__} has none. "
+                f"Merging needs a plain floating-point base weight, which this {type(base).__name__} lacks. "
                 "Load the base model without quantisation to merge."
             )
         return weight
 
     def check_mergeable(self, adapter_name: str, where: str = "this module") -> None:
-        """Raise MolaError if an adapter has several experts here, or the base layer is quantised."""
+        """Raise MolaError if an adapter has several experts in this module, or the base layer is quantised."""
         self._check_single_expert(adapter_name, where)
         if adapter_name in self.mola_A:
             self._float_base_weight()

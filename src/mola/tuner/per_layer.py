@@ -19,7 +19,7 @@ from mola.tuner.layer import ExpertSettings
 
 @dataclass(frozen=True)
 class PerLayer:
-    """Numbers of a configuration, with one entry per decoder layer."""
+    """A configuration's numbers, with one entry per decoder layer."""
 
     num_experts: list[int]
     top_k: list[int]
@@ -51,7 +51,7 @@ class PerLayer:
         Args:
             config: the configuration of the adapter.
             module: name of the module.
-            layer_index: its layer; None for a module outside the layers.
+            layer_index: number of the module's layer; None for a module outside the layers.
 
         Raises:
             MolaError: the module is outside the layers and the layers have different numbers, or `top_k` is above
@@ -59,7 +59,7 @@ class PerLayer:
         """
         num_layers = len(self.num_experts)
         if all(len(set(values)) == 1 for values in (self.num_experts, self.top_k, self.r)):
-            layer_index = 0  # all layers are alike, so this module needs no layer
+            layer_index = 0  # all layers have the same numbers, so the module's layer does not matter
         elif layer_index is None or layer_index >= num_layers:
             raise MolaError(
                 f"`target_modules` matches {module!r}, which lies in none of the {num_layers} decoder "

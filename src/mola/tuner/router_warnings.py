@@ -18,7 +18,7 @@ class RouterWarnings:
 
     def __init__(self) -> None:
         self._given: set[str] = set()
-        # Per adapter in inference: one layer with a router, and the dtype that this router had.
+        # For each adapter in inference: one layer with a router, and the dtype that this router had at the last check.
         self._inference_dtypes: dict[str, tuple[MolaLinear | None, torch.dtype | None]] = {}
 
     def check_routing(self, adapter_name: str, layers: Sequence[MolaLinear], *, has_balance_loss: bool) -> None:
@@ -40,9 +40,9 @@ class RouterWarnings:
         if router is not None and router.requires_grad and router.dtype in _HALF_PRECISION:
             self.warn_once(
                 f"dtype {adapter_name}",
-                f"The routers of adapter {adapter_name!r} are trained in {router.dtype}: something has cast them, as "
-                "TRL does with trained weights of a 4- or 8-bit base. Small updates are rounded away, also in the "
-                "saved adapter.",
+                f"The routers of adapter {adapter_name!r} are trained in {router.dtype}: something has cast them, "
+                "like TRL, which casts trainable weights of a 4- or 8-bit base. Small updates are rounded away, in the "
+                "saved adapter too.",
             )
 
     def check_inference_routing(self, adapter_names: Sequence[str], layers: Sequence[MolaLinear]) -> None:
@@ -66,13 +66,13 @@ class RouterWarnings:
             if rounded is not None:
                 self.warn_once(
                     f"dtype {name}",
-                    f"The routers of adapter {name!r} are in {rounded}: something has cast them, as `model.half()` and "
-                    "`model.to(dtype)` do. Some tokens may get other experts, and saving keeps the rounded values. "
-                    "Load the base model in that dtype instead.",
+                    f"The routers of adapter {name!r} are in {rounded}: something has cast them, such as "
+                    "`model.half()` or `model.to(dtype)`. Some tokens may be routed to different experts, and saving "
+                    "keeps the rounded values. Load the base model in that dtype instead.",
                 )
 
     def warn_untrained_experts(self, layers: Sequence[MolaLinear]) -> None:
-        """Warn of a call with labels and gradients in evaluation mode, which ignores the losses of trained routers."""
+        """Warn of a call with labels and gradients in evaluation mode, which ignores losses of trainable routers."""
         if _UNTRAINED in self._given:  # avoids the loop over all layers
             return
         if any(router.requires_grad for layer in layers for router in layer.mola_router.values()):

@@ -12,7 +12,7 @@ from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import MolaLinear
 
-# PEFT adds these heads by the task, whether or not the model has them.
+# PEFT adds these heads depending on the task, whether or not the model has them.
 _HEADS_OF_PEFT = ("classifier", "score", "qa_outputs")
 _HEADS_OF_TASKS: dict[Any, tuple[str, ...]] = {
     "TOKEN_CLS": ("classifier", "score"),
@@ -25,11 +25,11 @@ _OTHER_HEADS = ("classification_head", "logits_proj")
 def add_task_heads(model: nn.Module, config: MolaConfig, *, is_new: bool) -> None:
     """Add the heads of a configuration's task to its `modules_to_save`, since they start with random values.
 
-    PEFT adds heads to the configuration that the user passed, of which `MolaModel` has made its copy before.
+    PEFT adds heads to the configuration that the user passed, which `MolaModel` has already copied.
 
     Args:
         model: the base model.
-        config: the copy; it is changed.
+        config: the model's copy of the configuration; it is changed.
         is_new: whether the adapter is new; a saved one has all its heads in `modules_to_save`.
     """
     heads = _HEADS_OF_TASKS.get(config.task_type, ())
@@ -49,7 +49,7 @@ def resolve_modules_to_save(
 
     Args:
         names: `modules_to_save` of a configuration.
-        modules: of the model, by name.
+        modules: the model's modules, by name.
         is_new: whether the adapter is new; the file of a saved one shows what it has trained.
 
     Raises:
@@ -75,7 +75,7 @@ def resolve_modules_to_save(
 
 
 def trained_in_full(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """Name of the module around this one that an adapter trains in full; None if there is none."""
+    """Name of the enclosing module that an adapter trains in full; None if no adapter trains one."""
     parts = name.split(".")
     parents = (".".join(parts[:count]) for count in range(1, len(parts)))
     return next((each for each in parents if isinstance(modules.get(each), AuxiliaryTrainingWrapper)), None)

@@ -18,21 +18,21 @@ from mola.tuner.layer import ExpertSettings, offloaded_error
 
 
 class StackedParameters(nn.Module, BaseTunerLayer):
-    r"""A module whose parameters get an update for the forward pass, as by the `target_parameters` of PEFT's LoRA.
+    r"""A module whose parameters get an update for the forward pass, like `target_parameters` in PEFT's LoRA.
 
     A parameter stacks the weights `W_n` of the base model's own `N` experts. In the forward pass they are
 
         W_n + (lora_alpha / r) * B_n A_n
 
-    The base model's router chooses among them. There is no mixture and no router of mola: the weights are the same for
-    all tokens.
+    The base model's router chooses among them. There is no mixture and no router of mola: all tokens use the same
+    weights.
 
     Parameters per adapter `a` and parameter `p`: `mola_A_p[a]: (N, r, in)` and `mola_B_p[a]: (N, r, out)`.
     """
 
     other_param_names = ("settings",)
     cast_input_dtype_enabled = True  # PEFT reads it from every layer
-    mixed_batch: Any = None  # set during calls with `adapter_names`, in which no adapter here may take part
+    mixed_batch: Any = None  # set during calls with `adapter_names`, which no adapter of this module may take part in
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class StackedParameters(nn.Module, BaseTunerLayer):
         initialize(settings.init_lora_weights, A, B, None, self.base_layer)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         dtype = getattr(self.base_layer, stack.parameter).dtype
-        for part in "AB":  # PEFT too starts in the base's dtype, and casts later if asked to
+        for part in "AB":  # PEFT also starts in the base's dtype, and casts later on request
             factors = getattr(self, f"mola_{part}_{stack.parameter}")
             factors[adapter_name] = nn.Parameter(factors[adapter_name].detach().to(dtype))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -98,7 +98,7 @@ class StackedParameters(nn.Module, BaseTunerLayer):
             raise offloaded_error()
 
     def _updated(self, adapter_name: str, weights: dict[str, torch.Tensor], sign: int = 1) -> dict[str, torch.Tensor]:
-        """Parameters with the update of one adapter added to `weights`, or to the base's where these lack one."""
+        """Parameters with the update of one adapter added to `weights`, or to the base's if `weights` lacks them."""
         updated = {}
         for parameter, settings in self.settings.get(adapter_name, {}).items():
             weight = weights.get(parameter, getattr(self.base_layer, parameter))

@@ -12,7 +12,7 @@ import torch
 
 from mola.tuner.routing import DEFAULT_ROUTER
 
-# Reasons of several backends not to support inputs.
+# Reasons for which several backends do not support inputs.
 NO_ROUTER = "a layer with one expert has no router"
 OTHER_ROUTER = f"needs a router {DEFAULT_ROUTER!r} in float32"
 NOT_PLAIN = "for plain tensors in the CPU's memory"
@@ -31,7 +31,7 @@ class MixtureSettings(NamedTuple):
     Attributes:
         top_k: experts per token.
         scaling: `lora_alpha / r`; once a dropout mask is drawn, divided by the probability of keeping an element.
-        dtype: of the matrix products.
+        dtype: dtype of the matrix products.
         dropout: probability with which an element of the experts' input is dropped.
         jitter: relative noise on the router's input.
         router: name in `mola.tuner.routing.ROUTERS`.
@@ -55,9 +55,9 @@ class MixtureInputs(NamedTuple):
 
     Attributes:
         x: `(..., in)`; the router reads it without dropout. In a backward pass: in the dtype of the products.
-        result: base output `(..., out)`; None where `weight` is given.
+        result: base output `(..., out)`; None if `weight` is given.
         weight: `(out, in)` of a frozen base layer in the dtype of `x`: the backend then computes the base output too.
-        bias: `(out,)` of that map.
+        bias: `(out,)` of the frozen base layer.
         experts_A: `(E, r, in)`.
         experts_B: `(E, r, out)`.
         router: `(E, in)`, float32 or wider; None for one expert.
@@ -83,7 +83,7 @@ class Mixture(NamedTuple):
         output: base output plus update, `(..., out)`; not a view, because some models change it in place.
         logits: router logits, float32 `(E, N)`, with gradient; None without a router. May be None as well unless
             `needs_router_output`.
-        expert_indices: chosen experts, `(top_k, N)`, in any order; None as `logits`.
+        expert_indices: chosen experts, `(top_k, N)`, in any order; None in the same cases as `logits`.
     """
 
     output: torch.Tensor
@@ -127,12 +127,12 @@ class Backend(ABC):
         """None if this backend can compute such inputs on this machine, else the reason why it cannot."""
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """None, or why a later backend of the table is expected to be faster; for inputs that `supports` accepts."""
+        """None, or the reason why a later backend of the table should be faster; for inputs that `supports` accepts."""
         return None
 
     @abstractmethod
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved | None]:
-        """The mixture, and the tensors for `backward`; None where there is nothing to save."""
+        """The mixture, and the tensors for `backward`; None if there is nothing to save."""
 
     def infer(self, inputs: MixtureInputs) -> Mixture:
         """The mixture when no gradient is recorded."""

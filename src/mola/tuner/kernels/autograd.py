@@ -13,12 +13,12 @@ from mola.tuner.kernels.dropout import sample_dropout_mask
 from mola.tuner.kernels.tensors import autocast_is_on
 
 _FIELDS = MixtureInputs._fields
-# Places of the inputs with gradients among the arguments of `_MixtureFunction.forward`, the first being the backend.
+# Positions of inputs with gradients among the arguments of `_MixtureFunction.forward`; its first is the backend.
 _GRADIENTS = [1 + _FIELDS.index(name) for name in Grads._fields]
 
 
 def compute(backend: Backend, inputs: MixtureInputs) -> Mixture:
-    """Compute the mixture by a backend, and record its gradient.
+    """Compute the mixture with a backend, and record its gradient.
 
     Only a backend with `is_recorded` has second derivatives.
     """
@@ -61,7 +61,7 @@ class _MixtureFunction(torch.autograd.Function):
         if grad_output is None:
             grad_output = x.new_zeros(*x.shape[:-1], inputs.experts_B.shape[2])
         wanted = Grads(*(ctx.needs_input_grad[position] for position in _GRADIENTS))
-        # The dtypes are those of the forward pass, also if `backward()` is called under another autocast.
+        # The dtypes are those of the forward pass, even if `backward()` is called under a different autocast.
         device = x.device.type
         with torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext():
             grads = ctx.backend.backward(inputs, tuple(saved), grad_output, grad_logits, wanted)

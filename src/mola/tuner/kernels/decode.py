@@ -1,7 +1,7 @@
 """Few tokens without gradients on a CPU, as in text generation, in operators of torch.
 
-The calls of operators then take longer than their arithmetic, so this backend makes few calls. The products of A, B and
-router are in float32 for narrower dtypes too: this is faster for few rows, and more exact.
+For few tokens, calling an operator takes longer than its arithmetic, so this backend makes few calls. The
+products of A, B and router are in float32 for narrower dtypes too: this is faster for few rows, and more exact.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mola.tuner.kernels.tensors import as_rows, autocast_is_on
 from mola.tuner.routing import route_all
 
 MAX_TOKENS = 32
-MANY_TOKENS = f"slower than others for more than {MAX_TOKENS} tokens, or not on a CPU"
+MANY_TOKENS = f"slower than other backends for more than {MAX_TOKENS} tokens, or not on a CPU"
 
 
 def is_decode(x: torch.Tensor) -> bool:
@@ -29,7 +29,7 @@ def is_decode(x: torch.Tensor) -> bool:
 
 
 def why_not_decode(inputs: MixtureInputs) -> str | None:
-    """Why the decode backends do not support such inputs; None if they may."""
+    """None if the decode backends may support the inputs, else the reason."""
     if inputs.router is None:
         return NO_ROUTER
     if torch.is_grad_enabled() or autocast_is_on(inputs.x.device.type):
@@ -44,11 +44,11 @@ class Decode(Backend):
     device_type = "cpu"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """Calls without gradients and dropout."""
+        """None for calls without gradients and dropout, else the reason."""
         return why_not_decode(inputs) or why_no_own_backward(inputs)
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """Slower for many tokens, and on other devices than a CPU."""
+        """None for few tokens on a CPU, else the reason."""
         return None if is_decode(inputs.x) else MANY_TOKENS
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:

@@ -1,7 +1,7 @@
 """Dropout of the experts' input. Forward and backward pass share one tensor, the dropout mask, in one of two forms:
 
 - on a CPU with numba (the extra `cpu`) and on a GPU with Triton it is a seed, from which a native function draws the
-  mask again wherever it is needed;
+  mask again whenever it is needed;
 - everywhere else it is the mask itself, as booleans.
 """
 
@@ -14,8 +14,8 @@ import torch
 from mola.tuner.kernels import native
 from mola.tuner.kernels.tensors import are_plain_cpu_tensors
 
-_STEPS = 1 << 16  # booleans on a CPU: 16 random bits decide about an element
-_WORDS = 1 << 32  # a seed on a CPU: 32 bits decide about an element
+_STEPS = 1 << 16  # booleans on a CPU: 16 random bits decide about each element
+_WORDS = 1 << 32  # a seed on a CPU: 32 bits decide about each element
 
 
 def sample_dropout_mask(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
@@ -41,7 +41,7 @@ def drop(rows: torch.Tensor, dropout_mask: torch.Tensor | None) -> torch.Tensor:
     """`rows` with 0 for every dropped element; unchanged without a mask.
 
     Args:
-        rows: as many elements as the tensor that the mask was drawn for, in any shape and dtype.
+        rows: with the same number of elements as the tensor that the mask was drawn for, in any shape and dtype.
         dropout_mask: from `sample_dropout_mask`, or booleans.
     """
     if dropout_mask is None:

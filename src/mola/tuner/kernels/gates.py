@@ -1,4 +1,4 @@
-"""Gates of many tokens and their gradient, by numba where that is faster, else in operators of torch.
+"""Gates of many tokens and their gradient, by numba if that is faster, else in operators of torch.
 
 Shapes: `N` tokens, `E` experts of rank `r`. Tensors of rank size have tokens last, see `mola.tuner.kernels.dense`.
 """
@@ -24,7 +24,7 @@ _MAX_THREADS = 2  # the native functions use one thread: with more than two, tor
 
 
 class Gates(NamedTuple):
-    """What a router gives for `N` tokens.
+    """What a router returns for `N` tokens.
 
     Attributes:
         logits: float32 `(E, N)`.
@@ -73,7 +73,7 @@ def gates_backward(
         grad_gated: `t`, `(E*r, N)`.
         gated: `a`, `(E*r, N)`.
         weights: `w`, `(E, N)`; 0 for experts that were not chosen, whose gradients are then 0.
-        logits: `(E, N)`, for other routers than the default one.
+        logits: `(E, N)`, needed only for routers other than the default one.
         grad_logits: gradient of the logits from the router losses, `(E, N)`.
         settings: top_k, scaling and router are read.
     """
@@ -102,8 +102,8 @@ def keep_losses_only(
 ) -> torch.Tensor:
     """With `top_k` 1, reduce the gradient of the logits `(E, N)` to the part from router losses, in place.
 
-    The only gate is then 1, so the rest of the gradient, `v - w v / scaling`, is nothing but rounding. An optimiser
-    such as AdamW would scale it up to the size of any other gradient.
+    The only gate is then 1, so the rest of the gradient, `v - w v / scaling`, is only rounding error. An optimiser
+    such as AdamW would scale that up to the size of any other gradient.
     """
     if settings.top_k > 1:
         return gradient
@@ -111,7 +111,7 @@ def keep_losses_only(
 
 
 def _native_gates(tokens: torch.Tensor, router: torch.Tensor, hidden: torch.Tensor, settings: MixtureSettings) -> Any:
-    """`apply_gates` as one native function; None if there is none for such tensors."""
+    """`apply_gates` as one native function; None if no native function fits the tensors."""
     if router.dtype != torch.float32 or not _may_be_native(settings, tokens, router, hidden):
         return None
     if router.shape[1] != tokens.shape[1] or len(hidden) % len(router):
@@ -138,7 +138,7 @@ def _native_gates_backward(
     both: torch.Tensor,
     settings: MixtureSettings,
 ) -> bool:
-    """Fill `both`, the result of `gates_backward`, by one native function; False if there is none for such tensors."""
+    """Fill `both`, the result of `gates_backward`, by one native function; False if none fits the tensors."""
     if weights.dtype != torch.float32 or not _may_be_native(settings, grad_gated, gated, weights):
         return False
     functions = native.load("jit_gates")

@@ -20,8 +20,8 @@ from mola.tuner.kernels.gemm import base_output, mm, onednn_is_faster
 from mola.tuner.kernels.tensors import as_rows
 from mola.tuner.routing import DEFAULT_ROUTER, router_logits_by_expert, top_k_softmax, top_k_softmax_backward
 
-# Measured with SmolLM2's shapes, 512 tokens and top_k 2: `dense` is faster with 8 experts and slower with 16. Where
-# oneDNN makes the products of `dense`, in half the time, it is faster with 16 experts and slower with 24.
+# Measured with SmolLM2's shapes, 512 tokens and top_k 2: `dense` is faster with 8 experts and slower with 16. If oneDNN
+# makes the products of `dense`, in half the time, `dense` is faster with 16 experts and slower with 24.
 _MIN_EXPERTS, _MIN_EXPERTS_ONEDNN = 16, 24
 _ROW_BYTES = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +32,7 @@ class ExpertSort(NamedTuple):
 
     Attributes:
         tokens: the token of each sorted assignment, `(M,)`.
-        permutation: the place of each sorted assignment in the flattened `expert_indices`, `(M,)`.
+        permutation: the position of each sorted assignment in the flattened `expert_indices`, `(M,)`.
         ends: where the assignments of each expert end, int32 `(E,)`.
         expert_indices: the chosen experts, unsorted, `(top_k, N)`.
     """
@@ -58,7 +58,7 @@ class Grouped(Backend):
     name = "grouped"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """Sizes and dtypes that grouped products take, without a compiler."""
+        """None for sizes and dtypes that grouped products accept, without a compiler; else the reason."""
         reason = why_no_own_backward(inputs)
         if reason is not None:
             return reason
@@ -73,12 +73,12 @@ class Grouped(Backend):
         return f"grouped products need rows of whole {_ROW_BYTES} bytes" if row_bytes % _ROW_BYTES else None
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """Slower except in float32 on a CPU, for many experts per chosen one and no fewer tokens than experts."""
+        """None in float32 on a CPU with many experts, few of them chosen, and enough tokens; else the reason."""
         if not inputs.x.is_cpu or inputs.settings.dtype != torch.float32:
             return "slower than dense except in float32 on a CPU"
         num_experts = len(inputs.experts_A)
-        least = _MIN_EXPERTS_ONEDNN if onednn_is_faster() else _MIN_EXPERTS
-        if 2 * num_experts < least * inputs.settings.top_k or inputs.x.numel() < num_experts * inputs.x.shape[-1]:
+        min_experts = _MIN_EXPERTS_ONEDNN if onednn_is_faster() else _MIN_EXPERTS
+        if 2 * num_experts < min_experts * inputs.settings.top_k or inputs.x.numel() < num_experts * inputs.x.shape[-1]:
             return "slower than dense for so few experts or tokens"
         return None
 
@@ -98,7 +98,7 @@ class Grouped(Backend):
         return Mixture(output, logits, expert_indices), Saved(x, (gated, weights, *sort))
 
     def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Grads) -> Grads:
-        """As `Dense.backward`, with one row for every assignment instead of zeros for experts not chosen."""
+        """Like `Dense.backward`, with one row for every assignment instead of zeros for experts not chosen."""
         gated, weights, *fields = saved
         sort, dtype = ExpertSort(*fields), inputs.settings.dtype
         x, dropout_mask = as_rows(inputs.x), inputs.dropout_mask

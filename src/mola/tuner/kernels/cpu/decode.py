@@ -1,7 +1,7 @@
 """Few tokens without gradients on a CPU: one native function reads the chosen experts only, see `jit_decode`.
 
-A layer calls `decode_layer` and a batch with several adapters `row_table`, past the table of backends: to build the
-inputs of a backend takes longer than the arithmetic of a mixture.
+A layer calls `decode_layer`, and a batch with several adapters calls `row_table`. Both bypass the table of backends,
+because building a backend's inputs takes longer than the arithmetic of a mixture.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class CpuDecode(Decode):
     casts_inputs = True
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """No gradients, no router output wanted, plain tensors in float32 or bfloat16."""
+        """None for plain tensors in float32 or bfloat16, without gradients and router output; else the reason."""
         x, settings = inputs.x, inputs.settings
         if torch.compiler.is_compiling():
             return "a compiler has an operator for this"
-        if not is_available():  # first: without numba every token and linear would go through all other questions
+        if not is_available():  # first: without numba every token and linear would go through all other checks
             return _NO_FUNCTION
         reason = why_not_decode(inputs)
         if reason is not None:
@@ -43,11 +43,11 @@ class CpuDecode(Decode):
             return OTHER_ROUTER
         reason = _why_not_native(x, inputs.experts_A, inputs.experts_B, inputs.router)
         if reason is None and inputs.result is not None and inputs.result.dtype is not x.dtype:
-            return "the base output has another dtype than the input"
+            return "the dtypes of base output and input differ"
         return reason
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
-        """Compute the base output, then add the update in place by the native function."""
+        """Compute the base output, then add the update in place with the native function."""
         if inputs.weight is not None:
             output = linear(inputs.x, inputs.weight, inputs.bias)
         else:
@@ -64,7 +64,7 @@ CPU_DECODE = CpuDecode()
 
 
 def decode_layer(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
-    """The output of a layer for few tokens, as `CpuDecode` computes it; None if there is no native function for it.
+    """The output of a layer for few tokens, computed like `CpuDecode`; None if no native function fits the layer.
 
     Args:
         layer: a `MolaLinear`.
@@ -120,7 +120,7 @@ def native_matrices(layer: Any, adapter_name: str, x: torch.Tensor, experts_B: t
 
 
 def _why_not_native(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tensor, router: Any) -> str | None:
-    """Why the native function cannot read these tensors; None if it can."""
+    """None if the native function can read these tensors, else the reason."""
     if router.dtype is not torch.float32:
         return OTHER_ROUTER
     if not are_plain_cpu_tensors(x, experts_A, experts_B, router):  # before anything is compiled
@@ -149,8 +149,8 @@ def add_update(
         top_k: experts per token.
 
     Raises:
-        RuntimeError: there is no native function for such tensors, or their shapes do not fit.
-        ValueError: the output has another shape.
+        RuntimeError: there is no native function for these tensors, or their shapes do not fit.
+        ValueError: the output's shape does not fit.
     """
     num_experts, r, in_features = experts_A.shape
     out_features = experts_B.size(2)
@@ -162,7 +162,7 @@ def add_update(
         raise RuntimeError(f"mola::decode: {x.shape}, {experts_A.shape}, {experts_B.shape}, {router.shape} do not fit.")
     if output.shape != (*x.shape[:-1], out_features):
         raise ValueError(f"The base layer's output has shape {tuple(output.shape)}, input {tuple(x.shape)}.")
-    # Names keep the copies alive until the call is over. No loop: this runs for every token and linear.
+    # These names keep the copies alive until the call is over. No loop: this runs for every token and linear.
     x, router, experts_A, experts_B = (
         x.contiguous(),
         router.contiguous(),
@@ -192,7 +192,8 @@ class RowTable(NamedTuple):
         kernel: the native function.
         experts: addresses and sizes of each row's experts, int64 `(rows, 6)`.
         scalings: float32 `(rows,)`.
-        no_router: zeros, the router of adapters with one expert: its gate is then 1. Kept here so that it is not freed.
+        no_router: zeros, used as the router of adapters with one expert, whose gate is 1. The table keeps it from being
+            freed.
     """
 
     kernel: Any
@@ -216,7 +217,7 @@ def row_table(layer: Any, names: list[str], x: torch.Tensor) -> RowTable | None:
         x: `(rows, ..., in)`.
 
     Returns:
-        The table; None if there is no native function for one of the adapters.
+        The table; None if one of the adapters has no native function.
     """
     parts, functions = layer._modules, native.load("jit_decode")
     no_router = torch.zeros(layer.in_features, dtype=torch.float32, device="cpu")
@@ -240,7 +241,7 @@ def row_table(layer: Any, names: list[str], x: torch.Tensor) -> RowTable | None:
     if len(kernels) != 1:
         return None
     experts, scalings = zip(*map(entries.__getitem__, names), strict=True)
-    # On the CPU whatever torch's default device is.
+    # These tensors must be on the CPU, whatever torch's default device is.
     return RowTable(
         kernels.pop(),
         torch.tensor(experts, dtype=torch.int64, device="cpu"),

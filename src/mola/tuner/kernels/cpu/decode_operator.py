@@ -3,7 +3,7 @@
 Before every call compiled code compares everything that it reads of a module, which for one token takes longer than the
 arithmetic of a mixture. So the compiled code of a layer passes its B alone, and `find_owner` finds the layer.
 
-A limit of this: inside compiled code, parameters that replace a layer's own (`functional_call` within `torch.compile`)
+One limit: inside compiled code, parameters that replace a layer's own (`functional_call` within `torch.compile`)
 raise an error for few tokens without gradients.
 """
 
@@ -34,7 +34,7 @@ def register(layer: Any) -> None:
 
 
 def find_owner(experts_B: torch.Tensor) -> Owner:
-    """The layer and the adapter that a B belongs to.
+    """The layer and the adapter to which a B belongs.
 
     Raises:
         RuntimeError: B belongs to no layer, or to layers that differ in A, router, scaling or top_k.
@@ -42,7 +42,7 @@ def find_owner(experts_B: torch.Tensor) -> Owner:
     key = id(experts_B)
     owner = _owners.get(key)
     if owner is not None:
-        # The layer may have got another B since, and another tensor this `id`.
+        # Since then the layer may have received a different B, and a different tensor this `id`.
         layer = owner.layer()
         if layer is not None and layer._modules["mola_B"]._parameters.get(owner.adapter_name) is experts_B:
             return owner
@@ -55,7 +55,11 @@ def find_owner(experts_B: torch.Tensor) -> Owner:
     if not owners or any(_identity(owner) != _identity(owners[0]) for owner in owners):
         raise RuntimeError(
             f"Compiled code of a MoLA layer got a B (`mola_B`) of shape {tuple(experts_B.shape)} that "
-            + ("is no layer's own." if not owners else "layers share which differ in A, router, scaling or top_k.")
+            + (
+                "belongs to no layer."
+                if not owners
+                else "is shared by layers that differ in A, router, scaling or top_k."
+            )
             + " With parameters in place of a layer's own, put `torch.func.functional_call` around the compiled "
             "model, not into it; or compute without a compiler: `torch.compiler.set_stance('force_eager')`."
         )
@@ -64,7 +68,7 @@ def find_owner(experts_B: torch.Tensor) -> Owner:
 
 
 def _identity(owner: Owner) -> tuple:
-    """Everything but B that decides about the update."""
+    """Everything except B that determines the update."""
     layer, name = owner.layer(), owner.adapter_name
     if layer is None:
         return ()

@@ -1,6 +1,6 @@
 """Before a kernel is used on a device, its results are compared with the reference in float64, once per kind of call.
 
-So a GPU, driver or compiler on which the kernel fails leads to one line in the log, and not to a wrong training.
+So a GPU, driver or compiler on which the kernel fails leads to one line in the log, and not to wrong training results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _found: dict[tuple[Any, ...], str | None] = {}
 
 
 def why_wrong(backend: Backend, inputs: MixtureInputs) -> str | None:
-    """What went wrong when a backend was compared with the reference for such inputs; None if nothing did.
+    """None if a backend agrees with the reference for inputs of this kind, else what went wrong.
 
     The comparison runs once for each device, dtypes, number of experts, rank and `top_k`. It cannot run while a CUDA
     graph is captured.
@@ -43,7 +43,7 @@ def why_wrong(backend: Backend, inputs: MixtureInputs) -> str | None:
 
 
 def _compare_with_reference(backend: Backend, inputs: MixtureInputs) -> str | None:
-    """Compute random inputs by the backend and by the reference; returns what differs, or the backend's error."""
+    """None if the backend and the reference agree on random inputs, else what differs, or the backend's error."""
     try:
         device = inputs.x.device
         with (
@@ -64,7 +64,7 @@ def _compare_with_reference(backend: Backend, inputs: MixtureInputs) -> str | No
                     error = (one.double() - other).abs().max() / other.abs().max()
                     if not error <= _TOLERANCE[inputs.settings.dtype]:
                         return f"its {name} differs from the reference by {error:.2g} of the largest value"
-    except Exception as error:  # any error of compiler or driver: other backends do not need them
+    except Exception as error:  # any error of compiler or driver: other backends need neither
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -13,7 +13,7 @@ import triton
 from mola.tuner.kernels.gpu import jit
 
 IS_INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, for tests
-_COLUMNS = 1024  # of a program that packs
+_COLUMNS = 1024  # columns of a program that packs
 _QUARTER = 256  # elements of a quarter of a program that drops
 _TILE = 1024  # numbers of a program's tile of experts (or ranks) and tokens
 _MAX_DROPPED = 2**32  # Philox counts elements in 32 bits
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Gates(NamedTuple):
-    """As `mola.tuner.kernels.gates.Gates`, and the gated output of A, `(E*r, N)`."""
+    """Like `mola.tuner.kernels.gates.Gates`, with the gated output of A, `(E*r, N)`."""
 
     logits: torch.Tensor
     weights: torch.Tensor
@@ -34,7 +34,7 @@ class Gates(NamedTuple):
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill outputs with NaN or -1 before kernels write them, so that numbers they leave out are noticed."""
+    """Fill outputs with NaN or -1 before kernels write them, so that numbers that a kernel leaves out are noticed."""
     _poison[0] = True
     try:
         yield
@@ -48,7 +48,7 @@ def step_of(dtype: torch.dtype) -> float:
 
 
 def pack(experts_A: torch.Tensor, router: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A and below it the router in three parts, in one matrix `(E*r + 3E, in)` in `dtype`.
+    """A and, below it, the router in three parts, as one matrix `(E*r + 3E, in)` in `dtype`.
 
     Args:
         experts_A: `(E, r, in)`.
@@ -148,7 +148,7 @@ def drop(rows: torch.Tensor, seed: torch.Tensor, total: torch.Tensor | None = No
 
 
 def _is_dropout_right(device: torch.device) -> bool:
-    """Whether `drop` gives right results on a device, tested once, as in `first_use`.
+    """Whether `drop` gives correct results on a device, tested once, like in `first_use`.
 
     False while a CUDA graph is captured before the test.
     """
@@ -169,7 +169,7 @@ def _why_dropout_is_wrong(device: torch.device) -> str | None:
             kept, again = drop(ones, seed), drop(ones, seed)
             share = kept.mean().item()
             if not torch.equal(kept, again) or not ((kept == 0) | (kept == 1)).all():
-                return "it drops other elements the second time, or changes what it keeps"
+                return "it drops different elements the second time, or changes what it keeps"
             return None if abs(share - 0.75) < 0.05 else f"it keeps {share:.0%} instead of 75 %"
     except Exception as error:  # any error of compiler or driver, as in `first_use`
         return f"{type(error).__name__}: {error}"
