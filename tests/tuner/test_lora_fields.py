@@ -128,7 +128,7 @@ def test_the_first_matching_key_still_counts_after_loading(tmp_path):
         ({"num_experts_pattern": {"up_proj": 2}, "num_experts": 4, "top_k": 3}, "has 2 experts .* and top_k 3"),
         ({"rank_pattern": {"foo": 2}}, "`rank_pattern` .* matches no adapted module: 'foo'. There are down_proj"),
         ({"alpha_pattern": {"lm_head": 2}}, "`alpha_pattern` .* matches no adapted module: 'lm_head'"),
-        ({"init_lora_weights": "orthogonal", "r": 3}, "even rank: .* has 3. Take 4"),
+        ({"init_lora_weights": "orthogonal", "r": 3}, "even rank: .* has 3. Choose 4"),
         ({"init_lora_weights": "principal", "num_experts": 8}, "16 for .*: 8 experts of rank 4 are 32"),
     ],
 )

@@ -30,8 +30,8 @@ def create_loraplus_optimizer(
     Raises:
         MolaError: the ratio is not above 0, or the model has no trainable `mola_B`.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return split_groups(optimizer_cls([{"params": trained}], lr=lr, **kwargs), model, loraplus_lr_ratio)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return split_groups(optimizer_cls([{"params": trainable}], lr=lr, **kwargs), model, loraplus_lr_ratio)
 
 
 def split_groups(optimizer: Optimizer, model: nn.Module, loraplus_lr_ratio: float) -> Optimizer:
@@ -46,7 +46,7 @@ def split_groups(optimizer: Optimizer, model: nn.Module, loraplus_lr_ratio: floa
         The optimiser.
 
     Raises:
-        MolaError: as `create_loraplus_optimizer`.
+        MolaError: the ratio is not above 0, or the optimiser has no trainable `mola_B`.
     """
     if not 0 < loraplus_lr_ratio < math.inf:
         raise MolaError(f"`loraplus_lr_ratio` must be a number above 0, got {loraplus_lr_ratio!r}.")

@@ -30,7 +30,7 @@ def check_no_shared_weights(model: nn.Module, adapters: Collection[str] | None =
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(_adapted_module(name))
     for name, module in model.named_modules():
-        # PEFT merges trained tokens once for both modules.
+        # PEFT merges trainable token embeddings once for both modules.
         if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer):
             continue
         # Adapters of a layer are keys of `scaling`, and in `StackedParameters` of `settings`.

@@ -128,9 +128,9 @@ class MolaModel(BaseTuner):
         )
 
     def _original_of_reference(self, adapter_name: str, passed: MolaConfig) -> str | None:
-        """Name of the trained adapter, if the new adapter is the reference "ref" of a preference trainer; else None.
+        """Name of the adapter in training, if the new adapter is a preference trainer's reference "ref"; else None.
 
-        TRL adds "ref" with the configuration object of the trained adapter. It then copies the tensors whose names
+        TRL adds "ref" with the configuration object of the adapter in training. It then copies the tensors whose names
         contain ".default.". Names of mola's tensors end with ".default", so the reference would keep its freshly
         initialised values.
         """
@@ -295,7 +295,7 @@ class MolaModel(BaseTuner):
             Scalar, float32: the mean over routers ("module"), or the sum over decoder layers ("layer").
 
         Raises:
-            MolaError: there is no such adapter, or the last forward pass was not in training mode with a router loss
+            MolaError: there is no adapter of this name, or the last forward pass was not in training mode with a router loss
                 switched on.
         """
         if adapter_name is not None and adapter_name not in self.peft_config:
@@ -349,7 +349,7 @@ class MolaModel(BaseTuner):
 def _check_peft_version(config: MolaConfig) -> None:
     if config.bias != "none" and not asks_before_loading(BaseTuner):
         raise MolaError(
-            f"`bias` {config.bias!r} needs PEFT 0.21 or newer, which saves trained biases: "
+            f"`bias` {config.bias!r} needs PEFT 0.21 or newer, which saves trainable biases: "
             "upgrade peft, or pass 'none'."
         )
     if config.ensure_weight_tying and config.modules_to_save and not ties_saved_modules(BaseTuner):

@@ -129,7 +129,7 @@ class RouterLosses:
     def _warn_in_evaluation(self, kwargs: dict[str, Any]) -> None:
         names = self._active_adapters()
         self._warnings.check_inference_routing(names, self._layers)
-        # Cheap conditions first: this runs for each generated token, where there are no gradients.
+        # Cheap conditions first: this runs for each generated token, usually without gradients.
         if (
             torch.is_grad_enabled()
             and kwargs.get("labels") is not None
@@ -232,12 +232,12 @@ class RouterLosses:
 
     def _refuse_reentrant_checkpointing(self, adapter_name: str) -> None:
         """Raise MolaError if trainable routers have logits without gradient: re-entrant gradient checkpointing."""
-        trained = [
+        trainable_logits = [
             layer.router_outputs[adapter_name].logits
             for layer in self._layers
             if adapter_name in layer.router_outputs and layer.mola_router[adapter_name].requires_grad
         ]
-        if torch.is_grad_enabled() and not all(logits.requires_grad for logits in trained):
+        if torch.is_grad_enabled() and not all(logits.requires_grad for logits in trainable_logits):
             raise MolaError(
                 "`router_aux_loss_coef` and `router_z_loss_coef` do not work with re-entrant gradient "
                 "checkpointing: router losses would have no gradient. Pass "

@@ -113,7 +113,7 @@ class Backend(ABC):
     Attributes:
         name: its name in `MOLA_KERNEL` and in reports.
         is_recorded: whether autograd differentiates `forward`; if not, `backward` computes the gradients.
-        casts_inputs: whether `x` and `weight` may have other dtypes than the products.
+        casts_inputs: whether `x` and `weight` may have dtypes that differ from the products'.
         device_type: the type of device that it is written for; None for all.
     """
 
@@ -124,7 +124,7 @@ class Backend(ABC):
 
     @abstractmethod
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """None if this backend can compute such inputs on this machine, else the reason why it cannot."""
+        """None if this backend can compute the inputs on this machine, else the reason why it cannot."""
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
         """None, or the reason why a later backend of the table should be faster; for inputs that `supports` accepts."""

@@ -3,7 +3,7 @@
 - A is used as one `(E*r, in)` matrix, B as one `(E*r, out)` matrix. The gates multiply the `E*r` numbers between them.
 - Tensors of rank size (`E*r` numbers per token) have tokens last: operators over experts then read contiguous memory,
   and the router's thin product is twice as fast.
-- The backward pass keeps the input, which other linears that read it keep too, and tensors of rank size.
+- The backward pass needs the input, which other linears that read it keep anyway, and tensors of rank size.
 - The product with B is added to the base output as it is computed; no tensor of output size is made for the update.
 """
 
@@ -22,7 +22,7 @@ from mola.tuner.routing import DEFAULT_ROUTER
 def why_no_own_backward(inputs: MixtureInputs) -> str | None:
     """None if a backend with its own backward pass may compute the inputs, else the reason.
 
-    In the second case they need a backend that autograd differentiates.
+    Inputs with a reason need a backend that autograd differentiates.
     """
     if inputs.router is None:
         return NO_ROUTER

@@ -49,7 +49,7 @@ def decode_layer(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | No
     """A layer's output for few tokens, without building the inputs of a backend.
 
     Arguments as in `mola.tuner.kernels.cpu.decode.decode_layer`. None if there is no native function for the layer, or
-    `MOLA_KERNEL` is set: the caller then calls `mixture`.
+    `MOLA_KERNEL` is set; the caller must call `mixture` instead.
     """
     if not cpu_decode.is_available() or _forced_name():
         return None
@@ -117,7 +117,7 @@ def forced_backend() -> Backend | None:
     """The backend that `MOLA_KERNEL` names; None if the variable is not set.
 
     Raises:
-        MolaError: there is no such backend.
+        MolaError: there is no backend of this name.
     """
     name = _forced_name()
     if name and name not in _BY_NAME:

@@ -112,7 +112,7 @@ def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return torch.mm(a, b)
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a.to(dtype), b.to(dtype))  # CPUs have no such product
+    return torch.mm(a.to(dtype), b.to(dtype))  # on a CPU torch has no product with a different output dtype
 
 
 def _mm_add(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -60,8 +60,8 @@ def _compare_with_reference(backend: Backend, inputs: MixtureInputs) -> str | No
                 with native.load("launch", "gpu").poisoned():
                     found = _results(backend, random)
                 expected = _results(Reference(), _in_float64(random))
-                for name, one, other in zip(("output", "logits", *_LEAVES), found, expected, strict=True):
-                    error = (one.double() - other).abs().max() / other.abs().max()
+                for name, actual, exact in zip(("output", "logits", *_LEAVES), found, expected, strict=True):
+                    error = (actual.double() - exact).abs().max() / exact.abs().max()
                     if not error <= _TOLERANCE[inputs.settings.dtype]:
                         return f"its {name} differs from the reference by {error:.2g} of the largest value"
     except Exception as error:  # any error of compiler or driver: other backends need neither
