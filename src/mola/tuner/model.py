@@ -295,8 +295,8 @@ class MolaModel(BaseTuner):
             Scalar, float32: the mean over routers ("module"), or the sum over decoder layers ("layer").
 
         Raises:
-            MolaError: there is no adapter of this name, or the last forward pass was not in training mode with a router loss
-                switched on.
+            MolaError: there is no adapter of this name, or the last forward pass was not in training mode with a router
+                loss switched on.
         """
         if adapter_name is not None and adapter_name not in self.peft_config:
             raise MolaError(f"`adapter_name` must be one of {', '.join(self.peft_config)}: got {adapter_name!r}.")
