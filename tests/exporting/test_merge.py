@@ -98,10 +98,10 @@ def test_merging_into_shared_weights_is_refused(target, tied_dir, tmp_path, refu
         (tied_dir / "model.safetensors").rename(tmp_path / "kept")  # known before weights are loaded
         message = refusal("merge", folder, "--base_model", tied_dir, "--output", tmp_path / "merged")
         (tmp_path / "kept").rename(tied_dir / "model.safetensors")
-        assert "whose weight is that of" in message
+        assert "which shares its weight with" in message
         assert not (tmp_path / "merged").exists()
     if target == "lm_head":
-        with pytest.raises(MolaError, match="whose weight is that of"):
+        with pytest.raises(MolaError, match="which shares its weight with"):
             load(tied_dir, folder).merge_adapter()
 
 

@@ -70,7 +70,7 @@ FAULTS = {
         with_values("router", -float("inf")),
         ["layers.2.self_attn.q_proj.mola_router", "1 of 96", "earlier checkpoint"],
     ),
-    "shape": (narrower, ["layers.2.self_attn.q_proj.mola_A", "(3, 2, 31)", "(3, 2, 32)", "another base model"]),
+    "shape": (narrower, ["layers.2.self_attn.q_proj.mola_A", "(3, 2, 31)", "(3, 2, 32)", "a different base model"]),
     "expert missing": (of_each_expert(lambda tensor: tensor[:-1].contiguous()), ["mola_A", "(2, 2, 32)", "(3, 2, 32)"]),
     "expert too many": (of_each_expert(lambda tensor: torch.cat([tensor, tensor[:1]])), ["(4, 2, 32)", "(3, 2, 32)"]),
     "tensor missing": (drop, ["layers.2.self_attn.q_proj.mola_router", "1 of 24", "incomplete"]),
@@ -181,7 +181,7 @@ def other_models(tiny_model_dir, tmp_path_factory):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("size", ["mola_A.default has shape (2, 2, 32)", "needs (2, 2, 16)", "another base model"]),
+        ("size", ["mola_A.default has shape (2, 2, 32)", "needs (2, 2, 16)", "a different base model"]),
         ("architecture", ["'mistral'", "'llama'", "Pass the adapter's own base model"]),
     ],
 )

@@ -129,7 +129,7 @@ def test_the_first_matching_key_still_counts_after_loading(tmp_path):
         ({"rank_pattern": {"foo": 2}}, "`rank_pattern` .* matches no adapted module: 'foo'. There are down_proj"),
         ({"alpha_pattern": {"lm_head": 2}}, "`alpha_pattern` .* matches no adapted module: 'lm_head'"),
         ({"init_lora_weights": "orthogonal", "r": 3}, "even rank: .* has 3. Choose 4"),
-        ({"init_lora_weights": "principal", "num_experts": 8}, "16 for .*: 8 experts of rank 4 are 32"),
+        ({"init_lora_weights": "principal", "num_experts": 8}, "16 directions for .*8 experts of rank 4 need 32"),
     ],
 )
 def test_settings_that_do_not_fit_leave_the_model_unchanged(settings, message):

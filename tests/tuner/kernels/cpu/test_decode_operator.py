@@ -123,7 +123,7 @@ def test_layers_that_share_a_b():
     assert find_owner(one.mola_B["default"]).layer() in (one, other)
     other.scaling["default"] *= 2
     decode_operator._owners.clear()
-    with pytest.raises(RuntimeError, match="layers share"):
+    with pytest.raises(RuntimeError, match="shared by layers"):
         find_owner(one.mola_B["default"])
 
 
