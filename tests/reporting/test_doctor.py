@@ -202,7 +202,7 @@ def test_one_answer_to_everything(run_dir, capsys):
     (found,) = doctor(DoctorOptions(str(run_dir)))
     assert (found.name, found.seen) == (
         "one answer to everything",
-        "All 20 samples of after.json got 'A', which is right for 25.0% of them.",
+        "All 20 samples of after.json got 'A', which is correct for 25.0% of them.",
     )
     change(run_dir / "after.json", lambda content: content["settings"].update(adapter="another"))
     assert main(["doctor", str(run_dir)]) == 0

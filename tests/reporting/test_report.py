@@ -199,9 +199,9 @@ def test_same_input_same_page(finished_run, tmp_path):
     [
         ("before.json", "accuracy", "Accuracy without the adapter has not been measured."),
         ("after.json", "accuracy", "Accuracy with the adapter has not been measured."),
-        ("inspect.json", "gates", "Gates by prompt, answer, kind of token and group are not known."),
-        ("inspect.json", "agreement", "Whether routers agree is not known."),
-        ("inspect.json", "samples", "Which experts work on the expected answers is not known."),
+        ("inspect.json", "gates", "Gates by prompt, answer, kind of token and group have not been measured."),
+        ("inspect.json", "agreement", "Agreement between routers has not been measured."),
+        ("inspect.json", "samples", "The experts used for the expected answers have not been measured."),
         ("routing.jsonl", "routing", "The run has no telemetry"),
         ("metrics.jsonl", "loss", "Nothing was logged"),
         ("adapter_model.safetensors", "allocation", "There is no adapter in the run folder"),
@@ -520,9 +520,9 @@ def test_results_of_another_adapter_are_warned_about(run_dir, tmp_path, caplog):
     page = page_of(run_dir, output=str(tmp_path / "b.html"))
     warnings = [node.text for node in page.root.one("header").all("p", class_="warning")]
     assert warnings == [
-        f"The {each} was measured with another adapter: runs/b" for each in ("result after", "inspection")
+        f"The {each} was measured with a different adapter: runs/b" for each in ("result after", "inspection")
     ]
-    assert caplog.text.count("was measured with another adapter: 'runs/b'") == 2
+    assert caplog.text.count("was measured with a different adapter: 'runs/b'") == 2
     for adapter in (run_dir, f"elsewhere/{run_dir.name}", "."):  # a folder that was moved since; one that was left
         for name in ("after", "inspect"):
             change(
@@ -571,7 +571,7 @@ def test_only_own_reports_are_replaced(run_dir, capsys):
     assert page.read_bytes() == first
     page.write_bytes(first + b"<p>A remark of mine.</p>")
     assert main(["report", str(run_dir)]) == 2
-    assert "`output` must be a new file, or a report as mola wrote it" in capsys.readouterr().err
+    assert "`output` must be a new file, or an unchanged report of mola" in capsys.readouterr().err
     assert page.read_bytes() != first
     assert main(["report", str(run_dir), "--overwrite"]) == 0
     assert page.read_bytes() == first
@@ -588,7 +588,7 @@ def test_only_own_reports_are_replaced(run_dir, capsys):
         ({"before": "nowhere.json"}, "`before` must be a file"),
         ({"after": "run.json"}, "`after` must be a result file of `mola evaluate`"),
         ({"inspection": "after.json"}, "`inspection` must be a result file of `mola inspect`"),
-        ({"output": "run.json"}, "`output` must be a new file, or a report"),
+        ({"output": "run.json"}, "`output` must be a new file, or an unchanged report"),
         ({"output": "."}, "must be a file to write"),
     ],
 )

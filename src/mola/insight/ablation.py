@@ -23,14 +23,14 @@ class LeftOut:
     """The loss without one expert."""
 
     layer_index: int | None  # its decoder layer, None outside the layers
-    module: str | None  # its module; None if the expert of this number was left out of all modules of the layer
+    module: str | None  # its module; None if the expert with this number was left out of all modules of the layer
     expert: int  # its number
     loss_change: float  # loss without it, less the loss of the whole model; above 0 if it helps
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One expert to leave out, of one module or of all modules of a layer."""
+    """One expert to leave out of one module, or of all modules of a layer."""
 
     layer_index: int | None
     module: str | None
@@ -64,8 +64,8 @@ def measure_losses_without(
 ) -> tuple[float, list[LeftOut]]:
     """The loss of the whole model, and its change without each expert.
 
-    It takes `(1 + experiments) * samples` forward passes. The model is in eval mode; samples have `input_ids` and
-    `labels`.
+    This needs `(1 + experiments) * samples` forward passes. The model must be in eval mode; samples have `input_ids`
+    and `labels`.
 
     Raises:
         MolaError: the loss of the whole model is not finite.
@@ -89,7 +89,7 @@ def measure_losses_without(
 
 @torch.no_grad()
 def answer_loss(model: Any, samples: Sequence[Mapping[str, Any]]) -> float:
-    """Mean negative log-likelihood of the answers' tokens over all samples, which are read one at a time."""
+    """Mean negative log-likelihood of the answer tokens over all samples, computed one sample at a time."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
     for sample in samples:
@@ -103,10 +103,10 @@ def answer_loss(model: Any, samples: Sequence[Mapping[str, Any]]) -> float:
 
 @contextmanager
 def expert_left_out(layers: Sequence[MolaLinear], expert: int) -> Iterator[None]:
-    """Compute without one expert until the context ends, as if its logit were minus infinity.
+    """Leave one expert out of all computations until the context ends, as if its logit were minus infinity.
 
     The `top_k` largest of the other logits are chosen, or all of them if fewer are left; gates add up to 1. Each
-    of the modules has a router and more than `expert` experts.
+    module must have a router and more than `expert` experts.
     """
     with ExitStack() as stack:
         for layer in layers:
@@ -126,8 +126,8 @@ class Experts(NamedTuple):
     Attributes:
         A: `(E, r, in)`.
         B: `(E, r, out)`.
-        router: `(E, in)`; None for one expert without any.
-        settings: of these experts.
+        router: `(E, in)`; None for a single expert, which has no router.
+        settings: settings of these experts.
     """
 
     A: nn.Parameter
@@ -138,7 +138,7 @@ class Experts(NamedTuple):
 
 @contextmanager
 def replaced_experts(layer: MolaLinear, name: str, experts: Experts) -> Iterator[None]:
-    """Compute with other experts than those of the adapter `name` until the context ends."""
+    """Replace the experts of the adapter `name` in one layer until the context ends."""
     own = Experts(layer.mola_A[name], layer.mola_B[name], layer.mola_router.get(name), layer.settings[name])
     try:
         _set_experts(layer, name, experts)

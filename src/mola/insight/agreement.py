@@ -1,4 +1,4 @@
-"""Whether modules sort tokens in the same way, although each module numbers its own experts."""
+"""Measures whether modules sort tokens in the same way, although each module numbers its experts on its own."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,8 @@ from mola.insight.recorder import ModuleGates
 class AgreementCounter:
     """Counts for every pair of modules how often a token's first choices are experts `i` and `j`.
 
-    A module is left out if it sees, in any pass, another number of tokens than the first module does. The experts of a
-    MoE base do so.
+    A module is left out if, in any pass, its number of tokens differs from that of the first module. The experts of a
+    MoE base are left out for this reason.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class AgreementCounter:
         self._counts: torch.Tensor | None = None  # (sum of E, sum of E): all contingency tables; None before a pass
 
     def add(self, recorded: Sequence[ModuleGates]) -> None:
-        """Count the tokens of one forward pass; a module that ran several times counts its tokens of every run."""
+        """Count the tokens of one forward pass; for a module that ran several times, the tokens of every run count."""
         calls: dict[str, list[torch.Tensor]] = {}
         for each in recorded:
             calls.setdefault(each.module, []).append(each.gates)
@@ -45,7 +45,7 @@ class AgreementCounter:
             self._counts += one_hot.t() @ one_hot
 
     def _keep(self, names: Sequence[str]) -> None:
-        """Drop all other modules."""
+        """Drop all modules except those named."""
         num_experts = dict(zip(self.modules, self._num_experts, strict=True))
         is_kept = torch.cat([torch.full((number,), name in names) for name, number in num_experts.items()])
         self.modules, self._num_experts = list(names), [num_experts[name] for name in names]
@@ -58,9 +58,9 @@ class AgreementCounter:
             V_ab = sqrt(chi^2 / n / (min(k_a, k_b) - 1)),   chi^2 / n = sum_ij n_ij^2 / (n_i n_j) - 1
 
         `n_ij` is the number of tokens that module `a` gives to expert `i` first and module `b` to expert `j`. `k` is
-        the number of experts that are some token's first choice. 1: the choice of one module follows from the choice
-        of the other, with different `k` the coarser one from the finer one. 0: the choices are independent, or a module
-        makes the same choice for all tokens.
+        the number of experts that are some token's first choice. 1: the choice of one module determines the choice
+        of the other (if `k` differs, the finer choice determines the coarser one). 0: the choices are independent, or a
+        module makes the same choice for all tokens.
 
         Returns:
             float64 `(M, M)`, symmetric, 1 on the diagonal.

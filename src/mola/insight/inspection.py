@@ -1,4 +1,4 @@
-"""What the experts of a trained adapter do on data: which tokens they work on, and how alike they are."""
+"""What the experts of a trained adapter do on data: which tokens they process, and how alike they are."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +27,7 @@ class ModuleRedundancy:
     module: str  # its name in the model
     layer_index: int | None  # its decoder layer, None outside the layers
     distance: float  # Frobenius distance of the updates, see `mola.insight.redundancy.expert_distances`
-    input_overlap: float  # overlap of what experts read, from 0 to 1; NaN where a matrix is zero
+    input_overlap: float  # overlap of what experts read, from 0 to 1; NaN if a matrix is zero
     output_overlap: float  # overlap of what experts write
 
 
@@ -52,14 +52,14 @@ def module_redundancy(
     return ModuleRedundancy(module, layer_index, mean_pairwise(distances), *overlaps)
 
 
-# ---------------------------------------------------------------------- which tokens they work on
+# ---------------------------------------------------------------------- which tokens they process
 
 
 class TokenTypes:
     """Types of tokens by their text; each token of the vocabulary is decoded at most once."""
 
     def __init__(self, tokenizer: Any) -> None:
-        # Special tokens of a chat template are missing in `all_special_ids`, which has only those with a name.
+        # `all_special_ids` has only the special tokens with a name, so it lacks those of a chat template.
         added = tokenizer.added_tokens_decoder.items()
         special = {*tokenizer.all_special_ids, *(token for token, content in added if content.special)}
 
@@ -77,7 +77,7 @@ class TokenTypes:
 def type_of_text(text: str) -> str:
     """The type of a token by its text.
 
-    `space` is only white space, `word` has a letter, `number` has a digit and no letter. Everything else is
+    A `space` is only white space, a `word` has a letter, a `number` has a digit and no letter. Everything else is
     `punctuation`: marks, symbols, parts of a character.
     """
     if not text.strip():
@@ -96,7 +96,7 @@ class RouterUse:
     usage: dict[str, list[ModuleUsage]]  # use of experts by module, over groups of tokens
     modules: list[str]  # names of the modules with a row and a column in `agreement`
     agreement: list[list[float]]  # Cramér's V of every pair of modules, see `mola.insight.agreement.AgreementCounter`
-    # of some samples, by their number: `module`, `layer_index` and `mean_gates` over the answer's tokens
+    # for some samples, by sample number: `module`, `layer_index` and `mean_gates` over the answer tokens
     gates: dict[int, list[dict[str, Any]]]
 
 
@@ -107,14 +107,14 @@ def measure_router_use(
     token_types: Callable[[Sequence[int]], list[str]],
     examples: Collection[int] = (),
 ) -> RouterUse:
-    """Measure the use of experts over samples, which are read one at a time, so without padding.
+    """Measure the use of experts over samples. They are processed one at a time, so there is no padding.
 
     Args:
-        model: with an adapter, in eval mode.
+        model: a model with an adapter, in eval mode.
         dataset: `input_ids` and `labels` of each sample, see `mola.data.encode.encode_examples`.
         groups: column -> value of each sample, such as `{"subject": "physics"}`.
         token_types: type of each token, see `TokenTypes`.
-        examples: numbers of the samples whose gates are wanted.
+        examples: numbers of the samples whose gates are returned.
 
     Returns:
         The use over `all` tokens, over those of the `prompt` and of the `answer`, over tokens of a type, named
@@ -138,7 +138,7 @@ def measure_router_use(
         masks |= {f"token={kind}": torch.tensor([each == kind for each in types]) for kind in sorted(set(types))}
         masks |= {f"{column}={value}": is_any for column, value in group.items()}
         counters["all"].add(recorded)
-        # The experts of a MoE base see other tokens, and nothing says which tokens of the sample these are.
+        # The experts of a MoE base see only some tokens, and it is not known which tokens of the sample these are.
         with_all_tokens = [each for each in recorded if len(each.gates) == len(ids)]
         for name, mask in masks.items():
             if with_all_tokens and mask.any():  # a text without a prompt has no token of `prompt`
@@ -161,11 +161,11 @@ def _check_finite(recorded: Sequence[ModuleGates]) -> None:
     for each in recorded:
         if not torch.isfinite(each.entropies).all():
             raise MolaError(
-                f"what routers decide must be finite numbers: in {each.module} they are not. In float16 this model's "
+                f"router decisions must be finite numbers: in {each.module} they are not. In float16 this model's "
                 "activations may be too large: pass --dtype bfloat16 or float32."
             )
 
 
 def to_records(rows: Sequence[ModuleUsage] | Sequence[ModuleRedundancy] | Sequence[LeftOut]) -> list[dict[str, Any]]:
-    """Plain values for JSON, NaN as None."""
+    """The rows as plain values for JSON; NaN becomes None."""
     return [{key: None if value != value else value for key, value in asdict(row).items()} for row in rows]

@@ -1,4 +1,4 @@
-"""Which backend computes each adapted linear, and why no faster one does: `mola.kernels_report`."""
+"""`mola.kernels_report`: which backend computes each adapted linear, and why no faster backend does."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -17,14 +17,15 @@ TOKENS = {"training": 512, "decode": 1}
 
 
 class KernelChoice(NamedTuple):
-    """The backend for modules that are alike.
+    """The backend for a group of modules with equal shapes and settings.
 
     Attributes:
-        mode: "training" (512 tokens, with gradients) or "decode" (one token, without).
+        mode: "training" (512 tokens, with gradients) or "decode" (one token, without gradients).
         backend: its name; "none" if `MOLA_KERNEL` names one that cannot compute these modules.
-        num_modules: how many modules.
-        num_experts: their numbers of experts, in rising order.
-        reasons: why each backend before it in the table is not used, for backends that serve this mode and device.
+        num_modules: number of modules in the group.
+        num_experts: the distinct numbers of experts of these modules, in rising order.
+        reasons: why each backend that the table lists before `backend` is not used; only backends that serve this mode
+            and device are named.
     """
 
     mode: str
@@ -42,11 +43,11 @@ class KernelChoice(NamedTuple):
 def kernels_report(
     model: nn.Module, adapter_name: str | None = None, modes: str | Sequence[str] = tuple(TOKENS)
 ) -> list[KernelChoice]:
-    """Which backend computes the modules of a model here, for training and for one generated token.
+    """Which backend computes a model's modules on this machine, for training and for one generated token.
 
     Args:
-        model: a model with MoLA layers; it is not run and not changed.
-        adapter_name: an adapter; default: the first active one.
+        model: a model with MoLA layers; it is neither run nor changed.
+        adapter_name: name of an adapter; default: the first active one.
         modes: "training", "decode", or a sequence of these. The first call with "decode" compiles its native
             functions.
 
@@ -54,7 +55,7 @@ def kernels_report(
         One entry for each mode, backend and set of reasons.
 
     Raises:
-        MolaError: the model has no MoLA layer with that adapter, or there is no such mode.
+        MolaError: the model has no MoLA layer with that adapter, or a mode is unknown.
     """
     modes = (modes,) if isinstance(modes, str) else tuple(modes)
     if not modes or not {*modes} <= {*TOKENS}:

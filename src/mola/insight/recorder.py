@@ -1,7 +1,7 @@
-"""Records what the routers of a model decide.
+"""Records router decisions of a model.
 
 - `recorded_gates` keeps the gates of every token while a model computes without gradients.
-- `RouterRecorder` sums up what routers decide in the forward passes of a training.
+- `RouterRecorder` sums up the router decisions in the forward passes of a training.
 """
 
 import math
@@ -31,8 +31,8 @@ class ModuleGates(NamedTuple):
     Attributes:
         module: its name in the model.
         layer_index: its decoder layer, from 0; None outside the layers.
-        gates: float32 `(N, E)` on the CPU, one row per token in the order of the input; 0 where not chosen.
-        entropies: float32 `(N,)`, entropy of the router's softmax over all experts, over its largest value `log E`.
+        gates: float32 `(N, E)` on the CPU, one row per token in the order of the input; 0 for experts not chosen.
+        entropies: float32 `(N,)`, entropy of the router's softmax over all experts, divided by its maximum `log E`.
     """
 
     module: str
@@ -45,17 +45,17 @@ class ModuleGates(NamedTuple):
 def recorded_gates(model: nn.Module) -> Iterator[list[ModuleGates]]:
     """Record the gates of the active adapters' routers in every forward pass of a `with` block.
 
-    A hook before each layer computes the router's logits once more. The layer itself computes as without the hook, by
-    its fastest kernel, which may not keep logits.
+    A hook before each layer computes the router's logits a second time. The layer itself still uses its fastest kernel,
+    which may not keep logits.
 
     Args:
-        model: holds `MolaLinear` modules; those with one expert have no router and are left out.
+        model: a model with `MolaLinear` modules; modules with one expert have no router and are left out.
 
     Yields:
         A list that grows with every call of a module.
 
     Raises:
-        MolaError: in a forward pass with `adapter_names`.
+        MolaError: a forward pass uses `adapter_names`.
     """
     recorded: list[ModuleGates] = []
     handles = [
@@ -75,7 +75,7 @@ def _gate_hook(name: str, recorded: list[ModuleGates]) -> Callable[[MolaLinear, 
         if layer.disable_adapters or layer.merged:
             return
         if layer.mixed_batch is not None:
-            raise MolaError("Gates are recorded of one adapter at a time: leave out `adapter_names`.")
+            raise MolaError("Gates are recorded for one adapter at a time: leave out `adapter_names`.")
         for adapter in layer.active_adapters:
             if adapter in layer.mola_router:
                 with torch.no_grad():
@@ -91,7 +91,7 @@ def _gate_hook(name: str, recorded: list[ModuleGates]) -> Callable[[MolaLinear, 
 def gates_of_tokens(model: Any, token_ids: list[int]) -> list[ModuleGates]:
     """Gates of every module for one text, from one forward pass of a model in eval mode.
 
-    For a text that the model has generated, these are the gates of the generation up to rounding.
+    For a text that the model has generated, these equal, up to rounding, the gates used while generating it.
     """
     with recorded_gates(model) as recorded:
         model(input_ids=torch.tensor([token_ids], device=next(model.parameters()).device))
@@ -99,7 +99,7 @@ def gates_of_tokens(model: Any, token_ids: list[int]) -> list[ModuleGates]:
 
 
 def router_entropies(logits: torch.Tensor, dim: int) -> torch.Tensor:
-    """Entropy of the softmax along `dim` over its largest value `log E`: one dimension less than `logits`."""
+    """Entropy of the softmax along `dim`, divided by its maximum `log E`; the result lacks the dimension `dim`."""
     log_probabilities = torch.log_softmax(logits, dim)
     return -(log_probabilities.exp() * log_probabilities).sum(dim) / math.log(logits.shape[dim])
 
@@ -112,13 +112,13 @@ class RecordedRouter(NamedTuple):
 
     module: str  # name of its module, followed by the adapter's name in brackets if that adapter is not active
     layer_index: int | None  # its decoder layer, None outside the layers
-    num_experts: int  # how many it chooses from
+    num_experts: int  # number of experts it chooses from
 
 
 class _RouterCall(NamedTuple):
-    """What a router gave in one call of its layer."""
+    """Output of a router in one call of its layer."""
 
-    row: int  # of the router in the sums
+    row: int  # row of the router in the sums
     function: str  # name of the function in `ROUTERS` that turns logits into gates
     layer_index: int | None
     output: RouterOutput
@@ -130,10 +130,10 @@ class RouterRecorder:
     Forward passes in training mode with gradients count, without their padding (`attention_mask`). Evaluation,
     generation and passes without the adapter do not count.
 
-    Layers hand over the logits and choices that they compute with. At the end of a forward pass, those of all modules
-    with equal shapes are stacked and reduced together: a few operators for the whole model, and the host never waits
-    for the device. Gradient checkpointing computes a layer again in the backward pass, when the forward pass is over,
-    so no token counts twice.
+    Layers pass on the logits and choices that they compute with. At the end of a forward pass, those of all modules
+    with equal shapes are stacked and reduced together. This needs a few operators for the whole model, and the host
+    never waits for the device. Gradient checkpointing computes a layer again in the backward pass, when the
+    forward pass is over, so no token counts twice.
 
     Attributes:
         routers: the recorded routers, in the order of the rows of `sums`.
@@ -144,7 +144,7 @@ class RouterRecorder:
         """Record a model until `close` is called. Modules with one expert have no router."""
         self.routers: list[RecordedRouter] = []
         self.collecting = False
-        self._calls: list[_RouterCall] = []  # of the current forward pass
+        self._calls: list[_RouterCall] = []  # calls of the current forward pass
         self._layers: list[MolaLinear] = []
         self._row_indices: dict[tuple[Any, ...], torch.Tensor] = {}
         for name, layer in model.named_modules():
@@ -155,7 +155,7 @@ class RouterRecorder:
         self._handles: list[Any] = []
         if self._layers:
             losses = self._layers[0].router_losses
-            root = model if losses is None else losses.model  # the model proper, inside of what wraps it
+            root = model if losses is None else losses.model  # the model inside any wrappers
             self._stacks = LayerStacks.of(root)
             for layer in self._layers:
                 self._sums_on(next(iter(layer.mola_router.values())).device)
@@ -197,7 +197,7 @@ class RouterRecorder:
         for call in self._calls:
             logits, expert_indices = call.output
             side = masks.side(call.layer_index, logits.shape[0])
-            # The number of tokens is compared and not part of the key: a compiler would make a graph for each number.
+            # The number of tokens is not part of the key, because a compiler would make a graph for each number.
             alike = groups[logits.device, call.function, logits.shape[1], expert_indices.shape[1], side]
             members = next((group for group in alike if len(group[0].output.logits) == len(logits)), None)
             if members is None:
@@ -220,12 +220,12 @@ class RouterRecorder:
         if device not in self._sums:
             shape = len(self.routers), 2 * self._width + SCALAR_SUMS
             self._sums[device] = torch.zeros(shape, dtype=_sum_dtype(device), device=device)
-            # Otherwise a batch with as many samples as the sums have rows would get a graph of its own.
+            # Otherwise a batch whose number of samples equals the number of rows would get a graph of its own.
             torch._dynamo.mark_static(self._sums[device])
         return self._sums[device]
 
     def _rows_on(self, device: torch.device, calls: list[_RouterCall]) -> torch.Tensor:
-        """Row of each call; kept, since a copy to a GPU makes the host wait."""
+        """The row of each call, as a tensor; cached, since a copy to a GPU makes the host wait."""
         rows = tuple(call.row for call in calls)
         if torch.compiler.is_compiling():
             return torch.tensor(rows, device=device)
@@ -270,14 +270,15 @@ class _LayerObserver:
 
     def observe(self, adapter_name: str, output: RouterOutput) -> None:
         row = self.rows.get(adapter_name)
-        if row is not None:  # an adapter that was added later has no row
+        if row is not None:  # an adapter that was added after the recorder has no row
             self.recorder._calls.append(_RouterCall(*row, self.layer_index, output))
 
 
 class _TokenMasks:
     """Which tokens of a forward pass count: all but padding.
 
-    `by_side` has booleans `(N,)` of the attention mask and of the decoder's in an encoder-decoder, where given.
+    `by_side` has booleans `(N,)` for each attention mask of the inputs: key "" for `attention_mask`, key "decoder" for
+    `decoder_attention_mask`.
     """
 
     def __init__(self, inputs: dict[str, Any], stacks: LayerStacks) -> None:
@@ -290,14 +291,13 @@ class _TokenMasks:
         self._decoder_tokens = tokens[0].numel() if tokens else None
 
     def side(self, layer_index: int | None, num_tokens: int) -> str | None:
-        """The key of the mask of a module's tokens.
+        """Which mask in `by_side` applies to a module's tokens, by its key; None if all tokens count.
 
-        None if all tokens count, also in a module whose number of tokens differs from the mask's, such as an expert of
-        a MoE base.
+        All tokens also count if their number differs from the mask's, such as in an expert of a MoE base.
         """
         side = ""
         if self._stacks.num_encoder_layers and not self._stacks.is_encoder(layer_index):
-            # Cross attention reads the encoder's tokens, all else the decoder's.
+            # Cross attention reads the encoder's tokens; all other modules read the decoder's.
             side = "decoder" if num_tokens == self._decoder_tokens else ""
         return side if side in self.by_side and self.by_side[side].numel() == num_tokens else None
 
@@ -315,8 +315,8 @@ def sums_over_tokens(
         function: name of the function in `mola.tuner.routing.ROUTERS` that turns logits into gates.
         logits: float32 `(M, E, N)`.
         expert_indices: chosen experts, `(M, K, N)`.
-        mask: booleans `(N,)`; None counts all.
-        width: columns of the two parts that have one for every expert, at least E.
+        mask: booleans `(N,)`, True for counted tokens; None counts all.
+        width: number of columns for the choices, and for the gates, at least E.
 
     Returns:
         float64 (float32 on MPS) `(M, 2 width + SCALAR_SUMS)`: choices and gates by expert, entropies, margins, tokens.

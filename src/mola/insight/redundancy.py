@@ -43,14 +43,14 @@ def subspace_overlaps(stack: torch.Tensor) -> torch.Tensor:
 
         O_ij = || Q_i^T Q_j ||_F^2 / min(rank_i, rank_j)
 
-    `Q_i` is an orthonormal basis of the rows of factor `i`. 1: the smaller space lies in the other one; 0: they are
+    `Q_i` is an orthonormal basis of the rows of factor `i`. 1: the smaller space lies in the larger one; 0: they are
     orthogonal; two random spaces of `r` directions among `n` have `r / n`.
 
     Args:
         stack: `(E, r, features)`: the A matrices for what experts read, the B matrices for what they write.
 
     Returns:
-        float64 `(E, E)`; NaN where a factor is zero.
+        float64 `(E, E)`; NaN if a factor is zero.
     """
     _, lengths, directions = torch.linalg.svd(in_float64(stack.detach()), full_matrices=False)
     smallest = lengths[:, :1] * max(stack.shape[1:]) * torch.finfo(torch.float32).eps
@@ -66,7 +66,7 @@ def inner_products(experts_A: torch.Tensor, experts_B: torch.Tensor) -> torch.Te
 
         <B_i A_i, B_j A_j> = sum over the entries of (B_i^T B_j) * (A_i A_j^T)
 
-    It forms two `(E r, E r)` matrices, whereas a single update would have `out * in` entries.
+    Only two `(E r, E r)` matrices are formed; a single update would have `out * in` entries.
 
     Args:
         experts_A: `(E, r, in)`.
@@ -81,7 +81,7 @@ def inner_products(experts_A: torch.Tensor, experts_B: torch.Tensor) -> torch.Te
 
 
 def _gram(stack: torch.Tensor) -> torch.Tensor:
-    """Inner products of all rows, float64 `(E r, E r)`, without a copy of the stack as a whole."""
+    """Inner products of all rows, float64 `(E r, E r)`, without copying the whole stack."""
     rows = stack.detach().flatten(0, 1)
     # float64, because the squared distance of similar experts is a small difference of large numbers.
     products = (columns @ columns.t() for columns in map(in_float64, rows.split(_COLUMNS_AT_ONCE, dim=1)))

@@ -1,4 +1,4 @@
-"""How the eigenvalues of weight matrices are distributed: their power-law exponent."""
+"""The distribution of a weight matrix's eigenvalues: its power-law exponent."""
 
 import torch
 
@@ -9,7 +9,7 @@ from mola.insight.redundancy import in_float64
 def eigenvalues(weight: torch.Tensor) -> torch.Tensor:
     """Eigenvalues of `W W^T`, the squared singular values of `W`.
 
-    Taken from the smaller of `W W^T` and `W^T W`: they share all eigenvalues but zeros.
+    Computed from the smaller of `W W^T` and `W^T W`, which have the same eigenvalues except zeros.
 
     Args:
         weight: a matrix, `(out, in)`, in any dtype.
@@ -18,7 +18,7 @@ def eigenvalues(weight: torch.Tensor) -> torch.Tensor:
         float64 `(min(out, in),)`, in ascending order, at least 0.
 
     Raises:
-        MolaError: no matrix, or it holds values that are not finite.
+        MolaError: `weight` is not a matrix, or holds values that are not finite.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise MolaError(
@@ -38,7 +38,8 @@ def power_law_exponent(spectrum: torch.Tensor) -> float:
         alpha = 1 + k / sum_{i=1..k} ln(lambda_{n-i+1} / lambda_{n-k})        Hill estimator, k = n // 2
 
     `lambda_1 <= ... <= lambda_n`: the `k` largest eigenvalues against the one below them. A heavy tail, the sign of a
-    well trained matrix in that work, has a small exponent. A factor common to all eigenvalues changes nothing.
+    well trained matrix in that work, has a small exponent. Scaling all eigenvalues by one factor does not change
+    the exponent.
 
     Args:
         spectrum: eigenvalues `(n,)` in ascending order, as `eigenvalues` returns them.

@@ -7,7 +7,7 @@ from mola.insight.recorder import ModuleGates
 
 # A share of the page's text colour is legible on light and on dark pages.
 _CELL = "padding:2px 8px;text-align:right;background:color-mix(in srgb,currentColor {shade}%,transparent)"
-_MAX_SHADE = 45  # per cent, on which the number stays legible
+_MAX_SHADE = 45  # per cent; the number stays legible on this shade
 
 
 def layers_table(modules: Sequence[ModuleGates], tokens: slice) -> str:
@@ -48,5 +48,5 @@ def _row(kind: str, texts: Sequence[str]) -> str:
 def _table(caption: str, head: str, rows: Sequence[str]) -> str:
     caption = f'<caption style="text-align:left">{html.escape(caption)}</caption>'
     table = f"<table>{caption}<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
-    # A table wider than the screen scrolls sideways, by keyboard as well.
+    # A table wider than the screen scrolls sideways, also by keyboard.
     return f'<div style="overflow-x:auto" tabindex="0">{table}</div>'

@@ -1,4 +1,4 @@
-"""Writes how experts are used in a training: one line for every interval between two log entries.
+"""Records the use of experts during training: one line for every interval between two log entries.
 
     trainer = Trainer(model=model, args=args, train_dataset=data)
     ExpertTelemetry("runs/first/routing.jsonl").add_to(trainer)
@@ -30,7 +30,7 @@ from mola.insight.recorder import RouterRecorder
 from mola.insight.usage import usage_of_sums
 
 SUMS_FILE = "routing_sums.json"  # in a checkpoint: the sums since the last line
-_DIGITS = 6  # of a share or a gate; with all digits the file would be three times as large
+_DIGITS = 6  # digits of a share or a gate; with all digits the file would be three times as large
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,10 @@ class ExpertTelemetry(TrainerCallback):
 
     With every log entry that has a training loss, one line goes to the file:
     `{"step", "epoch", "tokens", "modules": [...]}`. Each module is a `mola.insight.usage.ModuleUsage` with its `drift`:
-    half the L1 distance of its mean gates to those of the line before, from 0 to 1, None at first. Tokens after the
-    last log entry get a line at the end of training. The log entry itself gets `experts/balance`, `experts/entropy`,
-    `experts/margin`, `experts/drift` (means over modules) and `experts/dead` (a number of experts).
+    half the L1 distance between its mean gates and those of the previous line, from 0 to 1; None in the first line.
+    Tokens after the last log entry get a line at the end of training. The log entry itself gets
+    `experts/balance`, `experts/entropy`, `experts/margin`, `experts/drift` (means over modules) and `experts/dead` (a
+    number of experts).
 
     No file is written for a model without routers.
     """
@@ -50,13 +51,13 @@ class ExpertTelemetry(TrainerCallback):
     def __init__(
         self, path: str | os.PathLike[str] | None = None, checkpoint: str | os.PathLike[str] | None = None
     ) -> None:
-        """Set where lines go.
+        """Set the file for the lines.
 
         Args:
-            path: the file, JSON lines; without it, only the log gets the means. A resumed run keeps the lines up to its
-                step. A new run replaces the file.
-            checkpoint: folder of the checkpoint that a resumed run starts from; by default that of its step in the
-                trainer's `output_dir`.
+            path: the file (JSON lines); without a path, only the log gets the means. A resumed run keeps the lines up
+                to its step. A new run replaces the file.
+            checkpoint: folder of the checkpoint from which a resumed run starts; by default the checkpoint of that step
+                in the trainer's `output_dir`.
         """
         self.path = None if path is None else Path(path)
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
@@ -121,8 +122,8 @@ class ExpertTelemetry(TrainerCallback):
         # DeepSpeed skips a step whose gradients are not finite, so only the routers show that training has diverged.
         if not bool(sums.isfinite().all()):
             raise NotFiniteError(
-                f"what routers decide is no longer finite at step {state.global_step}: training has diverged. Lower "
-                "`learning_rate` or raise `warmup_steps`, and start again in another `output_dir`."
+                f"router decisions are no longer finite at step {state.global_step}: training has diverged. Lower "
+                "`learning_rate` or raise `warmup_steps`, and start again in a different `output_dir`."
             )
         folder = _checkpoint_folder(args, state.global_step)
         if state.is_world_process_zero and bool(sums.any()) and folder.is_dir():
@@ -132,7 +133,7 @@ class ExpertTelemetry(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the line of the tokens after the last log entry, and stop recording."""
+        """Write a line for the tokens after the last log entry, and stop recording."""
         if self._recorder is not None:
             self._write_line(self._recorder, args, state)
         self.close()
@@ -140,7 +141,7 @@ class ExpertTelemetry(TrainerCallback):
     # ------------------------------------------------------------------ lines
 
     def _write_line(self, recorder: RouterRecorder, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-        """Write the line of the interval that ends here; returns its means over modules, empty without any token."""
+        """Write the line of the current interval; returns its means over modules, empty if no token was counted."""
         sums = _sums_of_all_processes(recorder, args)
         recorder.reset()
         records = [self._record(asdict(usage)) for usage in usage_of_sums(recorder.routers, sums)]
@@ -156,7 +157,7 @@ class ExpertTelemetry(TrainerCallback):
     def _record(self, usage: dict[str, Any]) -> dict[str, Any]:
         record = {name: _rounded(value) for name, value in usage.items()}
         gates, before = record["mean_gates"], self._last_gates.get(record["module"])
-        # Computed from rounded gates, since a resumed run reads those of the line before from the file.
+        # Computed from rounded gates, since a resumed run reads the gates of the previous line from the file.
         record["drift"] = None if before is None else _rounded(_half_l1(gates, before))
         self._last_gates[record["module"]] = gates
         return record
@@ -164,12 +165,12 @@ class ExpertTelemetry(TrainerCallback):
     # ------------------------------------------------------------------ a resumed run
 
     def _continue_interval(self, recorder: RouterRecorder, args: TrainingArguments, step: int) -> None:
-        """Drop lines after the checkpoint, and load the sums of the interval that it was saved in."""
+        """Drop lines after the checkpoint, and load the sums of the interval in which the checkpoint was saved."""
         sums = _saved_sums(recorder, self.checkpoint or _checkpoint_folder(args, step)) if step else None
         recorder.reset(sums)
         if self.path is None:
             return
-        # If there are sums, a line of the same step was written at the end of the run that was stopped there.
+        # If the checkpoint has sums, a line of the same step was written when the earlier run stopped; drop that line.
         end = step + 1 if sums is None else step
         kept = select_lines(self.path, lambda line: _is_complete_before(line, end)) if step else []
         if self.path.exists() or step:
@@ -207,7 +208,7 @@ def _router_names(recorder: RouterRecorder) -> list[str]:
 
 
 def _saved_sums(recorder: RouterRecorder, checkpoint: Path) -> torch.Tensor | None:
-    """Sums in a checkpoint; None if it has none, or those of other routers."""
+    """Sums in a checkpoint; None if it has none, or has sums of different routers."""
     saved = read_json_object(checkpoint / SUMS_FILE)
     if saved.get("routers") != _router_names(recorder):
         return None
@@ -233,14 +234,14 @@ def _means_over_modules(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _half_l1(gates: Sequence[float | None], before: Sequence[float | None]) -> float:
-    """Half the L1 distance; NaN if a gate was not finite, as in a run that diverges."""
+    """Half the L1 distance; NaN if a gate was not finite, such as in a run that diverges."""
     pairs = zip(gates, before, strict=True)
-    distances = [abs(now - then) for now, then in pairs if now is not None and then is not None]
+    distances = [abs(new - old) for new, old in pairs if new is not None and old is not None]
     return sum(distances) / 2 if len(distances) == len(gates) else math.nan
 
 
 def _rounded(value: Any) -> Any:
-    """A value with few digits; None if it is not finite, since JSON has no NaN."""
+    """A value rounded to `_DIGITS` digits; None if it is not finite, since JSON has no NaN."""
     if isinstance(value, tuple):
         return [_rounded(each) for each in value]
     if isinstance(value, float):

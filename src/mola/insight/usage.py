@@ -18,14 +18,14 @@ class ModuleUsage:
     Attributes:
         module: its name in the model.
         layer_index: its decoder layer, None outside the layers.
-        num_tokens: counted tokens.
-        shares: of each expert, the share of tokens that chose it; they add up to `top_k`.
-        mean_gates: of each expert, its mean gate `m_e`; they add up to 1.
-        balance: entropy of the mean gates over its largest value, `-sum_e m_e log m_e / log E`: 1 where all experts
-            have the same weight, 0 where one has all of it.
+        num_tokens: number of counted tokens.
+        shares: for each expert, the share of tokens that chose it; shares add up to `top_k`.
+        mean_gates: for each expert, its mean gate `m_e`; mean gates add up to 1.
+        balance: entropy of the mean gates divided by its maximum, `-sum_e m_e log m_e / log E`: 1 if all experts have
+            the same weight, 0 if one expert has all of it.
         entropy: mean over tokens of the entropy of the router's softmax `p` over all experts, `-sum_e p_e log p_e /
-            log E`: 1 where a router is undecided, 0 where it is sure.
-        margin: mean difference of the largest and the second largest gate; 1 where one expert is chosen.
+            log E`: 1 if a router is undecided, 0 if it is sure.
+        margin: mean difference between the largest and the second largest gate; 1 if only one expert is chosen.
         dead_experts: experts that no token chose.
     """
 
@@ -50,11 +50,11 @@ class UsageCounter:
         """Count the tokens of one forward pass.
 
         Args:
-            recorded: gates, as `recorded_gates` lists them.
-            token_mask: `(N,)`, nonzero for tokens that count, or of any shape with N elements; None counts all.
+            recorded: gates from `recorded_gates`.
+            token_mask: N elements in any shape, nonzero for tokens that count; None counts all.
 
         Raises:
-            MolaError: a module saw another number of tokens than the mask has.
+            MolaError: a module's number of tokens differs from the mask's.
         """
         for each in recorded:
             gates, entropies = each.gates.double(), each.entropies.double()
@@ -73,7 +73,7 @@ class UsageCounter:
             self._sums[key] = self._sums[key] + sums if key in self._sums else sums
 
     def usage(self) -> list[ModuleUsage]:
-        """The use of every counted module, in the order of their first appearance.
+        """The use of every counted module, in order of first appearance.
 
         Raises:
             MolaError: no token was counted.
@@ -84,11 +84,11 @@ class UsageCounter:
 
 
 def usage_of_sums(routers: Sequence[RecordedRouter], sums: torch.Tensor) -> list[ModuleUsage]:
-    """Use of experts from the sums of a `RouterRecorder`; routers without a token are left out.
+    """Use of experts from the sums of a `RouterRecorder`; routers without counted tokens are left out.
 
     Args:
         routers: the recorder's `routers`.
-        sums: a row for each router, as `RouterRecorder.sums` returns them.
+        sums: a row for each router, from `RouterRecorder.sums`.
     """
     return [
         _module_usage(router.module, router.layer_index, row, router.num_experts)
@@ -120,8 +120,8 @@ def _module_usage(
 def is_short_interval(last: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last interval in a `routing.jsonl` has less than half the tokens of the interval before.
 
-    Such an interval says little: the run ended soon after it began. Both arguments are the records of an interval, one
-    per module. False if a record lacks `num_tokens`, as those of earlier versions do.
+    A short interval says little: the run ended soon after the interval began. Both arguments are the records of an
+    interval, one per module. False if a record lacks `num_tokens`, like those of earlier versions.
     """
     if not all("num_tokens" in record for record in (*last, *before)):
         return False

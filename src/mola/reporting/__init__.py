@@ -1,3 +1,3 @@
-"""Pages about runs and adapters, model cards, and faults of runs."""
+"""Pages about runs and adapters, model cards, and a check of runs for faults."""
 
 REPORT_FILE = "report.html"

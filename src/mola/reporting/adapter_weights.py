@@ -1,4 +1,4 @@
-"""What a saved adapter holds: experts and trained values of each layer, and how alike the experts are."""
+"""Content of a saved adapter: experts and trainable parameters of each layer, and how alike the experts are."""
 
 import math
 import re
@@ -21,7 +21,7 @@ from mola.reporting.document import Table
 from mola.reporting.formatting import layer_order, layer_range
 from mola.tuner.loading import PREFIX
 
-_MAX_SHOWN_ENTRIES = 8  # of a pattern in a sentence
+_MAX_SHOWN_ENTRIES = 8  # entries of a pattern shown in a sentence
 _STACKED = re.compile(r"\.mola_[AB]_\w+$")  # the weights of one parameter of `target_parameters`
 
 
@@ -29,14 +29,14 @@ _STACKED = re.compile(r"\.mola_[AB]_\w+$")  # the weights of one parameter of `t
 class LayerExperts:
     """One decoder layer of an adapter; its modules have the same settings unless a pattern changes some of them."""
 
-    layer_index: int | None  # the layer
-    num_experts: int  # experts of each module without a number of its own
-    fewest: int  # experts of the module with the fewest
-    most: int  # experts of the module with the most
+    layer_index: int | None  # number of the layer; None for modules outside the layers
+    num_experts: int  # experts of each module for which no pattern sets a number
+    fewest: int  # smallest number of experts of a module
+    most: int  # largest number of experts of a module
     top_k: int  # experts chosen for a token
     r: int  # rank of each expert
-    expert_values: int  # trained values of the experts of all modules
-    router_values: int  # trained values of their routers
+    expert_values: int  # trainable parameters of the experts of all modules
+    router_values: int  # trainable parameters of their routers
 
     @property
     def experts_text(self) -> str:
@@ -49,8 +49,8 @@ class AdapterWeights:
     """An adapter on disk."""
 
     config: Mapping[str, Any]  # its `adapter_config.json`
-    layers: Sequence[LayerExperts]  # its layers, lowest first; empty for an adapter of another method
-    redundancy: Sequence[ModuleRedundancy]  # how alike the experts are, of every module that has several
+    layers: Sequence[LayerExperts]  # its layers, lowest first; empty for an adapter of a different method
+    redundancy: Sequence[ModuleRedundancy]  # how alike the experts are, for every module with several experts
 
 
 def read_adapter_weights(folder: Path) -> AdapterWeights | None:
@@ -86,12 +86,12 @@ def layers_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) ->
     """The layers of an adapter, lowest first, from its configuration and the shapes of its tensors."""
     num_experts: dict[int | None, int] = {}
     of_modules: dict[int | None, list[int]] = defaultdict(list)
-    values: dict[int | None, list[int]] = defaultdict(lambda: [0, 0])  # of experts and of routers
+    values: dict[int | None, list[int]] = defaultdict(lambda: [0, 0])  # number of parameters of experts and of routers
     for name, shape in shapes.items():
         if "mola_" not in name:  # such as a trained embedding
             continue
         layer = layer_index(name)
-        # The first dimension of stacked parameters counts the base model's own experts.
+        # The first dimension of stacked parameters is the number of the base model's own experts.
         number = 1 if _STACKED.search(name) else _setting(config, "num_experts", layer)
         num_experts[layer] = max(number, num_experts.get(layer, 0))
         values[layer]["mola_router" in name] += math.prod(shape)
@@ -108,7 +108,7 @@ def layers_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) ->
 
 
 def _setting(config: Mapping[str, Any], name: str, layer: int | None) -> int:
-    """A setting of one layer; the configuration has one number for all layers, or a list with one for each."""
+    """A setting of one layer; the configuration has one number for all layers, or a list with one number for each."""
     setting, index = config[name], layer or 0
     num_layers = max(index + 1, len(setting) if isinstance(setting, list) else 0)
     return resolve_per_layer(setting, num_layers, name)[index]
@@ -122,7 +122,7 @@ def target_names(config: Mapping[str, Any]) -> list[str]:
 
 
 def pattern_sentence(config: Mapping[str, Any]) -> str:
-    """A sentence, after a space, on modules with settings of their own; empty if there are none."""
+    """A sentence on modules with settings of their own, with a leading space; empty if there are none."""
     patterns = {name: config.get(name) for name in ("num_experts_pattern", "rank_pattern", "alpha_pattern")}
     parts = [
         # An allocation per module names most modules.
@@ -130,7 +130,7 @@ def pattern_sentence(config: Mapping[str, Any]) -> str:
         for name, entries in patterns.items()
         if entries
     ]
-    return f" Some modules have numbers of their own: {', '.join(parts)}." if parts else ""
+    return f" Some modules have settings of their own: {', '.join(parts)}." if parts else ""
 
 
 def layers_table(rows: Sequence[LayerExperts]) -> Table:
@@ -139,7 +139,8 @@ def layers_table(rows: Sequence[LayerExperts]) -> Table:
     def settings_of(position_and_row: tuple[int, LayerExperts]) -> tuple[Any, ...]:
         position, row = position_and_row
         values = f"{row.expert_values:,}", f"{row.router_values:,}"
-        # The difference is the same for consecutive layers. A layer that is not adapted has no row and ends a range.
+        # Consecutive layers have the same difference of index and position. A layer without adapter has no row, so it
+        # ends a range.
         return (row.layer_index or 0) - position, row.experts_text, f"{row.top_k:,}", f"{row.r:,}", *values
 
     lines = []

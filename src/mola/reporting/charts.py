@@ -11,7 +11,7 @@ from dataclasses import dataclass
 Points = Sequence[tuple[float, float]]
 
 SHADES = 20  # steps of a heat map's scale; the style sheet has one class for each
-_MIN_LOG_RATIO = 10.0  # of the largest to the smallest value on a logarithmic axis
+_MIN_LOG_RATIO = 10.0  # smallest ratio of the largest to the smallest value for a logarithmic axis
 
 
 @dataclass(frozen=True)
@@ -101,25 +101,25 @@ def shade(value: float, most: float = 1.0) -> str:
 
 
 def thinned(points: Points, most: int = 300) -> tuple[list[tuple[float, float]], int]:
-    """At most `most` points, each the mean of equally many neighbours, and how many neighbours these are."""
+    """At most `most` points, each the mean of a number of neighbouring points, and this number."""
     together = math.ceil(len(points) / most) if points else 1
     runs = [points[start : start + together] for start in range(0, len(points), together)]
     return [(run[-1][0], sum(value for _, value in run) / len(run)) for run in runs], together
 
 
 def axis_names(names: Sequence[str]) -> list[tuple[float, str]]:
-    """Positions and names of some columns, at most 12, which fit on a phone."""
+    """Positions and names of at most 12 columns, since 12 names fit on a phone."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if len(names) / step <= 12)
     return [((index + 0.5) / len(names), name) for index, name in enumerate(names) if index % step == 0]
 
 
 def share(position: float) -> str:
-    """A position as SVG takes it: 0.5 -> 50.00%."""
+    """A position as text for SVG: 0.5 -> 50.00%."""
     return f"{100 * position:.2f}%"
 
 
 def tick(value: float) -> str:
-    """A value beside an axis: 2500 -> 2.5k."""
+    """A value as text for an axis: 2500 -> 2.5k."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{unit}"

@@ -1,4 +1,4 @@
-"""The commands that make the parts of a report that are missing."""
+"""The commands that produce missing parts of a report."""
 
 import json
 import shlex
@@ -26,8 +26,8 @@ def has_answers(run: Run) -> bool:
 def evaluate_command(run: Run, name: str) -> str:
     """The `mola evaluate` command that makes the result `name`, "before" or "after".
 
-    If the other one of the two results exists, the command has the same settings. If neither that result nor the
-    training names a task, the command has `TASK` in its place, which the user replaces.
+    If the other one of the two results exists, the command has the settings of that result. If neither that result nor
+    the training names a task, the command has the placeholder `TASK`, which the user replaces.
     """
     other = run.after if name == "before" else run.before
     settings = other["settings"] if other else {}
@@ -52,14 +52,14 @@ def inspect_command(run: Run) -> str:
 
 
 def _command(name: str, options: dict[str, Any], *words: str) -> str:
-    """A command line with those options that have a value, followed by further words."""
+    """A command line with the options that have a value, followed by `words`."""
     given = {key: value for key, value in options.items() if value}
     flags = [(f"--{key}", value if isinstance(value, str) else json.dumps(value)) for key, value in given.items()]
     return shlex.join(["mola", name, *(word for pair in flags for word in pair), *words])
 
 
 def _base_model_options(run: Run) -> dict[str, Any]:
-    """Options that load the base model as the training did."""
+    """Options that load the base model in the same way as the training."""
     settings = run.record["settings"]
     names = ("trust_remote_code", *QUANTIZATION_OPTIONS)
     return {"base_model": str(settings["base_model"])} | {name: settings.get(name) for name in names}
@@ -72,15 +72,15 @@ def _settings_of_result(run: Run) -> dict[str, Any]:
 
 
 def _data_options(run: Run, *, with_adapter: bool) -> dict[str, Any]:
-    """Options for the rows and their prompts: those of an existing result, else those of the training.
+    """Options for the rows and their prompts: from an existing result, else from the training.
 
-    For a result with the adapter, settings that the existing result does not have are those of the training. For a
-    result of the base model alone, they stay unset.
+    Settings that the existing result lacks come from the training for a result with the adapter. For a result of the
+    base model alone, they stay unset.
     """
     settings, result = run.record["settings"], _settings_of_result(run)
     trained: dict[str, Any] = {}
     if with_adapter or not result:
-        # A run without a task recorded the template it used, which may not be that of the task named here.
+        # A run without a task records its template, since the task in this command may have a different template.
         template = settings.get("template") or (None if settings.get("task") else run.record.get("template"))
         trained = {"template": template, "filters": settings.get("filters")}
     data = str(result["data"]) if result else str(settings["data"])

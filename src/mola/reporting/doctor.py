@@ -1,4 +1,4 @@
-"""`mola doctor`: the faults of a run, and what to change. It loads no model."""
+"""`mola doctor`: the faults of a run, and what to change. The command loads no model."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -28,13 +28,13 @@ def doctor(options: DoctorOptions) -> list[Finding]:
     """Find the faults of a run.
 
     Args:
-        options: the run.
+        options: the run folder and further files.
 
     Returns:
         The faults, gravest first; empty if there is none.
 
     Raises:
-        MolaError: no run in the folder, or a result file of another kind.
+        MolaError: the folder holds no run, or a result file is of a different kind.
     """
     return find_faults(*_load(options))
 
@@ -54,7 +54,7 @@ def main(options: DoctorOptions) -> int:
 
 
 def _load(options: DoctorOptions) -> tuple[Run, dict[str, LateUse]]:
-    """The run, without results of other adapters, and the use of its experts in the last quarter of training."""
+    """The run, without results of different adapters, and the use of its experts in the last quarter of training."""
     run = load_run(options.run_dir, export=options.export)
     outdated = outdated_results(run)
     if options.export is None and "export" in outdated:
@@ -66,7 +66,7 @@ def _load(options: DoctorOptions) -> tuple[Run, dict[str, LateUse]]:
 
 
 def _missing_parts(run: Run, late: Mapping[str, LateUse]) -> list[str]:
-    """What the folder does not have, so that no rule could look at it."""
+    """Names of the parts that the folder lacks, so that no rule could check them."""
     status = run.record.get("status", "finished")
     if run.export is not None:
         export = "no answers to a `test` in the export.json"
@@ -85,8 +85,8 @@ def _missing_parts(run: Run, late: Mapping[str, LateUse]) -> list[str]:
         "routers over training (no routing.jsonl, or no numbers in it)": run.routing is not None or is_lora,
         "routers in the last quarter of training (routing.jsonl ends before)": run.routing is None or late or is_lora,
         "likeness of experts, and `top_k` without balance loss (no adapter saved)": run.adapter is not None,
-        "answers to a test (no after.json of `mola evaluate`, or one of another adapter)": run.after is not None,
+        "answers to a test (no after.json of `mola evaluate`, or one of a different adapter)": run.after is not None,
         f"whether a LoRA answers as well ({export} of `mola convert --to lora`)": is_compared(run.export or {})
         or is_lora,
     }
-    return [name for name, is_there in is_present.items() if not is_there]
+    return [name for name, exists in is_present.items() if not exists]

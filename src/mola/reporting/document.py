@@ -1,4 +1,4 @@
-"""Pages from Jinja2 templates: one file with one style sheet and no script, which loads nothing from elsewhere."""
+"""Pages from Jinja2 templates. A page is one file with a style sheet and no script, and loads no other file."""
 
 import base64
 import hashlib
@@ -14,17 +14,17 @@ from mola.reporting import charts, formatting
 
 _FILTERS: Sequence[Callable[..., str]] = (
     *(charts.shade, charts.share, charts.tick),
-    *(formatting.interval, formatting.number, formatting.percent),
+    *(formatting.format_interval, formatting.number, formatting.percent),
 )
 _FUNCTIONS: Sequence[Callable[..., Any]] = (charts.axis_names, charts.step_axis, charts.value_axis)
 
 
 class Section(NamedTuple):
-    """A section of a page."""
+    """One section of a page."""
 
     key: str  # its id, and the name of its template
     title: str  # its heading
-    data: Mapping[str, Any] | None  # what its template gets as `data`; None leaves the section out
+    data: Mapping[str, Any] | None  # the variable `data` of its template; None leaves the section out
 
 
 class Table(NamedTuple):
@@ -40,10 +40,10 @@ def render(template: str, title: str, sections: Sequence[Section], choices: Sequ
 
     Args:
         template: file name of the page's template.
-        title: of the browser's window.
-        sections: in their order.
-        choices: `mola.reporting.heatmaps.Choice`s, radio buttons that the style sheet makes work.
-        **values: what the template's header needs.
+        title: title of the browser window.
+        sections: the sections, in order.
+        choices: `mola.reporting.heatmaps.Choice`s; the style sheet makes their radio buttons work.
+        **values: further variables of the template.
     """
     shown = [section for section in sections if section.data is not None]
     style = environment().get_template("page.css").render(choices=choices)
@@ -53,7 +53,7 @@ def render(template: str, title: str, sections: Sequence[Section], choices: Sequ
         .render(
             title=title,
             sections=shown,
-            style=Markup(style),  # not escaped, since the digest is of exactly this text
+            style=Markup(style),  # not escaped, since the digest is computed from this text
             style_digest=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
             version=__version__,
             **values,

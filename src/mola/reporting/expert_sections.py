@@ -1,4 +1,4 @@
-"""Sections about the experts: how many there are, which of them work, how alike they are, how routers agree."""
+"""Sections about the experts: their number, which of them are used, how alike they are, how routers agree."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +16,16 @@ from mola.reporting.heatmaps import Cell, GateMaps, HeatMap, change_map, gate_ma
 from mola.reporting.load_run import Run
 from mola.reporting.routing_log import VALUES, RoutingLog
 
-_LOOKS = "cba"  # of curves: lower layers faint, upper layers strong
-_MAX_CHANGES = 20  # of single modules in a table
+_LOOKS = "cba"  # classes of curves: lower layers faint, upper layers strong
+_MAX_CHANGES = 20  # rows of single modules in a table
 
-# ---------------------------------------------------------------------- numbers of experts, and their work
+# ---------------------------------------------------------------------- numbers of experts, and their use
 
 
 def allocation_section(run: Run) -> dict[str, Any]:
-    """Experts and trained values by layer."""
+    """Experts and trainable parameters by layer."""
     rows = run.adapter.layers if run.adapter else []
-    # Without rows the adapter is of another method, whose configuration has other types.
+    # Without rows the adapter is of a different method, whose configuration may have values of different types.
     config = run.adapter.config if run.adapter and rows else {}
     columns = [(layer_name(row.layer_index), row, _layer_title(row)) for row in rows]
     return {
@@ -41,13 +41,13 @@ def allocation_section(run: Run) -> dict[str, Any]:
 
 def _layer_title(row: LayerExperts) -> str:
     return (
-        f"layer {layer_name(row.layer_index)}: {row.experts_text} experts, {row.expert_values:,} values of experts, "
-        f"{row.router_values:,} of routers"
+        f"layer {layer_name(row.layer_index)}: {row.experts_text} experts, "
+        f"{row.expert_values:,} parameters of experts, {row.router_values:,} of routers"
     )
 
 
 def gates_section(run: Run) -> dict[str, Any]:
-    """Heat maps of mean gates, from the inspection, else from the telemetry."""
+    """Heat maps of mean gates, from the inspection if there is one, else from the telemetry."""
     usage = run.inspection["usage"] if run.inspection is not None else {}
     maps: GateMaps | None = None
     samples = step = None
@@ -111,7 +111,7 @@ def redundancy_section(run: Run) -> dict[str, Any]:
         line = [layer_name(layer)]
         for name in names:
             values = [getattr(row, name.replace(" ", "_")) for row in by_layer[layer]]
-            known = [value for value in values if value == value]  # NaN where a factor is zero
+            known = [value for value in values if value == value]  # NaN if a factor is zero
             line.append(number(fmean(known)) if known else NO_VALUE)
             if known:
                 charts[name].append(Range(layer_name(layer), min(known), fmean(known), max(known)))
@@ -134,13 +134,13 @@ def has_agreement(inspection: Mapping[str, Any]) -> bool:
 
 
 def may_have_agreement(run: Run) -> bool:
-    """Whether the run's inspection shows how routers agree, or another inspection could show it."""
+    """Whether the run's inspection shows how routers agree, or a new inspection could show it."""
     has_been_measured = (run.inspection or {}).get("agreement") is not None
     return run.has_routers and (not has_been_measured or has_agreement(run.inspection or {}))
 
 
 def agreement_section(run: Run) -> dict[str, Any]:
-    """How well the choice of one router predicts that of another one, by layers and by kinds of modules."""
+    """How well the choice of one router predicts the choice of another, by layers and by kinds of modules."""
     if run.inspection is None or not has_agreement(run.inspection):
         return {"command": inspect_command(run)}
     names, values = (run.inspection["agreement"][key] for key in ("modules", "cramers_v"))
@@ -170,12 +170,12 @@ def pair_means(
     key: Callable[[str], Any],
     same_layer: bool = False,
 ) -> Means:
-    """Means over pairs of different modules, by the keys of both.
+    """Mean values over pairs of different modules, grouped by the keys of both modules.
 
     Args:
-        names: of the modules.
-        values: of each pair of modules.
-        key: of a module's name, such as its layer.
+        names: names of the modules.
+        values: value of each pair of modules.
+        key: gives the key of a module from its name, such as its layer.
         same_layer: whether only pairs within one layer count.
     """
     keys, layers = [key(name) for name in names], [layer_index(name) for name in names]

@@ -1,6 +1,6 @@
-"""Faults of a run, as far as its folder shows them: one rule per fault, each with what to change.
+"""Faults of a run that its folder shows. There is one rule per fault; each rule also says what to change.
 
-The bounds are far from the values of healthy runs (docs/doctor.md has both). A run without findings may still be poor.
+The limits are far from the values of healthy runs (docs/doctor.md has both). A run without findings may still be poor.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,23 +14,24 @@ from mola.reporting.formatting import points
 from mola.reporting.load_run import Run, step_of_weights
 from mola.reporting.routing_log import LateUse
 
-MIN_LOSSES = 4  # log entries that show whether a loss has risen
+MIN_LOSSES = 4  # smallest number of log entries that shows whether a loss has risen
 _MAX_DEAD = 0.15  # share of all experts
 _MAX_MODULES = 0.25  # share of modules with a fault
-_SAME_CHOICE = 0.99  # share of the choices that the same experts get
-_ALIKE = 0.9  # overlap of what experts read, and of what they write: 1 for the same subspace
-_EVEN_ENTROPY = 0.99  # of a router that gives all tokens nearly equal probabilities; 1 is the largest
-_UNDECIDED_MARGIN = 0.02  # between the two largest gates of two chosen experts; with more of them, gates are smaller
-_RISE = 1.5  # of the lowest training loss
-_NOISE = 4  # standard errors
-_NEAR_KL, _NEAR_POINTS = 0.01, 0.01  # nats per token, and share of questions
+_SAME_CHOICE = 0.99  # share of the choices that fall on the same experts
+_ALIKE = 0.9  # overlap of the subspaces that experts read, and that they write; 1 for the same subspace
+_EVEN_ENTROPY = 0.99  # entropy of a router that gives all experts nearly equal probabilities; 1 is the maximum
+_UNDECIDED_MARGIN = 0.02  # between the two largest gates if two experts are chosen; scaled if more are chosen
+_RISE = 1.5  # ratio to the lowest training loss
+_NOISE = 4  # number of standard errors
+_NEAR_KL = 0.01  # nats per token
+_NEAR_POINTS = 0.01  # share of questions
 
 
 @dataclass(frozen=True)
 class Finding:
     """A fault of a run."""
 
-    name: str  # of the fault
+    name: str  # name of the fault
     seen: str  # what the run folder shows
     change: str  # what to change
 
@@ -46,7 +47,7 @@ def is_far_above(eval_loss: float, train_loss: float) -> bool:
 
 
 def last_mean(curve: Sequence[tuple[float, float]]) -> float:
-    """Mean of the losses in the last tenth of the steps; the last loss alone can be that of one lucky batch."""
+    """Mean of the losses in the last tenth of the steps; a single loss can be that of one lucky batch."""
     return fmean(loss for step, loss in curve if step > 0.9 * curve[-1][0] or step == curve[-1][0])
 
 
@@ -67,7 +68,7 @@ def _failed(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     return Finding(
         "the run failed",
         str(run.record.get("error") or "run.json gives no reason."),
-        "Fix this first: all other findings are about a part of the training.",
+        "Fix this first: all other findings are about an incomplete training.",
     )
 
 
@@ -78,10 +79,11 @@ def _rate_too_high(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     window = max(2, len(losses) // 10)
     means = [fmean(losses[start : start + window]) for start in range(len(losses) - window + 1)]
     end = means[-1]
-    # The difference of two neighbours is the noise of batches. For normal noise its median is 0.95 standard deviations.
+    # Neighbouring losses differ by the noise of batches. For normal noise, the median difference is 0.95 standard
+    # deviations.
     noise = median(abs(one - next_one) for one, next_one in pairwise(losses)) / 0.95
-    # The start is compared as well, for an adapter that is trained further may begin at its lowest loss. It is a single
-    # entry, whose standard error is larger than that of a mean.
+    # The first loss is compared as well, since an adapter that is trained further may begin at its lowest loss. The
+    # first loss is a single entry, so its standard error is larger than that of a mean.
     lows = [(min(means), (2 / window) ** 0.5), (losses[0], (1 + 1 / window) ** 0.5)]
     risen = [low for low, spread in lows if end > _RISE * low and end > low + max(0.2, _NOISE * noise * spread)]
     if not risen:
@@ -95,23 +97,23 @@ def _rate_too_high(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
 
 
 def _evaluation_gap(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
-    """Compares both losses at the step of the weights that were saved, as `mola train` does."""
-    kept = step_of_weights(run.record)
-    evaluation = [entry for entry in run.curves.get("evaluation", []) if kept is None or entry[0] <= kept]
+    """Compare training and evaluation loss at the step whose weights were saved; `mola train` uses the same rule."""
+    saved_step = step_of_weights(run.record)
+    evaluation = [entry for entry in run.curves.get("evaluation", []) if saved_step is None or entry[0] <= saved_step]
     if not evaluation or evaluation[-1][0] == 0:  # step 0: the untrained model
         return None
     step, eval_loss = evaluation[-1]
     curve = run.curves.get("training", [])
-    # Only losses up to that evaluation count; if there is none yet, the first one.
+    # Use training losses up to that evaluation, or the first loss if there is none.
     training = [entry for entry in curve if entry[0] <= step] or curve[:1]
     if not training or not is_far_above(eval_loss, last_mean(training)):
         return None
     best = "--eval_strategy steps --save_strategy steps --load_best_model_at_end"
-    earlier = f"End earlier ({best}), lower" if kept is None else "Lower"
+    earlier = f"Stop earlier ({best}), lower" if saved_step is None else "Lower"
     return Finding(
         "evaluation loss far above training loss",
         f"{eval_loss:.4f} at step {step}, training {last_mean(training):.4f}.",
-        f"{earlier} --learning_rate or the number of epochs, raise --lora_dropout, or take more data.",
+        f"{earlier} --learning_rate or the number of epochs, raise --lora_dropout, or use more data.",
     )
 
 
@@ -120,9 +122,9 @@ def _constant_answer(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
         return None
     return Finding(
         "one answer to everything",
-        f"All {run.after['total']} samples of {run.paths['after'].name} got {answer!r}, which is right for "
+        f"All {run.after['total']} samples of {run.paths['after'].name} got {answer!r}, which is correct for "
         f"{run.after['accuracy']:.1%} of them.",
-        "Train longer, with another --learning_rate, or on data in which other answers are as frequent.",
+        "Train longer, with a different --learning_rate, or on data in which all answers are equally frequent.",
     )
 
 
@@ -133,7 +135,7 @@ def _no_router_gradient(run: Run, late: Mapping[str, LateUse]) -> Finding | None
     if run.adapter is None:
         return None
     top_k = {layer.layer_index: layer.top_k for layer in run.adapter.layers}
-    # Layers with a module that has several experts, whatever the layer's own number is.
+    # Layers with at least one module that has several experts; a layer's own number may differ from its modules'.
     layers = {each.layer_index for each in run.adapter.redundancy if top_k.get(each.layer_index) == 1}
     if not layers or run.adapter.config.get("router_aux_loss_coef"):
         return None
@@ -185,7 +187,7 @@ def _balance_advice(run: Run) -> str:
 
 
 def _has_experts_pattern(run: Run) -> bool:
-    """Whether modules have numbers of their own, which `mola reallocate` does not change."""
+    """Whether a pattern sets the number of experts of some modules, which `mola reallocate` does not change."""
     return bool(run.adapter is not None and run.adapter.config.get("num_experts_pattern"))
 
 
@@ -198,8 +200,8 @@ def _experts_alike(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     return Finding(
         "experts alike",
         f"In {len(alike)} of {len(modules)} modules the experts read and write the same few directions.",
-        f"Fewer experts do the same: `mola allocate` divides a budget{reallocate}. If all experts began as copies of "
-        "one, begin with random ones.",
+        f"Use fewer experts: `mola allocate` divides a budget{reallocate}. If all experts began as copies of one "
+        "expert, begin with random experts.",
     )
 
 
@@ -215,8 +217,8 @@ def _equal_gates(late: Mapping[str, LateUse]) -> Finding | None:
         return None
     # Gates are near 1 / top_k, so margins are scaled to those of two chosen experts.
     scaled_margins = [use.margin * max(1.0, sum(use.shares) / 2) for use in late.values()]
-    # Two copies of one expert get equal gates for the tokens of that expert, but low gates for all others: entropy is
-    # low then, and the router does tell tokens apart.
+    # Two copies of one expert get equal gates for the tokens of that expert, and low gates for all other tokens. In
+    # this case entropy is low, and the router does tell tokens apart.
     if fmean(scaled_margins) >= _UNDECIDED_MARGIN or fmean(use.entropy for use in late.values()) < _EVEN_ENTROPY:
         return None
     return Finding(
@@ -229,7 +231,7 @@ def _equal_gates(late: Mapping[str, LateUse]) -> Finding | None:
 
 
 def is_compared(export: Mapping[str, Any]) -> bool:
-    """Whether an export has measured the LoRA's answers, and its distance from the mixture."""
+    """Whether an export has measured the LoRA's accuracy, and its divergence from the mixture."""
     return "lora" in export.get("differences", {}) and _divergence(export) is not None
 
 
@@ -248,8 +250,9 @@ def _equal_export(run: Run) -> Finding | None:
     low, high = difference["questions_95"]
     return Finding(
         "a LoRA would do",
-        f"The plain LoRA of `mola convert --to lora` answers as many questions, {points(difference['value'])} points "
-        f"(95 % {points(low)} to {points(high)}), {divergence:.4f} nats per answer token from the mixture.",
+        f"The plain LoRA of `mola convert --to lora` answers as many questions correctly, "
+        f"{points(difference['value'])} points (95 % {points(low)} to "
+        f"{points(high)}), {divergence:.4f} nats per answer token from the mixture.",
         "Use that LoRA: it can be merged, and every server loads it. On other data routing may still help.",
     )
 

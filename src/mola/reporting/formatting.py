@@ -1,4 +1,4 @@
-"""Texts of numbers, layers, machines and Markdown tables."""
+"""Formats numbers, layers, machines and Markdown tables as text."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 NO_VALUE = "–"
-MAX_ROWS = 500  # of a table of numbers
+MAX_ROWS = 500  # rows of a table of numbers
 _MARKDOWN_SYNTAX = frozenset("*\\<")
 _SPACE = "\u00a0"  # keeps a number and its unit on one line
 
@@ -32,13 +32,13 @@ def number(value: float | None) -> str:
     return f"{value:,.3g}" if abs(value) < 999.5 else f"{value:,.0f}"  # `g` writes larger values with an exponent
 
 
-def interval(bounds: Sequence[float]) -> str:
-    """Bounds of a confidence interval."""
+def format_interval(bounds: Sequence[float]) -> str:
+    """A confidence interval as text, in percent."""
     return f"{percent(bounds[0])} to {percent(bounds[1])}"
 
 
 def duration(seconds: float) -> str:
-    """Wall time in its two largest units."""
+    """A wall time as text, in its two largest units."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.3g}{_SPACE}s"
@@ -49,7 +49,7 @@ def duration(seconds: float) -> str:
 
 
 def computers(descriptions: Iterable[Mapping[str, Any]]) -> str:
-    """The distinct machines of several processes, as `machine_description` describes them."""
+    """The distinct machines of several processes as text; each description is from `machine_description`."""
     return "; ".join(sorted({_computer(each) for each in descriptions}))
 
 
@@ -60,7 +60,7 @@ def _computer(description: Mapping[str, Any]) -> str:
 
 
 def layer_range(indices: Sequence[int | None]) -> str:
-    """Lowest and highest of consecutive layers."""
+    """Consecutive layers as text: the lowest and the highest."""
     first, last = layer_name(indices[0]), layer_name(indices[-1])
     return first if len(indices) == 1 else f"{first}–{last}"
 
@@ -81,7 +81,7 @@ def is_numeric(value: Any) -> bool:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table in Markdown; lists and mappings as JSON."""
+    """A table in Markdown; lists and mappings are written as JSON."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(_markdown_cell(value) for value in line) + " |" for line in lines)
 
@@ -95,5 +95,5 @@ def _markdown_cell(value: Any) -> str:
 
 
 def rows_note(count: int) -> str:
-    """The end of a table's caption, which says if only the last rows are shown."""
+    """The end of a caption for a table with `count` rows, of which only the last `MAX_ROWS` are shown; may be empty."""
     return "" if count <= MAX_ROWS else f", the last {MAX_ROWS} of {count:,} rows"

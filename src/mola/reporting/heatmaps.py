@@ -1,4 +1,4 @@
-"""Heat maps as tables: layers side by side, experts below each other, each cell a number on a shade of it."""
+"""Heat maps as tables: a column per layer, a row per expert, and in each cell a number, shaded by its size."""
 
 import math
 from collections import defaultdict
@@ -10,8 +10,8 @@ from mola.architecture.layer_stacks import module_kinds
 from mola.reporting.charts import shade
 from mola.reporting.formatting import NO_VALUE, layer_name, layer_order, percent
 
-_MAX_CELLS = 30_000  # of all maps together, which is less than a megabyte
-_MAX_VIEWS = 24  # buttons to choose from
+_MAX_CELLS = 30_000  # cells of all maps together, which take less than a megabyte
+_MAX_VIEWS = 24  # views to choose from
 _LABELS = {
     "all": "all tokens",
     "prompt": "prompt",
@@ -27,7 +27,7 @@ Usage = Sequence[Mapping[str, Any]]  # use of the experts of each module, as `mo
 
 
 class Cell(NamedTuple):
-    """Text of a cell, its class in the style sheet, and what is shown when it is pointed at."""
+    """Text of a cell, its class in the style sheet, and its tooltip."""
 
     text: object = ""
     look: str = ""
@@ -38,7 +38,7 @@ Row = tuple[object, Sequence[Cell]]  # name and cells
 
 
 class HeatMap(NamedTuple):
-    """A table of shaded cells; each row has a name. The row `last` is set apart, if there is one."""
+    """A table of shaded cells; each row has a name. The row `last`, if there is one, is set apart."""
 
     caption: str
     corner: str
@@ -49,7 +49,7 @@ class HeatMap(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """Radio buttons: what they choose, and the name of each."""
+    """A group of radio buttons: its key and legend, and the name of each button."""
 
     key: str
     legend: str
@@ -63,14 +63,14 @@ class GateMaps:
     choices: tuple[Choice, Choice]  # of kinds of modules and of groups of tokens
     views: Sequence[Sequence[tuple[int, HeatMap]]]  # for each group of tokens its maps, with their kind of module
     most: float  # the largest gate
-    num_left_out: int  # how many groups of tokens have no map
+    num_left_out: int  # number of groups of tokens without a map
 
 
 def gate_maps(usage: Mapping[str, Usage]) -> GateMaps:
     """One map for each kind of module and each group of tokens; `usage` has the modules by group of tokens."""
     shown = _shown_groups(usage)
     most = max(max(row["mean_gates"]) for name in shown for row in usage[name])
-    # Kinds of the modules of all views: a module that sees other tokens is not in every view.
+    # Kinds of the modules of all views: a module that sees only some tokens is not in every view.
     kind_of = module_kinds(dict.fromkeys(row["module"] for name in shown for row in usage[name]))
     kinds = list(dict.fromkeys(kind_of.values()))
     views = [
@@ -121,7 +121,7 @@ def _gate_cell(row: Mapping[str, Any], expert: int, most: float) -> Cell:
 
 
 def answer_map(experts: Usage) -> HeatMap:
-    """The expert of each module with the largest mean gate over one expected answer, shaded by that gate."""
+    """For each module, the expert whose mean gate over one expected answer is largest, shaded by that gate."""
     layers = sorted({row["layer_index"] for row in experts}, key=layer_order)
     rows = []
     for kind, members in _by_kind(experts, module_kinds(row["module"] for row in experts)).items():
@@ -141,7 +141,8 @@ def _strongest_cell(gates: Sequence[float] | None) -> Cell:
 def change_map(rows: Sequence[tuple[int | None, int, float]], what: str) -> HeatMap:
     """Changes by layer and expert, shaded by their size, with their sign.
 
-    `rows` are layer, expert and change of `what`. The unit, a power of ten, leaves two digits of the largest change.
+    Each of `rows` has a layer, an expert and a change of `what`. Changes are shown in units of a power of ten, chosen
+    so that the largest change has two digits.
     """
     most = max(abs(change) for _, _, change in rows)
     unit = 10.0 ** math.ceil(math.log10(most / 99)) if most else 1.0

@@ -1,4 +1,4 @@
-"""`mola inspect`: what the routers of an adapter decide on data, and how different its experts are."""
+"""`mola inspect`: the router decisions of an adapter on data, and how different its experts are."""
 
 import logging
 import os
@@ -54,9 +54,9 @@ class InspectOptions(ModelOptions):
     )
 
     _data: ClassVar = Group("data")
-    split: str = option("test", "Split to read where the data has several.")
+    split: str = option("test", "Split to read if the data has several.")
     filters: dict[str, Any] | str | None = option(None, "Keep rows with these values: {column: value, or a list}.")
-    limit: int | None = option(200, "Number of samples to look at, from the first on.")
+    limit: int | None = option(200, "Number of samples to inspect, from the first on.")
     template: str | None = option(
         None,
         "Prompt template; chat is the chat template of adapter or base model. Default: the task's own, else alpaca.",
@@ -66,8 +66,8 @@ class InspectOptions(ModelOptions):
     examples: int = option(8, "Number of samples, evenly spread, whose mean gates go into the result file.")
     leave_one_out: str = option(
         "none",
-        "Measure the loss on answers without each expert: none, layers (leaves out the experts of one number in all "
-        "modules of a layer) or modules (of one module). It takes one forward pass per expert and sample.",
+        "Measure the loss on answers without each expert: none, layers (leaves out the expert with a given number in "
+        "all modules of a layer) or modules (in one module). This takes one forward pass per expert and sample.",
     )
     leave_one_out_limit: int = option(16, "Number of samples for `leave_one_out`, from the first on.")
 
@@ -78,7 +78,7 @@ class InspectOptions(ModelOptions):
 
 
 class _Samples(NamedTuple):
-    """The inspected rows, encoded rows, and what they were encoded with."""
+    """The inspected rows, the encoded rows, and the task, template and tokenizer used to encode them."""
 
     examples: list[dict[str, Any]]
     dataset: Any
@@ -88,7 +88,7 @@ class _Samples(NamedTuple):
 
 
 def inspect(options: InspectOptions) -> InspectResult:
-    """Measure what an adapter's routers decide on data, and how alike its experts are.
+    """Measure an adapter's router decisions on data, and how alike its experts are.
 
     Args:
         options: adapter, data and measurements.
@@ -157,14 +157,14 @@ def main(options: InspectOptions) -> int:
 
 
 def _load_samples(options: InspectOptions) -> _Samples:
-    """Check the options, and read and encode the samples; all of it before weights are loaded."""
+    """Check the options, and read and encode the samples, before weights are loaded."""
     _check_options(options)
     config = check_model(options)
     check_adapter(options.adapter)
     if not any(".mola_router" in name for name in read_tensors(Path(options.adapter))):
         raise MolaError(
             f"`adapter` must be a mixture of experts: no module of {options.adapter!r} has a router, so there is "
-            "nothing to look at."
+            "nothing to inspect."
         )
     trained = trained_settings(options.adapter)
     task = _task_of(options, trained.get("task"))
@@ -180,7 +180,7 @@ def _load_samples(options: InspectOptions) -> _Samples:
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options, "right")
     template = template_for(prompts, tokenizer, options.adapter)
-    # As in training: an end token that was not trained is no part of an answer.
+    # Like in training, the end token is part of an answer only if the adapter was trained with it.
     has_end_token = trained.get("add_eos_token") is not False
     dataset = encode_whole(examples, tokenizer, template, max_positions(config), has_end_token)
     return _Samples(examples, dataset, task, template, tokenizer)
@@ -199,7 +199,7 @@ def _check_options(options: InspectOptions) -> None:
         if path is not None:
             check_new_file(name, path, options.overwrite)
     if options.json and options.html and os.path.realpath(options.json) == os.path.realpath(options.html):
-        raise MolaError(f"`json` and `html` must be two files: both are {options.json!r}. Choose another name.")
+        raise MolaError(f"`json` and `html` must be two files: both are {options.json!r}. Choose a different name.")
 
 
 def _task_of(options: InspectOptions, trained: Any) -> Task | None:
@@ -208,12 +208,12 @@ def _task_of(options: InspectOptions, trained: Any) -> Task | None:
     try:
         return None if trained is None else load_task(str(trained))
     except MolaError:  # the task is a file that has been moved
-        logger.warning("The task of the training, %s, is not here: groups are left out. Pass `task`.", trained)
+        logger.warning("The task of the training, %s, cannot be found: groups are left out. Pass `task`.", trained)
         return None
 
 
 def render_inspection(adapter: str, inspection: Mapping[str, Any]) -> str:
-    """The page of an adapter's folder and its `mola inspect` result; the same arguments always give the same text."""
+    """The page about an adapter from its folder and its `mola inspect` result; equal arguments give the same text."""
     folder = Path(adapter)
     weights = read_adapter_weights(folder)
     run = Run(

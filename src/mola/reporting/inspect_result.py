@@ -17,24 +17,24 @@ from mola.insight.usage import ModuleUsage
 from mola.reporting.expert_sections import pair_means
 
 _CAPTION = (
-    "Means over the modules of a layer. dead: experts that no token chose; agreement: of the modules' choices with "
-    "each other; below: with those of the layer below."
+    "Means over the modules of a layer. dead: experts that no token chose; agreement: between the choices of the "
+    "modules of a layer; below: between their choices and those of the layer below."
 )
 
 
 @dataclass(frozen=True)
 class InspectResult:
-    """What `mola inspect` has measured.
+    """The measurements of `mola inspect`.
 
     Attributes:
         usage: use of experts by module, over `all` tokens, the `prompt`, the `answer`, and every group of samples.
         redundancy: how alike the experts of each module are.
         agreement: `modules`, and `cramers_v` of every pair of them.
         examples: some samples with the mean gates over their answers.
-        samples: the number of samples.
-        settings: the options.
+        samples: the number of inspected samples.
+        settings: the options of the command.
         leave_one_out: change of the loss without each expert; None if it was not measured.
-        leave_one_out_baseline: `loss` of the whole model and the number of `samples` it was measured on.
+        leave_one_out_baseline: `loss` of the whole model and the number of `samples` for that loss.
     """
 
     usage: dict[str, list[ModuleUsage]]
@@ -100,6 +100,6 @@ def _by_layer(rows: Sequence[Any]) -> dict[int | None, list[Any]]:
 
 
 def _mean_text(values: Sequence[float | None]) -> str:
-    """Mean of the values that are known; an overlap is NaN while a factor is still zero."""
+    """Mean of the known values as text; an overlap is NaN if a factor is still zero."""
     known = [value for value in values if value is not None and not math.isnan(value)]
     return f"{fmean(known):.2f}" if known else "-"

@@ -1,4 +1,4 @@
-"""Reads a run folder. A file that is missing is None."""
+"""Reads a run folder. Files may be missing; their content is None."""
 
 import re
 from collections.abc import Mapping
@@ -32,14 +32,14 @@ class Run:
 
     folder: Path  # the run folder, as the user named it
     record: Mapping[str, Any]  # its `run.json`
-    curves: Mapping[str, list[tuple[int, float]]]  # losses by step, `training` and `evaluation`, if there are any
+    curves: Mapping[str, list[tuple[int, float]]]  # losses by step; keys `training` and `evaluation`, if logged
     adapter: AdapterWeights | None  # None before the run has saved an adapter
     routing: RoutingLog | None  # the telemetry of the routers over training
     before: Mapping[str, Any] | None  # result of `mola evaluate` without the adapter
-    after: Mapping[str, Any] | None  # the same with it
+    after: Mapping[str, Any] | None  # result of `mola evaluate` with the adapter
     inspection: Mapping[str, Any] | None  # result of `mola inspect`
     export: Mapping[str, Any] | None  # report of `mola convert --to lora`
-    paths: Mapping[str, Path]  # where `before`, `after`, `inspection` and `export` are, or would be
+    paths: Mapping[str, Path]  # files of `before`, `after`, `inspection` and `export`, which may be missing
 
     @property
     def name(self) -> str:
@@ -63,19 +63,21 @@ def load_run(
 
     Args:
         run_dir: the folder.
-        before: result of `mola evaluate` without the adapter; by default the folder's own, if there is one.
-        after: the same with the adapter.
-        inspection: result of `mola inspect`.
-        export: report of `mola convert --to lora`.
+        before: result of `mola evaluate` without the adapter; by default `before.json` in the folder, if it exists.
+        after: result of `mola evaluate` with the adapter; by default `after.json`, if it exists.
+        inspection: result of `mola inspect`; by default `inspect.json`, if it exists.
+        export: report of `mola convert --to lora`; by default `export.json`, if it exists.
 
     Raises:
-        MolaError: no run in the folder, or a result file that is missing or of another kind.
+        MolaError: the folder holds no run, or a result file is missing or of a different kind.
     """
     folder, record = Path(run_dir), read_record(run_dir)
     given = {"before": before, "after": after, "inspection": inspection, "export": export}
     for name, path in given.items():
         if path is not None and not Path(path).is_file():
-            raise MolaError(f"`{name}` must be a file: {path!r} is none. Pass another one, or leave the option out.")
+            raise MolaError(
+                f"`{name}` must be a file: {path!r} is none. Pass a different path, or leave the option out."
+            )
     paths = {name: Path(path or folder / _RESULT_FILES[name]) for name, path in given.items()}
     return Run(
         folder,
@@ -92,13 +94,13 @@ def read_record(run_dir: str) -> dict[str, Any]:
     """The `run.json` of a run folder.
 
     Raises:
-        MolaError: there is none.
+        MolaError: the folder has no `run.json`.
     """
     record = read_json_object(Path(run_dir) / "run.json")
     if "settings" not in record:
         missing = "it has no run.json of a run" if Path(run_dir).is_dir() else "there is no such folder"
         raise MolaError(
-            f"`run_dir` must be a run folder of `mola train`: got {run_dir!r}, {missing}. Pass another one."
+            f"`run_dir` must be a run folder of `mola train`: got {run_dir!r}, {missing}. Pass a different folder."
         )
     return record
 
@@ -110,37 +112,39 @@ def _read_result(name: str, path: Path) -> dict[str, Any] | None:
     command, keys = _RESULT_KEYS[name]
     if not keys <= content.keys():
         raise MolaError(
-            f"`{name}` must be a result file of `{command}`: {str(path)!r} is none. Pass another one, or remove it."
+            f"`{name}` must be a result file of `{command}`: {str(path)!r} is none. Pass a different one, or remove it."
         )
     return content
 
 
 def step_of_weights(record: Mapping[str, Any]) -> int | None:
-    """The step whose weights a run has kept as its best ones; None if it has kept the last ones."""
+    """The step whose weights a run has saved as its best weights; None if it has saved its last weights."""
     number = str(record.get("best_checkpoint") or "").rpartition("-")[2]
     return int(number) if re.fullmatch("[0-9]{1,18}", number) else None
 
 
-def read_losses(path: Path, kept: int | None = None) -> dict[str, list[tuple[int, float]]]:
+def read_losses(path: Path, saved_step: int | None = None) -> dict[str, list[tuple[int, float]]]:
     """Training and evaluation loss by step in a `metrics.jsonl`; the last loss if a step has several.
 
-    `kept` is the step of the best weights, if they were kept instead of the last ones. The evaluation after the
-    training is logged at the last step, but measures these weights: its loss counts for the step `kept`.
+    `saved_step` is the step of the best weights, if these were saved instead of the last weights. The evaluation after
+    the training is logged at the last step, but measures the saved weights: its loss counts for `saved_step`.
     """
     curves: dict[str, dict[int, float]] = {"training": {}, "evaluation": {}}
     is_over = False
     for entry in read_json_lines(path):
-        # The summary of a training has `train_loss`. If the run was continued, further losses follow.
+        # Only the summary at the end of a training has `train_loss`. If the run was continued, further losses follow.
         is_over = "train_loss" in entry or (is_over and "loss" not in entry)
         if entry.get("loss") is not None:
             curves["training"][entry["step"]] = entry["loss"]
         if entry.get("eval_loss") is not None:
-            curves["evaluation"][kept if is_over and kept is not None else entry["step"]] = entry["eval_loss"]
+            curves["evaluation"][saved_step if is_over and saved_step is not None else entry["step"]] = entry[
+                "eval_loss"
+            ]
     return {label: sorted(curve.items()) for label, curve in curves.items() if curve}
 
 
 def outdated_results(run: Run) -> list[str]:
-    """Names of results that are older than the adapter, as in a folder in which another training followed."""
+    """Names of results that are older than the adapter, such as after a second training in the same folder."""
     weights = find_weights(run.folder)
     if weights is None:
         return []
@@ -150,7 +154,7 @@ def outdated_results(run: Run) -> list[str]:
 
 
 def results_of_other_adapters(run: Run) -> list[tuple[str, str]]:
-    """Names of results that were measured with another adapter than the run's, each with that adapter."""
+    """Names of results that were measured with a different adapter than the run's, each with that adapter."""
     found = []
     for name in ("after", "inspection"):
         adapter = str((getattr(run, name) or {}).get("settings", {}).get("adapter") or "")
@@ -160,7 +164,7 @@ def results_of_other_adapters(run: Run) -> list[tuple[str, str]]:
 
 
 def _may_be_adapter_of(run: Run, adapter: str) -> bool:
-    """Whether an adapter may be the run's. Its name decides, since folders are copied and working folders differ."""
+    """Whether an adapter may be the run's. Only names are compared, since users copy folders and change directories."""
     path = Path(adapter)
     if path.exists() and path.samefile(run.folder):
         return True

@@ -49,7 +49,7 @@ _SETTINGS = (
 def write_model_card(
     folder: str | Path, results: Sequence[str | Path] = (), repository: str | None = None
 ) -> Path | None:
-    """Write the card of a finished run again, for example with the accuracy that `mola evaluate` measured.
+    """Rewrite the card of a finished run, for example with the accuracy that `mola evaluate` measured.
 
     Args:
         folder: the run folder.
@@ -61,7 +61,7 @@ def write_model_card(
         The card, or None if an existing card was written or changed by hand; that card is kept.
 
     Raises:
-        MolaError: the folder holds no finished run, or a file is no result of `mola evaluate`.
+        MolaError: the folder holds no finished run, or a file is not a result of `mola evaluate`.
     """
     record = read_json_object(Path(folder) / "run.json")
     if record.get("status") not in ("finished", "interrupted"):
@@ -99,7 +99,7 @@ def write_card(folder: Path, record: Mapping[str, Any], evaluations: Sequence[Ma
 def render_card(
     folder: Path, record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]] = (), *, has_plot: bool = False
 ) -> str:
-    """The card's text; arguments as for `write_card`, and whether there is a picture of the loss."""
+    """The card's text. Arguments: see `write_card`; `has_plot` says whether there is a picture of the loss."""
     settings = record["settings"]
     config = read_json_object(folder / "adapter_config.json")
     place = record.get("repository") or str(folder)
@@ -125,7 +125,7 @@ _NO_PLOT = (
 
 
 def _front_matter(record: Mapping[str, Any]) -> ModelCardData:
-    """Metadata for the Hub, which rejects names of local folders. The user chooses the licence."""
+    """Metadata for the Hub. Names of local folders are left out, since the Hub rejects them. Users add a licence."""
     base, data = record["settings"]["base_model"], record["settings"]["data"]
     return ModelCardData(
         base_model=base if is_hub_name(base) and not Path(base).exists() else None,
@@ -140,7 +140,8 @@ def _introduction_section(config: Mapping[str, Any], settings: Mapping[str, Any]
     kind = config.get("peft_type")
     method = "A mixture of LoRA experts" if kind == "MOLA" else f"A {kind} adapter"
     start = f", trained on from the adapter `{settings['adapter']}`" if settings.get("adapter") else ""
-    return f"{method} for `{settings['base_model']}`{start}. {record['trainable_parameters']:,} values are trained."
+    size = f"{record['trainable_parameters']:,} trainable parameters"
+    return f"{method} for `{settings['base_model']}`{start}. It has {size}."
 
 
 def _usage_section(place: str, settings: Mapping[str, Any], revision: str | None) -> str:
@@ -195,7 +196,9 @@ def _experts_section(config: Mapping[str, Any], folder: Path) -> str:
 
 def _training_section(record: Mapping[str, Any]) -> str:
     settings = {name: record["settings"].get(name) for name in _SETTINGS}
-    settings["template"] = record.get("template") or settings.get("template")  # a task's template needs no option
+    settings["template"] = record.get("template") or settings.get(
+        "template"
+    )  # the template of a task is not set as an option
     values = {
         **record["adapter_settings"],
         **settings,
@@ -211,8 +214,8 @@ def _training_section(record: Mapping[str, Any]) -> str:
         command = f"Started from the program `{Path(word).name}`; every setting is in `run.json`."
     processor = record["machine"].get("gpu") or record["machine"]["cpu"]
     length = f"{record['steps']} steps, {record['status']}, in {record['seconds']:.0f} s on {processor}."
-    if (kept := step_of_weights(record)) not in (None, record["steps"]):
-        length += f" The weights are those of step {kept}, which had the best evaluation loss."
+    if (saved_step := step_of_weights(record)) not in (None, record["steps"]):
+        length += f" The weights are those of step {saved_step}, which had the best evaluation loss."
     return f"{table}\n\n{length}\n\n{command}"
 
 
@@ -221,7 +224,7 @@ def _data_section(record: Mapping[str, Any]) -> str:
         (part, report["kept"], report["tokens"], report["trained_tokens"], f"`{record['data_fingerprints'][part]}`")
         for part, report in record["data"].items()
     ]
-    table = markdown_table(("part", "samples", "tokens", "trained tokens", "sha256 of the samples"), rows)
+    table = markdown_table(("part", "samples", "tokens", "tokens in the loss", "sha256 of the samples"), rows)
     task = record["settings"].get("task")
     return f"`{record['settings']['data']}`{f', task `{task}`' if task else ''}.\n\n{table}"
 
@@ -245,7 +248,7 @@ def _results_section(record: Mapping[str, Any], evaluations: Sequence[Mapping[st
 
 
 def plot_losses(curves: dict[str, list[tuple[int, float]]], target: Path) -> bool:
-    """Draw loss curves into a PNG file; returns whether there was a curve, and matplotlib, to draw it."""
+    """Draw loss curves into a PNG file; returns False without a curve or without matplotlib."""
     if not curves or why_no_matplotlib() is not None:
         return False
     from matplotlib.figure import Figure  # pyplot would choose a window system for the whole process
@@ -264,14 +267,14 @@ def plot_losses(curves: dict[str, list[tuple[int, float]]], target: Path) -> boo
 
 
 def why_no_matplotlib() -> str | None:
-    """Why matplotlib, the extra `plot`, cannot draw; None if it can."""
+    """None if matplotlib can be used, else why matplotlib (extra `plot`) cannot be used."""
     try:
         importlib.import_module("matplotlib.figure")
     except ModuleNotFoundError as error:
         if error.name == "matplotlib":
             return "it is not installed"
         return str(error)
-    except (ImportError, AttributeError) as error:  # built for another version of numpy
+    except (ImportError, AttributeError) as error:  # for example, built for a different version of numpy
         logger.warning("matplotlib cannot be used: %s", error)
         return str(error)
     return None

@@ -1,4 +1,4 @@
-"""`mola report`: one HTML page about a run, from what its folder holds. It loads no model."""
+"""`mola report`: one HTML page about a run, from the files in its folder. The command loads no model."""
 
 import logging
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class ReportOptions:
     )
     output: str | None = option(None, "The page; by default report.html in the run folder.")
     overwrite: bool = option(
-        False, "Replace a file that is there, whatever it is; a report as mola wrote it is replaced without this."
+        False, "Replace any existing file. An unchanged report of mola is replaced without this option."
     )
 
 
@@ -58,21 +58,21 @@ def report(options: ReportOptions) -> Path:
         The file.
 
     Raises:
-        MolaError: no run in the folder, a result file of another kind, or the page would replace a file that mola did
-            not write or that was changed since.
+        MolaError: the folder holds no run, a result file is of a different kind, or the page would replace a file that
+            mola did not write or that was changed since.
     """
     run = load_run(options.run_dir, options.before, options.after, options.inspection, options.export)
     target = Path(options.output or run.folder / REPORT_FILE)
     if target.exists() and not (options.overwrite or target.is_dir() or is_own_file(target)):
         raise MolaError(
-            f"`output` must be a new file, or a report as mola wrote it: {str(target)!r} is something else, or was "
-            "changed since. Pass another name or `overwrite`."
+            f"`output` must be a new file, or an unchanged report of mola: {str(target)!r} is something else, or was "
+            "changed. Pass a different name or `overwrite`."
         )
     check_writable(target)
     for name in outdated_results(run):
         logger.warning("%s is older than the adapter: was it made with an earlier one?", run.paths[name])
     for name, adapter in results_of_other_adapters(run):
-        logger.warning("%s was measured with another adapter: %r", run.paths[name], adapter)
+        logger.warning("%s was measured with a different adapter: %r", run.paths[name], adapter)
     return atomic_write_text(target, add_digest_line(render_page(run)))
 
 

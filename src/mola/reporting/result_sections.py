@@ -7,16 +7,16 @@ from mola.models.base_model import model_name
 from mola.reporting.charts import Line, thinned, value_axis
 from mola.reporting.commands import evaluate_command, has_answers, inspect_command
 from mola.reporting.document import Table
-from mola.reporting.formatting import MAX_ROWS, NO_VALUE, interval, number, percent, points, rows_note
+from mola.reporting.formatting import MAX_ROWS, NO_VALUE, format_interval, number, percent, points, rows_note
 from mola.reporting.heatmaps import answer_map
 from mola.reporting.load_run import Run
 
 # ---------------------------------------------------------------------- accuracy
 
 _LOOKS = {"before": "b", "after": "a"}
-_MAX_GROUPS = 40  # in the chart; the table has all
+_MAX_GROUPS = 40  # groups in the chart; the table has all
 
-Results = Mapping[str, Mapping[str, Any]]  # by `before` and `after`
+Results = Mapping[str, Mapping[str, Any]]  # keys `before` and `after`
 
 
 def accuracy_section(run: Run) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def accuracy_section(run: Run) -> dict[str, Any]:
 
 
 def _accuracy_rows(results: Results) -> list[dict[str, Any]]:
-    """All samples, then the groups in their order; `parts` of each are the results that have it."""
+    """A row for all samples, then one for each group; `parts` of a row are the results that have this group."""
     rows: dict[str, dict[str, Mapping[str, Any]]] = {"all": dict(results)}
     for name, result in results.items():
         for column, values in result["groups"].items():
@@ -59,9 +59,9 @@ def _accuracy_rows(results: Results) -> list[dict[str, Any]]:
 
 
 def _different_settings(results: Results) -> list[str]:
-    """What differs between the results, so that their accuracies cannot be compared."""
+    """Names of the settings that differ, so that the accuracies of the results cannot be compared."""
     settings = [result["settings"] for result in results.values()]
-    # The prompts decide, since settings may leave the template to the task.
+    # Prompts are compared instead of templates, since a task may choose the template.
     prompts = [sample["prompt"] for result in results.values() for sample in result["samples"][:1]]
     values = {
         "data": [result.get("data_fingerprint") for result in results.values()],
@@ -80,7 +80,7 @@ def _accuracy_table(rows: list[dict[str, Any]], results: Results) -> Table:
         line = [row["label"], row["total"]]
         for name in results:
             part = row["parts"].get(name)
-            line += [percent(part["accuracy"]), interval(part["interval_95"])] if part else [NO_VALUE, NO_VALUE]
+            line += [percent(part["accuracy"]), format_interval(part["interval_95"])] if part else [NO_VALUE, NO_VALUE]
         lines.append(line)
     return Table(head, lines, "Accuracy by group")
 
@@ -99,7 +99,9 @@ def worth_section(run: Run) -> dict[str, Any] | None:
     for name, row in export["accuracy"].items():
         difference = export["differences"].get(name)
         cells = (points(difference["value"]), _points_interval(difference)) if difference else (NO_VALUE, NO_VALUE)
-        accuracies.append((_MODELS.get(name, name), percent(row["accuracy"]), interval(row["interval_95"]), *cells))
+        accuracies.append(
+            (_MODELS.get(name, name), percent(row["accuracy"]), format_interval(row["interval_95"]), *cells)
+        )
     losses = [
         (kind, f"{divergence:.4f}", *(f"{export['loss'][kind][name]:.3f}" for name in _MODELS))
         for kind, divergence in export["divergence"].items()
@@ -159,19 +161,19 @@ def loss_section(run: Run) -> dict[str, Any]:
 # ---------------------------------------------------------------------- samples
 
 _MAX_SAMPLES = 40
-_MAX_CHARACTERS = 2000  # of a prompt
+_MAX_CHARACTERS = 2000  # characters of a prompt
 _OUTCOMES = {
-    (False, True): "newly right",
+    (False, True): "newly correct",
     (True, False): "newly wrong",
     (False, False): "still wrong",
-    (True, True): "still right",
+    (True, True): "still correct",
 }
 
 Pair = tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]  # a sample before and after
 
 
 def samples_section(run: Run) -> dict[str, Any]:
-    """Questions with the answers before and after, and the experts behind the expected answers."""
+    """Questions with the answers before and after, and the experts used for the expected answers."""
     if run.after is None and run.before is None:
         command = evaluate_command(run, "after") if has_answers(run) else None
         return {"counts": [], "samples": [], "left_out": 0, "command": command}
@@ -179,14 +181,14 @@ def samples_section(run: Run) -> dict[str, Any]:
     experts = _experts_by_id(run, pairs)
 
     def rank(index: int) -> tuple[bool, bool, int]:
-        """Samples with experts come first, then those that changed or are wrong."""
+        """Sort key: samples with experts come first, then those that changed or are wrong."""
         pair = pairs[index]
         identifier = str((pair[1] or pair[0] or {})["id"])
-        return identifier not in experts, _outcome(pair) in ("still right", "right"), index
+        return identifier not in experts, _outcome(pair) in ("still correct", "correct"), index
 
     shown = sorted(sorted(range(len(pairs)), key=rank)[:_MAX_SAMPLES])
     outcomes = [_outcome(pair) for pair in pairs]
-    words = [word for word in (*_OUTCOMES.values(), "right", "wrong") if word in outcomes]
+    words = [word for word in (*_OUTCOMES.values(), "correct", "wrong") if word in outcomes]
     return {
         "counts": [(outcomes.count(word), word) for word in words],
         "samples": [_compared_sample(pairs[index], experts) for index in shown],
@@ -196,7 +198,7 @@ def samples_section(run: Run) -> dict[str, Any]:
 
 
 def inspected_samples_section(inspection: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Samples of a `mola inspect` result, with the experts behind the expected answers."""
+    """Samples of a `mola inspect` result, with the experts used for the expected answers."""
     samples = [_sample(example["id"], example, example["experts"]) for example in inspection.get("examples") or []]
     return {"counts": [], "samples": samples, "left_out": 0, "command": None} if samples else None
 
@@ -209,7 +211,7 @@ def _pairs(run: Run) -> list[Pair]:
 
 
 def _experts_by_id(run: Run, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """The experts behind inspected samples. An inspected sample with the same id and another prompt does not count."""
+    """The experts used for inspected samples. A sample with the same id but a different prompt does not count."""
     prompts = {str(sample["id"]): sample["prompt"] for pair in pairs for sample in pair if sample is not None}
     inspected = {str(example["id"]): example for example in (run.inspection or {}).get("examples") or []}
     return {
@@ -222,7 +224,7 @@ def _experts_by_id(run: Run, pairs: Sequence[Pair]) -> dict[str, Any]:
 def _outcome(pair: Pair) -> str:
     before, after = pair
     if before is None or after is None:
-        return "right" if (after or before or {})["correct"] else "wrong"
+        return "correct" if (after or before or {})["correct"] else "wrong"
     return _OUTCOMES[bool(before["correct"]), bool(after["correct"])]
 
 
@@ -250,7 +252,7 @@ def _sample(
 
 
 def _title(prompt: str) -> str:
-    """The line of a prompt with the question, else its longest line."""
+    """The line of a prompt that has the question, else its longest line."""
     lines = [" ".join(line.split()) for line in prompt.splitlines() if line.strip()]
     question = next((line for line in lines if line.startswith("Question:")), None)
     return _shortened((question or max(lines, key=len, default="")).removeprefix("Question: "), 160)

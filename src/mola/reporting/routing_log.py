@@ -13,7 +13,7 @@ from mola.reporting.formatting import layer_order
 
 VALUES = ("balance", "entropy", "drift")
 _NUM_PARTS = 3  # lower, middle and upper layers
-_LATE_SHARE = 0.25  # of the training
+_LATE_SHARE = 0.25  # share of the training
 
 # ---------------------------------------------------------------------- curves over training
 
@@ -25,7 +25,7 @@ class RoutingLog:
     parts: Sequence[Sequence[int | None]]  # neighbouring layers whose modules are averaged, lowest first
     # name of a value -> for each part, its mean over the modules by step
     curves: Mapping[str, Sequence[list[tuple[int, float]]]]
-    dead: list[tuple[int, float]]  # by step, how many experts no token chose, over all modules
+    dead: list[tuple[int, float]]  # by step, the number of experts in all modules that no token chose
     num_experts: int  # experts of all modules that have a router
     # records of the last interval with finite gates, one per module; a short last interval does not count
     last: Sequence[Mapping[str, Any]]
@@ -33,7 +33,7 @@ class RoutingLog:
 
 
 def read_routing_log(lines: Iterable[Mapping[str, Any]]) -> RoutingLog | None:
-    """Average the lines of a `routing.jsonl`; None without any line with finite gates."""
+    """Average the lines of a `routing.jsonl`; None if no line has finite gates."""
     parts: list[list[int | None]] = []
     curves: dict[str, list[list[tuple[int, float]]]] = {}
     dead: list[tuple[int, float]] = []
@@ -78,10 +78,10 @@ class LateUse:
     """Use of one module's experts over the tokens of the last quarter of training.
 
     Attributes:
-        tokens: how many.
-        shares: of each expert, the share of tokens that chose it; they add up to `top_k`.
-        margin: largest minus second largest gate.
-        entropy: of the softmax over all experts, over its largest value.
+        tokens: number of tokens.
+        shares: for each expert, the share of tokens that chose it; shares add up to `top_k`.
+        margin: mean difference between the largest and the second largest gate.
+        entropy: mean entropy of the softmax over all experts, divided by its maximum.
     """
 
     tokens: int = 0
@@ -95,23 +95,23 @@ class LateUse:
         weight = record["num_tokens"] / self.tokens if self.tokens else 0.0
         before = self.shares or [0.0] * len(record["shares"])
         self.shares = [old + weight * (new - old) for old, new in zip(before, record["shares"], strict=True)]
-        # A value that was not finite, or that an earlier version did not record, counts as 1: no rule fires on it.
+        # A value that was not finite, or that an earlier version did not record, counts as 1, which no rule reports.
         margin, entropy = (1.0 if record.get(name) is None else record[name] for name in ("margin", "entropy"))
         self.margin += weight * (margin - self.margin)
         self.entropy += weight * (entropy - self.entropy)
 
     @property
     def top_k(self) -> int:
-        """Experts that a token chooses."""
+        """Number of experts that a token chooses."""
         return round(sum(self.shares))
 
 
 def read_late_use(path: Path, last_step: int = 0) -> dict[str, LateUse]:
-    """Use of experts in the last quarter of training, by module; empty if no line is from that time.
+    """Use of experts in the last quarter of training, by module; empty if it has no line.
 
     Args:
         path: the `routing.jsonl` of the run.
-        last_step: the run's last step, if it is later than that of the telemetry.
+        last_step: the run's last step; the last step of the telemetry is used if it is later.
     """
     for line in read_json_lines(path):  # read twice, since the file of a large model does not fit into memory
         last_step = max(last_step, line["step"])

@@ -47,16 +47,20 @@ def run_figures(run: Run) -> list[tuple[str, str | None, str | None]]:
     record, allocation = run.record, run.record.get("allocation", {})
     accuracies = [percent(result["accuracy"]) for result in (run.before, run.after) if result is not None]
     trained, base = record.get("trainable_parameters"), allocation.get("base_parameters")
-    kept = step_of_weights(record)
+    saved_step = step_of_weights(record)
     return [
         ("accuracy", " → ".join(accuracies) if run.after is not None else None, None),
         ("status", record.get("status"), None),
         ("steps", _text(number, record.get("steps")), None),
-        ("weights", f"of step {kept}" if kept not in (None, record.get("steps")) else None, "the best evaluation loss"),
+        (
+            "weights",
+            f"of step {saved_step}" if saved_step not in (None, record.get("steps")) else None,
+            "the best evaluation loss",
+        ),
         *((label, _text(number, record.get("metrics", {}).get(name)), None) for name, label in _LOSSES.items()),
         ("experts", None if _has_experts_pattern(run) else _text(number, allocation.get("num_experts")), None),
         (
-            "trained values",
+            "trainable parameters",
             _text(number, trained),
             f"{small_percent(trained / base)} of the base" if trained and base else None,
         ),
@@ -85,7 +89,7 @@ def _data_table(record: Mapping[str, Any]) -> Table:
         (part, *(number(counts[key]) for key in ("kept", "tokens", "trained_tokens")), digests.get(part))
         for part, counts in record.get("data", {}).items()
     ]
-    return Table(("part", "samples", "tokens", "trained tokens", "sha256 of the samples"), rows, "Samples")
+    return Table(("part", "samples", "tokens", "tokens in the loss", "sha256 of the samples"), rows, "Samples")
 
 
 def making_section(run: Run) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Test questions that a training or a choice has used, recognised by their text in any file and split."""
+"""Finds test questions that were also used for training or tuning; questions are recognised by their text."""
 
 import functools
 import logging
@@ -20,16 +20,16 @@ _warn_once = functools.cache(logging.getLogger(__name__).warning)
 
 
 def is_subset(first: Questions, second: Questions) -> bool:
-    """Whether one of two sets of questions contains all of the other."""
+    """Whether the larger of two sets of questions contains all of the smaller one."""
     fewer, more = sorted((first, second), key=len)
     return bool(np.isin(fewer, more).all())
 
 
 def warn_of_shared(task: str, test: Questions, used: Questions, use: str) -> None:
-    """Warn once if some test questions have also been used otherwise; `use` says how, such as "trained on"."""
+    """Warn once if some test questions are also among the `used` questions; `use` says how, such as "trained on"."""
     if shared := int(np.isin(test, used).sum()):
         _warn_once(
-            "task `%s`: %d of the %d test questions are %s, too. Accuracies count them as if they were new.",
+            "task `%s`: %d of the %d test questions are also %s. Accuracies count them as if they were new.",
             *(task, shared, len(test), use),
         )
 
@@ -43,19 +43,19 @@ def check_training(
     is_search: bool = False,
     stage: str = "",
 ) -> None:
-    """Check that a training does not use the questions of a test that follows it.
+    """Check that a training run does not use the questions of the test that follows.
 
     Args:
-        task: of the test, for messages.
-        questions: of the test.
-        test: where the questions come from.
-        options: of the training.
-        data: of the training.
-        is_search: the test belongs to a search, which may choose a checkpoint by its own questions.
-        stage: which training it is, for messages, if it is not that of the task: " in stage `words`".
+        task: name of the tested task, for messages.
+        questions: the test questions.
+        test: the options of the test, which say where the questions come from.
+        options: the options of the training run.
+        data: the data of the training run.
+        is_search: whether the test belongs to a search, which may choose a checkpoint by its own questions.
+        stage: for messages, the stage of the training run if it trains a different task: " in stage `words`".
 
     Raises:
-        MolaError: a checkpoint would be chosen by the questions of the test, or by a part of them.
+        MolaError: a checkpoint would be chosen by the test questions, or by some of them.
     """
     warn_of_shared(task, questions, data.questions["train"], f"trained on{stage}")
     if is_search or not options.load_best_model_at_end or "evaluation" not in data.questions:
@@ -65,14 +65,14 @@ def check_training(
     is_same_split = not options.validation_size and source == _source(test.data or "", test.split)
     if is_same_split or is_subset(evaluated, questions):
         raise MolaError(
-            f"`load_best_model_at_end` would choose a checkpoint{stage} by the questions of the test of `{task}`, "
-            "which are the evaluation data, too. Pass --load_best_model_at_end false, or name other `eval_data`."
+            f"`load_best_model_at_end` would choose a checkpoint{stage} by the test questions of `{task}`, "
+            "which are also the evaluation data. Pass --load_best_model_at_end false, or different `eval_data`."
         )
     warn_of_shared(task, questions, evaluated, f"evaluation data, by which a checkpoint is chosen{stage}")
 
 
 def _source(data: str, split: str | None) -> tuple[str, str | None]:
-    """File or folder and split, comparable however the path is written; a file without splits has None."""
+    """The absolute path of the data and the split, for comparison; the split is None for a file without splits."""
     path = Path(os.path.expanduser(data))
     if not path.exists():  # a name on the Hub
         return data, split

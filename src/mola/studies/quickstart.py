@@ -1,7 +1,7 @@
-"""`mola quickstart`: all steps from a base model to a report, on a real model of 135 million parameters.
+"""`mola quickstart`: all steps from a base model to a report, on a real model with 135 million parameters.
 
-Converts the weights, generates science questions, evaluates the base model, fine-tunes a mixture of experts as
-`recipes/quickstart.yaml` says, evaluates it, inspects the experts, prints one answer, and writes a report.
+Converts the weights, generates science questions, evaluates the base model, fine-tunes a mixture of experts
+with the recipe `recipes/quickstart.yaml`, evaluates it, inspects the experts, prints one answer, and writes a report.
 """
 
 import shlex
@@ -42,15 +42,17 @@ class QuickstartOptions:
 
     output_dir: str = option("runs/quickstart", "Run folder.")
     recipe: str = option("recipes/quickstart.yaml", "Recipe of `mola train`.")
-    model_dir: str = option(".cache/SmolLM2-135M-Instruct", "Where the converted base model is kept.")
-    seed: int = option(0, "Random seed of questions and training.")
+    model_dir: str = option(".cache/SmolLM2-135M-Instruct", "Folder for the converted base model.")
+    seed: int = option(0, "Random seed for questions and training.")
     dtype: str = option("auto", "Dtype of the base: auto, float32 or bfloat16.")
 
 
 def main(options: QuickstartOptions) -> int:
-    """Run all steps and print the results; `summary.json` in the run folder has the numbers."""
+    """Run all steps, print the results, and write the numbers to `summary.json` in the run folder."""
     if not Path(options.recipe).is_file():
-        raise MolaError(f"`recipe` cannot be found: {options.recipe!r}. Run this in the project's folder, or name one.")
+        raise MolaError(
+            f"`recipe` cannot be found: {options.recipe!r}. Run this in the project's folder, or pass a recipe."
+        )
     start = time.perf_counter()
     console = OutputConsole()
     seconds: dict[str, float] = {}
@@ -68,7 +70,7 @@ def main(options: QuickstartOptions) -> int:
     with _timed(console, seconds, "fine-tuning"):
         result = train(train_options)
     if result.status != "finished":
-        print("Interrupted. The same command starts again.", file=sys.stderr)
+        print("Interrupted. The same command starts from the beginning.", file=sys.stderr)
         return 130
     with _timed(console, seconds, "accuracy after"):
         adapter = str(folder)
@@ -85,13 +87,13 @@ def main(options: QuickstartOptions) -> int:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise if the folder holds results of another command. A quickstart writes its questions first."""
+    """Raise if the folder holds results of a different command. A quickstart folder is recognised by its questions."""
     found = [name for name in _RESULT_FILES if (folder / name).exists()]
-    is_own = (folder / "data" / "dataset.hf").exists() or any(folder.glob(".data.*"))  # of a killed quickstart
+    is_own = (folder / "data" / "dataset.hf").exists() or any(folder.glob(".data.*"))  # left by a killed quickstart
     if found and not is_own:
         raise MolaError(
-            f"`output_dir` must be empty, or of an earlier quickstart: {str(folder)!r} holds {found[0]!r} of another "
-            "command, which would be replaced. Pass another folder."
+            f"`output_dir` must be empty or belong to an earlier quickstart: {str(folder)!r} holds {found[0]!r} from a "
+            "different command, which would be replaced. Pass a different folder."
         )
 
 
@@ -112,10 +114,10 @@ def _train_options(options: QuickstartOptions, data: Path) -> TrainOptions:
         "seed": options.seed,
         "overwrite_output_dir": "true",
     }
-    if options.dtype != "auto":  # else the recipe may name one
+    if options.dtype != "auto":  # with "auto", the recipe may set the dtype
         arguments["dtype"] = options.dtype
     flags = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
-    # Parsed as on the command line, so that the recipe is checked as a user's recipe.
+    # Parsed like a command line, so that the recipe is checked like a user's recipe.
     train_options: TrainOptions = parse(TrainOptions, flags, prog="mola train")
     return train_options
 
@@ -146,7 +148,7 @@ def _summary(
 def _show(
     console: Console, folder: Path, summary: Mapping[str, Any], before: EvaluateResult, after: EvaluateResult
 ) -> None:
-    table = Table(title=f"{after.total} questions that were not trained on")
+    table = Table(title=f"{after.total} questions that were not used in training")
     for column in ("", "accuracy", "95 % interval", "unanswered"):
         table.add_column(column)
     for name, result in (("before", before), ("after", after)):
@@ -163,10 +165,13 @@ def _show(
     for text in ("", "One of them:", question, options):
         console.print(text, markup=False, highlight=False)
     for name, sample in (("before", old), ("after", new)):
-        words = f"{sample['predicted'] or 'no answer'} ({'right' if sample['correct'] else 'wrong'})"
+        words = f"{sample['predicted'] or 'no answer'} ({'correct' if sample['correct'] else 'wrong'})"
         console.print(f"{name}: {words}, in words: {' '.join(sample['output'].split())}", markup=False, highlight=False)
     model = after.settings["base_model"]
-    print(f"\n{summary['seconds']:.0f} s in all. The adapter is in {folder}. Ask it:")
+    print(f"\n{summary['seconds']:.0f} s in all. The adapter is in {folder}. Query it:")
     first = next(number for number, line in enumerate(lines) if line.startswith("Context:"))
-    asked = ["--instruction", "\n".join([*lines[first : lines.index(options) + 1], ""])]  # as it was trained
-    print(shlex.join(["mola", "generate", "--base_model", str(model), "--adapter", str(folder), *asked]))
+    instruction = [
+        "--instruction",
+        "\n".join([*lines[first : lines.index(options) + 1], ""]),
+    ]  # the instruction used in training
+    print(shlex.join(["mola", "generate", "--base_model", str(model), "--adapter", str(folder), *instruction]))

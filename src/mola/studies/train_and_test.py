@@ -1,4 +1,4 @@
-"""A training and the test that follows it, for commands that do several: options, resuming, signals."""
+"""One training run and its test, for commands that do several: options, resuming, signals."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ from mola.training.train import TrainOptions, train
 
 logger = logging.getLogger(__name__)
 
-# Options that may differ when a training is resumed: places, and what changes no weight.
+# Options that may differ when a training is resumed: paths, and options that do not affect the weights.
 NOT_COMPARED = (
     "output_dir",
     "adapter",
@@ -37,7 +37,7 @@ NOT_COMPARED = (
     "save_total_limit",
 )
 _SAME_NAME = ("base_model", "task", "filters", "max_new_tokens", "template", "scoring", "trust_remote_code")
-# Options of the test, by the names that `mola evaluate` has for them.
+# Option of `mola evaluate` -> option of this class.
 _TEST_OPTIONS = {
     **{name: name for name in (*_SAME_NAME, *QUANTIZATION_OPTIONS)},
     "split": "test_split",
@@ -49,39 +49,44 @@ _TEST_OPTIONS = {
 
 @dataclass
 class TrainAndTestOptions(TrainOptions):
-    """Options of one training: those of `mola train`, and how its task is tested."""
+    """Options of one training run: those of `mola train`, and those of the test on its task."""
 
     _test: ClassVar = Group("test")
     test_data: str | None = option(None, "Test data; default: the split `test_split` of `data`.")
-    test_split: str = option("test", "Split to test on where the data has several.")
-    test_limit: int | None = option(None, "Test on the first so many samples only.")
+    test_split: str = option("test", "Split to test on if the data has several.")
+    test_limit: int | None = option(None, "Test on at most this number of samples, from the first on.")
     test_batch_size: int = option(8, "Test samples per batch.")
     scoring: str = option(
-        EvaluateOptions.scoring, "How an answer is found: generate or likelihood, as in `mola evaluate`."
+        EvaluateOptions.scoring, "How an answer is found: generate or likelihood, like in `mola evaluate`."
     )
     max_new_tokens: int = option(EvaluateOptions.max_new_tokens, "Tokens to generate per test sample.")
 
     def check_one_process(self, command: str, cure: str) -> None:
-        """Raise under a launcher of several processes, and for `resume_from_checkpoint`, which every training sets."""
+        """Raise if several processes run the command, or if `resume_from_checkpoint` is set.
+
+        Args:
+            command: for messages, such as "mola compare".
+            cure: the end of the advice on several processes; may be empty.
+        """
         if self.resume_from_checkpoint:
             raise MolaError(
-                f"`resume_from_checkpoint` ({self.resume_from_checkpoint!r}) has no effect: the same command goes on "
-                "where it stopped. Leave it out."
+                f"`resume_from_checkpoint` ({self.resume_from_checkpoint!r}) has no effect: the same command "
+                "resumes where it stopped. Leave the option out."
             )
         if self.world_size > 1:
             raise MolaError(f"`{command}` runs in one process: got {self.world_size}. Start it without torchrun{cure}.")
 
 
 def evaluation_of(options: TrainAndTestOptions) -> EvaluateOptions:
-    """Options of the evaluation after a training, without adapter and output file.
+    """Options of the evaluation that follows a training run, without adapter and output file.
 
     Raises:
-        MolaError: task or data are not named, or there is nothing to test on.
+        MolaError: task or data are missing, or there are no test data.
     """
     if options.task is None:
-        raise MolaError("`task` must name the task, which says how an answer is found. Set it for this one or for all.")
+        raise MolaError("`task` must name the task, which says how an answer is found. Set it for this run or for all.")
     if options.data is None:
-        raise MolaError("`data` must name the training data. Set it for this one or for all.")
+        raise MolaError("`data` must name the training data. Set it for this run or for all.")
     if options.test_data is not None:
         check_split("test_split", options.test_split, TrainAndTestOptions.test_split, options.test_data)
     values = {name: getattr(options, own) for name, own in _TEST_OPTIONS.items()}
@@ -91,20 +96,20 @@ def evaluation_of(options: TrainAndTestOptions) -> EvaluateOptions:
 
 
 def _test_source(options: TrainAndTestOptions) -> str:
-    """The training data's own test split."""
+    """The training data, if they have a test split; used if `test_data` is not set."""
     data = options.data or ""
     splits = split_names(data)
     if options.test_split not in splits or options.test_split == options.train_split:
         found = f"its splits are {', '.join(splits)}" if splits else "it has no splits"
         raise MolaError(
             f"`test_data` must name the test data, or `test_split` ({options.test_split!r}) a split of {data!r} that "
-            f"is not trained on: {found}."
+            f"is not used for training: {found}."
         )
     return data
 
 
-def train_or_go_on(options: TrainAndTestOptions) -> bool:
-    """Train, from the last complete checkpoint in the folder if there is one.
+def train_or_resume(options: TrainAndTestOptions) -> bool:
+    """Train, resuming from the last complete checkpoint in the folder if there is one.
 
     Returns:
         Whether the training finished; False if a signal stopped it.
@@ -116,7 +121,7 @@ def train_or_go_on(options: TrainAndTestOptions) -> bool:
             find_checkpoint(folder, "last")
             options.resume_from_checkpoint = "last"
         except MolaError:
-            logger.warning("%s holds no complete checkpoint: the training starts again.", folder)
+            logger.warning("%s holds no complete checkpoint: the training starts from the beginning.", folder)
             options.overwrite_output_dir = True
     result = train(options)
     free_memory()
@@ -124,14 +129,14 @@ def train_or_go_on(options: TrainAndTestOptions) -> bool:
 
 
 def free_memory() -> None:
-    """Free the memory of the last model before the next one is loaded: reference cycles keep it until then."""
+    """Free the memory of the last model, which reference cycles keep, before the next model is loaded."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def evaluate_once(options: EvaluateOptions) -> dict[str, Any]:
-    """Content of the result file `options.output`, from an evaluation if there was none before.
+    """Evaluate unless the result file `options.output` exists, and return its content.
 
     The caller makes sure that an existing file is a result of the same weights, options and data.
     """
@@ -139,16 +144,16 @@ def evaluate_once(options: EvaluateOptions) -> dict[str, Any]:
     if path.exists():
         result: dict[str, Any] = read_json(path)
         return result
-    found = evaluate(replace(options, overwrite=True)).to_dict()  # also goes on with an unfinished evaluation
+    found = evaluate(replace(options, overwrite=True)).to_dict()  # also resumes an unfinished evaluation
     free_memory()
     return found
 
 
 def recorded(work: Callable[[], bool], write: Callable[..., Any]) -> str:
-    """Do the work of a study and keep its status in the record.
+    """Do the work of a study, and write its status to the record when work begins or fails.
 
     Args:
-        work: returns whether it is finished.
+        work: does the work; returns False if a signal stopped it.
         write: writes the record with a status.
 
     Returns:
@@ -166,8 +171,8 @@ def recorded(work: Callable[[], bool], write: Callable[..., Any]) -> str:
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does. A running training handles both signals itself."""
-    if threading.current_thread() is not threading.main_thread():  # which alone can set handlers
+    """Let SIGTERM raise KeyboardInterrupt, like Ctrl-C. A running training handles both signals itself."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
     before = signal.signal(signal.SIGTERM, _interrupt)

@@ -146,7 +146,7 @@ def test_tables_in_every_form(whole, values, tmp_path, capsys):
     text = names[1].read_text()
     assert text == markdown(result.rows, [], "lora", result.results, 0)
     assert f"{len(result.results) - 2} trainings took " in text
-    assert "Trained values within 5 % of the reference's on physics: lora." in text
+    assert "Trainable parameters within 5 % of the reference's on physics: lora." in text
     assert "Fewer than 5 seeds say little" in text
 
 
@@ -222,10 +222,10 @@ def test_an_adapter_of_other_options_is_not_taken(whole, run, tmp_path):
     only = {"tasks": {"physics": TASKS["physics"]}, "recipes": {"lora": RECIPES["lora"]}, "seeds": [0]}
     shutil.copytree(whole[0], tmp_path / "out")
     record = tmp_path / "out" / "compare.json"
-    with pytest.raises(MolaError, match="made with another setting `learning_rate`"):
+    with pytest.raises(MolaError, match="made with a different setting `learning_rate`"):
         run(**only, learning_rate=0.01)
     record.unlink()
-    with pytest.raises(MolaError, match="was begun with another setting `learning_rate`"):
+    with pytest.raises(MolaError, match="was begun with a different setting `learning_rate`"):
         run(**only, learning_rate=0.01)
     weights = tmp_path / "out" / "physics" / "lora" / "seed-0" / "adapter_model.safetensors"
     before = weights.stat().st_mtime_ns
@@ -251,7 +251,7 @@ def test_experts_from_a_file_of_mola_allocate(run, tmp_path):
     (result,) = run(**asked).results
     assert result.num_experts == read(file)["num_experts"]
     file.write_text(json.dumps({**read(file), "num_experts": [3, 3, 3, 3]}))
-    with pytest.raises(MolaError, match="physics/found/seed-0 was made with another setting `num_experts`"):
+    with pytest.raises(MolaError, match="physics/found/seed-0 was made with a different setting `num_experts`"):
         run(**asked)
 
 
@@ -273,12 +273,12 @@ def test_another_base_model_is_refused(whole, run, tiny_model_dir, tmp_path):
     weights = load_file(other / "model.safetensors")
     name = next(iter(weights))
     save_file({**weights, name: weights[name] + 1}, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(MolaError, match="was made with another model `base_model`: .* Use the same"):
+    with pytest.raises(MolaError, match="was made with a different model `base_model`: .* Use the same"):
         run(seeds=[0, 2], record=record, tasks=ONE["tasks"], base_model=str(other))
     content = read(record)
     content["runs"] = [each for each in content["runs"] if each["recipe"] == "base model"]
     Path(record).write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(MolaError, match="physics/base model/seed-0 was made with another model"):
+    with pytest.raises(MolaError, match="physics/base model/seed-0 was made with a different model"):
         run(seeds=[0], record=record, tasks=ONE["tasks"], base_model=str(other), output_dir=str(tmp_path / "second"))
 
 
@@ -299,7 +299,7 @@ def test_a_record_may_go_to_a_machine_whose_dtype_is_another(is_another, run, mo
     if not is_another:
         assert run(**again, dtype="auto").open == 0
     else:
-        with pytest.raises(MolaError, match=f"was made with another model `dtype`: '{before}', now"):
+        with pytest.raises(MolaError, match=f"was made with a different model `dtype`: '{before}', now"):
             run(**again, dtype="auto")
     assert run(**again, dtype=before).open == 0
 
@@ -349,7 +349,7 @@ def test_picture_of_the_differences(whole, run, tmp_path, caplog):
         ({"task": None}, "`task` must name the task"),
         ({"data": None}, "`data` must name the training data"),
         ({"reference": "none"}, "`reference` must be one of the recipes lora, 2468"),
-        ({"seeds": [1, 1]}, "`seeds` must be different numbers"),
+        ({"seeds": [1, 1]}, "`seeds` must be a non-empty list of distinct numbers"),
         ({"seed": 5}, "`seed` has no effect"),
         ({"push_to_hub": True}, "`push_to_hub` has no effect"),
         ({"resume_from_checkpoint": "last"}, "`resume_from_checkpoint` .* has no effect"),

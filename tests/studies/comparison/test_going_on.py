@@ -61,14 +61,16 @@ def stopped_in_the_test(run, monkeypatch):
 )
 def test_a_stopped_training_resumes_only_with_the_same_options(change, run, stopped):
     stopped(**ALONE)
-    with pytest.raises(MolaError, match=f"seed-0' was begun with another .* `{next(iter(change))}`: .* Use the same"):
+    with pytest.raises(
+        MolaError, match=f"seed-0' was begun with a different .* `{next(iter(change))}`: .* Use the same"
+    ):
         run(**{**ALONE, **change})
     assert run(**ALONE).status == "finished"
 
 
 def test_the_base_model_is_tested_as_the_runs_are(run, stopped):
     stopped(**ONE)
-    with pytest.raises(MolaError, match="physics/base model/seed-0 was made with another setting `scoring`"):
+    with pytest.raises(MolaError, match="physics/base model/seed-0 was made with a different setting `scoring`"):
         run(**{**ONE, "scoring": "generate"})
 
 
@@ -79,7 +81,7 @@ def test_another_rule_for_answers_is_refused(run, tmp_path):
     asked = {**ALONE, "task": str(task), "tasks": {"all": {}}, "scoring": "generate", "max_new_tokens": 2}
     run(**asked)
     task.write_text(text.replace("[Aa]nswer(", "[Rr]esult("), encoding="utf-8")
-    with pytest.raises(MolaError, match="all/lora/seed-0 was made with another task `rule`"):
+    with pytest.raises(MolaError, match="all/lora/seed-0 was made with a different task `rule`"):
         run(**{**asked, "seeds": [0, 1]})
 
 
@@ -91,9 +93,9 @@ def test_replaced_weights_of_the_base_model_are_an_error(run, tiny_model_dir, tm
     name = next(iter(weights))
     save_file({**weights, name: weights[name] + 1}, base / "model.safetensors", {"format": "pt"})
     (tmp_path / "out" / "compare.json").unlink()
-    with pytest.raises(MolaError, match="base.json' was begun with another model `base_model`"):
+    with pytest.raises(MolaError, match="base.json' was begun with a different model `base_model`"):
         run(**ONE, base_model=str(base))
-    with pytest.raises(MolaError, match="seed-0' was begun with another model `base_model`"):
+    with pytest.raises(MolaError, match="seed-0' was begun with a different model `base_model`"):
         run(**ALONE, base_model=str(base))
 
 
@@ -146,7 +148,7 @@ def test_a_starting_adapter_is_part_of_what_is_compared(experts, run, data, tiny
     config = read(start / "adapter_config.json")
     config.pop("weights_sha256")
     (start / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(MolaError, match=r"warm/seed-0 was made with another data `adapter`"):
+    with pytest.raises(MolaError, match=r"warm/seed-0 was made with a different data `adapter`"):
         run(**asked)
 
 
@@ -154,14 +156,14 @@ def test_a_starting_adapter_is_part_of_what_is_compared(experts, run, data, tiny
 def test_results_of_another_process_are_checked(run, monkeypatch, tmp_path):
     """Both began before there was a result."""
     other = run(**{**ALONE, "seeds": [1]}, learning_rate=0.01, output_dir=str(tmp_path / "other")).record
-    trained = runs.train_or_go_on
+    trained = runs.train_or_resume
 
     def and_another_adds(*arguments):
         shutil.copy(other, tmp_path / "out" / "compare.json")
         return trained(*arguments)
 
-    monkeypatch.setattr(runs, "train_or_go_on", and_another_adds)
-    with pytest.raises(MolaError, match="physics/lora/seed-1 was made with another setting `learning_rate`"):
+    monkeypatch.setattr(runs, "train_or_resume", and_another_adds)
+    with pytest.raises(MolaError, match="physics/lora/seed-1 was made with a different setting `learning_rate`"):
         run(**{**ALONE, "seeds": [0, 1]})
 
 

@@ -34,13 +34,13 @@ def tasks(test_data, **options):
 
 @pytest.mark.parametrize("rows", [None, 4])
 def test_a_search_on_the_rows_of_the_test_is_refused(run, copied, rows):
-    with pytest.raises(MolaError, match="`tuning_split` .'validation'. has the questions of the test"):
+    with pytest.raises(MolaError, match="`tuning_split` .'validation'. has the test questions"):
         run(**{**ONE, **SEARCHED, "tasks": tasks(copied("validation", rows))})
 
 
 @pytest.mark.parametrize("rows", [None, 4])
 def test_a_checkpoint_chosen_by_the_rows_of_the_test_is_refused(run, copied, rows):
-    with pytest.raises(MolaError, match="`load_best_model_at_end` would choose a checkpoint by the questions of the"):
+    with pytest.raises(MolaError, match="`load_best_model_at_end` would choose a checkpoint by the test questions of"):
         run(**{**ONE, **CHOSEN, "tasks": tasks(copied("validation", rows))})
 
 
@@ -57,5 +57,5 @@ def test_shared_questions_give_one_warning(run, copied, caplog, changes, more, w
     assert run(**{**ONE, **changes, "tasks": tasks(test_data)}).status == "finished"
     said = [record.message for record in caplog.records if "if they were new" in record.message]
     assert said == [
-        f"task `questions`: 3 of the 8 test questions are {where}, too. Accuracies count them as if they were new."
+        f"task `questions`: 3 of the 8 test questions are also {where}. Accuracies count them as if they were new."
     ]

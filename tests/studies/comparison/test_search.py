@@ -152,7 +152,7 @@ def test_a_search_that_is_stopped_goes_on(run, monkeypatch, tmp_path):
         ({"tune": {"lora-dropout": [0.1, 0.2]}}, "`lora_dropout` is set twice"),
         (
             {**SEARCH, "tuning_seeds": [1]},
-            "`tuning_seeds` must be different numbers, .* none of `seeds`",
+            "`tuning_seeds` must be a non-empty list of distinct numbers .* any of `seeds`",
         ),
         ({**SEARCH, "tuning_split": "test"}, "`tuning_split` must not be `test_split`"),
         ({**SEARCH, "tuning_split": "nowhere"}, "must name the test data"),

@@ -91,7 +91,7 @@ def test_a_stage_that_starts_again_is_tested_again(begun, whole, caplog):
         spoil(stage / "evaluation" / f"{name}.json")
     first = contents(folder / FOLDERS[0])
     continual(ContinualOptions(**{**options, "stages": FIRST_TWO}))
-    assert "no complete checkpoint: the training starts again" in caplog.text
+    assert "no complete checkpoint: the training starts from the beginning" in caplog.text
     assert_same_end(folder, whole, 2)
     assert contents(folder / FOLDERS[0]) == first
 
@@ -117,7 +117,7 @@ def test_other_weights_at_the_start_are_tested_again_or_refused(whole, run, tmp_
     for name in (WEIGHTS, "adapter_config.json"):
         shutil.copy(whole[0] / FOLDERS[1] / name, adapter / name)
     before = contents(tmp_path / "run")
-    with pytest.raises(MolaError, match="stage `words` was begun with other weights than those in `adapter`"):
+    with pytest.raises(MolaError, match="stage `words` was begun with different weights than those now in `adapter`"):
         run(**options)
     assert contents(tmp_path / "run") == before
     shutil.rmtree(stage)
@@ -132,7 +132,9 @@ def test_other_weights_of_the_base_model_are_refused(begun, base_model):
     kept = weights.read_bytes()
     weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     try:
-        with pytest.raises(MolaError, match="stage `physics` was begun with other weights than those in `base_model`"):
+        with pytest.raises(
+            MolaError, match="stage `physics` was begun with different weights than those now in `base_model`"
+        ):
             continual(ContinualOptions(**options))
     finally:
         weights.write_bytes(kept)
@@ -147,7 +149,7 @@ def test_other_weights_of_the_base_model_are_refused(begun, base_model):
 def test_exchanged_weights_of_a_stage_are_an_error(begun):
     folder, options = begun
     shutil.copy(folder / FOLDERS[1] / WEIGHTS, folder / FOLDERS[0] / WEIGHTS)
-    with pytest.raises(MolaError, match="stage `physics`.*not the one that was trained"):
+    with pytest.raises(MolaError, match="stage `physics`.*not the adapter that was trained"):
         continual(ContinualOptions(**options))
 
 

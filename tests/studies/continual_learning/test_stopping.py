@@ -34,7 +34,7 @@ def test_signal_during_training_and_the_same_command_again(values, whole, tmp_pa
     at_step(FOLDERS[1], 2, send(name))
     arguments = flags(values(stages=FIRST_TWO))
     assert main(arguments) == 130
-    assert "Go on with the same command." in capsys.readouterr().err
+    assert "Resume with the same command." in capsys.readouterr().err
     record = read(folder / "continual.json")
     assert (record["status"], len(record["results"])) == ("interrupted", 1)
     assert read(folder / FOLDERS[1] / "run.json")["status"] == "interrupted"
@@ -80,7 +80,7 @@ def test_crash_before_the_first_checkpoint_starts_the_stage_again(run, whole, tm
     record = read(tmp_path / "run" / "continual.json")
     assert (record["status"], record["error"]) == ("failed", "power cut")
     assert run(stages=stages).status == "finished"
-    assert "no complete checkpoint: the training starts again" in caplog.text
+    assert "no complete checkpoint: the training starts from the beginning" in caplog.text
     assert_same_end(tmp_path / "run", whole, 1)
 
 

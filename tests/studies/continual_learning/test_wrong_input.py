@@ -50,7 +50,7 @@ WRONG = [
     ({"task": None}, ["stage `physics`", "`task`"]),
     ({"data": None}, ["stage `physics`", "`data`"]),
     ({"num_experts": "2,4,6"}, ["`num_experts`", "3 entries", "4 layers"]),
-    ({"resume_from_checkpoint": "last"}, ["`resume_from_checkpoint`", "goes on"]),
+    ({"resume_from_checkpoint": "last"}, ["`resume_from_checkpoint`", "resumes"]),
     ({"adapter": "nosuch", "num_experts": None}, ["`adapter`", "nosuch"]),
     (
         {"adapter": "x", "num_experts": None, "lora_dropout": None, "stages": {"a": {"lora_dropout": 0.5}}},
@@ -76,7 +76,7 @@ def test_tests_of_earlier_stages_are_compared_with_later_data(values, data, capl
     assert re.search("task `a`: (.+) of the \\1 test questions are trained on in stage `b`, too", caplog.text)
     stages["b"] = {"eval_data": test, "load_best_model_at_end": True}
     stages["b"] |= {"eval_strategy": "steps", "eval_steps": 2}
-    with pytest.raises(MolaError, match="choose a checkpoint in stage `b` by the questions of the test of `a`"):
+    with pytest.raises(MolaError, match="choose a checkpoint in stage `b` by the test questions of `a`"):
         check_stages(ContinualOptions(**values(stages=stages, max_steps=1)))
 
 
@@ -95,7 +95,7 @@ def test_folder_of_something_else_is_refused(run, tmp_path):
     with pytest.raises(MolaError, match=r"`output_dir`.*continual\.json"):
         run()
     (tmp_path / "run" / "continual.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(MolaError, match=r"cannot be read .*Restore it, or pass another `output_dir`"):
+    with pytest.raises(MolaError, match=r"cannot be read .*Restore it, or pass a different `output_dir`"):
         run()
     (tmp_path / "run" / "continual.json").write_text("[", encoding="utf-8")
     with pytest.raises(MolaError, match="cannot be read"):

@@ -1,4 +1,4 @@
-"""What can be wrong with any run of a comparison, found before the first one is trained."""
+"""Checks all runs of a comparison before the first one is trained."""
 
 import copy
 import functools
@@ -28,19 +28,19 @@ from mola.training.options import ADAPTER_DEFAULTS
 
 logger = logging.getLogger(__name__)
 
-# Files are compared by content, see `Run.fingerprints` and `Run.base_model`, so they may be moved.
+# Paths are not compared, so files may be moved. Their content is compared: `Run.fingerprints`, `Run.base_model`.
 _PLACES = (*NOT_COMPARED, "data", "eval_data", "test_data", "base_model")
-# `Run.dtype` has the dtype that these options lead to on this machine.
+# These options are compared by the dtype that they lead to on this machine, `Run.dtype`.
 _PRECISION = ("dtype", "bf16", "fp16")
-# Options of a test that are places, or that other parts of the identity have.
+# Options of a test that are paths, or that are in a different part of the identity.
 _NOT_OF_A_TEST = ("adapter", "data", "base_model", "output", "overwrite", "device", "dtype")
-# Options that change neither the data nor the number of steps.
+# Options that affect neither the data nor the number of steps.
 _OF_THE_ADAPTER = (*ADAPTER_DEFAULTS, "learning_rate", "weight_decay", "adapter")
 
 
 @dataclass
 class _Data:
-    """What a run is trained and tested on."""
+    """Data and base model of a run; see `Run` for the attributes."""
 
     test: EvaluateOptions
     fingerprints: dict[str, str]
@@ -56,16 +56,16 @@ class Run(_Data):
     """One training with its test.
 
     Attributes:
-        key: its task, recipe and seed.
-        options: of the training; `output_dir` is its folder.
+        key: task, recipe and seed.
+        options: options of the training; `output_dir` is the run folder.
         test: options of the evaluation; adapter and output file are filled in later.
-        settings: the options that differ from their defaults. They must be equal for a result to be kept.
+        settings: the training options that differ from their defaults. A result is kept only if they are unchanged.
         fingerprints: sha256 of the training, evaluation and test examples and of a starting adapter, by part.
         num_questions: number of test questions.
-        base_model: which weights, see `mola.models.identity`.
-        dtype: of the base model.
-        rule: sha256 of the task's template and of how it reads answers.
-        questions: of the test, see `mola.studies.overlaps`.
+        base_model: identity of the base weights, see `mola.models.identity`.
+        dtype: dtype of the base model.
+        rule: sha256 of the task's template and of its rule for reading answers.
+        questions: the test questions, see `mola.studies.overlaps`.
     """
 
     key: Key = field(kw_only=True)
@@ -74,13 +74,13 @@ class Run(_Data):
 
     @property
     def identity(self) -> dict[str, dict[str, Any]]:
-        """By part, what must be equal to go on with the run."""
+        """By part, the values that must be unchanged to resume the run."""
         model = {"base_model": self.base_model, "dtype": self.dtype}
         return {"setting": self.settings, "data": self.fingerprints, "model": model, "task": {"rule": self.rule}}
 
     @property
     def base_identity(self) -> dict[str, dict[str, Any]]:
-        """By part, what must be equal for the test of the base model on the run's task."""
+        """By part, the values that must be unchanged to keep the base model's test on the run's task."""
         settings = {name: value for name, value in asdict(self.test).items() if name not in _NOT_OF_A_TEST}
         return {**self.identity, "setting": settings, "data": {"test": self.fingerprints["test"]}}
 
@@ -89,14 +89,19 @@ def check_runs(runs_options: Mapping[Key, TrainAndTestOptions]) -> list[Run]:
     """Check all runs without loading weights.
 
     Raises:
-        MolaError: anything is wrong with a run, named by task and recipe, or recipes have different test questions.
+        MolaError: a run is wrong (the message names task and recipe), or recipes have different test questions.
     """
     known: dict[str, _Data] = {}
     runs = []
     for key, options in runs_options.items():
         try:
             runs.append(
-                Run(**vars(_checked(key, options, known)), key=key, options=options, settings=_settings(options))
+                Run(
+                    **vars(_checked(key, options, known)),
+                    key=key,
+                    options=options,
+                    settings=_non_default_settings(options),
+                )
             )
         except MolaError as error:
             raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
@@ -105,25 +110,25 @@ def check_runs(runs_options: Mapping[Key, TrainAndTestOptions]) -> list[Run]:
 
 
 def _checked(key: Key, options: TrainAndTestOptions, known: dict[str, _Data]) -> _Data:
-    """Check one run, but nothing twice: seeds and adapters make no difference to the data."""
+    """Check one run. Checks are reused for runs that differ only in seed or adapter, since their data are the same."""
     values = {name: value for name, value in options.to_dict().items() if name not in NOT_COMPARED or name == "adapter"}
-    if not options.validation_size:  # else the seed chooses the rows that are taken out of the training data
+    if not options.validation_size:  # with a `validation_size`, the seed chooses the evaluation rows
         del values["seed"]
-    whole = json.dumps(values, sort_keys=True, default=str)
-    if whole in known:
-        return known[whole]
+    all_options = json.dumps(values, sort_keys=True, default=str)
+    if all_options in known:
+        return known[all_options]
     base = base_config(options)
     check_model_options(options, base)
-    of_data = {name: value for name, value in values.items() if name not in _OF_THE_ADAPTER}
-    part = json.dumps(of_data, sort_keys=True, default=str)
-    if part not in known:
+    data_values = {name: value for name, value in values.items() if name not in _OF_THE_ADAPTER}
+    data_options = json.dumps(data_values, sort_keys=True, default=str)
+    if data_options not in known:
         logger.info("Checking %s on %s.", key.recipe, key.task)
-        known[part] = _check_data(key, options, base)
-    found = known[part]
+        known[data_options] = _check_data(key, options, base)
+    found = known[data_options]
     if options.adapter:
         fingerprints = {**found.fingerprints, "adapter": weights_sha256(options.adapter) or ""}
         found = _Data(**{**vars(found), "fingerprints": fingerprints})
-    known[whole] = found
+    known[all_options] = found
     return found
 
 
@@ -145,15 +150,18 @@ def _check_data(key: Key, options: TrainAndTestOptions, base: PretrainedConfig) 
     )
 
 
-def _settings(options: TrainAndTestOptions) -> dict[str, Any]:
+def _non_default_settings(options: TrainAndTestOptions) -> dict[str, Any]:
+    """The options of a training that differ from their defaults, without paths and dtypes."""
     defaults, values = _defaults(options.use_cpu), options.to_dict()
     names = {item.name for item in fields(TrainAndTestOptions) if item.init} & values.keys()
     names -= {*_PLACES, *_PRECISION}
     changed = {name: values[name] for name in sorted(names) if values[name] != defaults[name]}
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        if values[name] != (options.base_dtype == dtype):  # mixed precision that does not follow from the dtype
+        if values[name] != (options.base_dtype == dtype):  # mixed precision that the dtype does not imply
             changed[name] = values[name]
-    if os.path.isfile(file := str(options.num_experts or "")):  # of `mola allocate`: its numbers, wherever it is
+    if os.path.isfile(
+        file := str(options.num_experts or "")
+    ):  # a file written by `mola allocate`: record its numbers, not its path
         allocation = read_json(file)
         changed["num_experts"] = [allocation.get(name) for name in ("num_experts", "num_experts_pattern")]
     return changed
@@ -165,27 +173,27 @@ def _defaults(use_cpu: bool) -> dict[str, Any]:
 
 
 def _check_same_questions(runs: Sequence[Run]) -> None:
-    """Recipes are compared answer by answer, so all must answer the same questions."""
+    """Raise if recipes have different test questions: recipes are compared answer by answer."""
     firsts: dict[str, Run] = {}
     for run in runs:
         first = firsts.setdefault(run.key.task, run)
         if run.fingerprints["test"] != first.fingerprints["test"]:
             raise MolaError(
                 f"task `{run.key.task}`: the recipes {first.key.recipe!r} and {run.key.recipe!r} must have the same "
-                f"test questions, got {first.num_questions} and {run.num_questions}. Set what chooses them (`filters`, "
-                "`task`, `test_limit`...) in `tasks`."
+                f"test questions, got {first.num_questions} and {run.num_questions}. Set the options that choose "
+                "questions (`filters`, `task`, `test_limit`...) in `tasks`."
             )
 
 
 def check_search(searched: Sequence[Run], runs: Sequence[Run]) -> None:
-    """Raise if the search would choose by the questions of the test; warn if some of them are the same."""
+    """Raise if the search uses all test questions, or only test questions; warn if it uses some of them."""
     tests = {(run.key.task, run.key.recipe): run for run in runs}
     for run in searched:
         tested = tests[run.key.task, run.key.plain_recipe]
         if is_subset(run.questions, tested.questions):
             raise MolaError(
                 f"task `{run.key.task}`, recipe `{run.key.plain_recipe}`: `tuning_split` ({run.test.split!r}) has the "
-                f"questions of the test ({tested.test.data!r}, split {tested.test.split!r}). A choice on them says "
-                "nothing about others: name another split."
+                f"test questions ({tested.test.data!r}, split {tested.test.split!r}). Tuning on them would bias the "
+                "result: name a different split."
             )
         warn_of_shared(run.key.task, tested.questions, run.questions, f"in `tuning_split` ({run.test.split!r})")

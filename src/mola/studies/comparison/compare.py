@@ -1,8 +1,10 @@
 """`mola compare`: recipes x tasks x seeds, trained, tested and compared on the same questions.
 
-- Every run is one of `mola train` followed by one of `mola evaluate`.
-- With `tune`, options are chosen first, for each recipe alike, on seeds and questions that the comparison does not use.
-- Each finished run is in the record at once. Stopped at any moment, the same command goes on; nothing is repeated.
+- Every run does the work of `mola train`, then of `mola evaluate`.
+- With `tune`, options are chosen first, in the same way for each recipe, with seeds and questions that the comparison
+  does not use.
+- Each finished run is written to the record at once. The same command resumes a stopped comparison, without repeating
+  finished runs.
 - Several processes with the same command share the work: a run belongs to the process that holds its lock.
 """
 
@@ -51,32 +53,32 @@ _TABLES, _PICTURES = (".csv", ".md"), (".png", ".svg")
 
 @dataclass
 class CompareResult:
-    """What a comparison has so far."""
+    """The results of a comparison so far."""
 
     status: str  # "finished", or "interrupted" by a signal
     rows: list[Row]  # the table, see `mola.studies.comparison.tables.Row`
     results: list[Result]  # every finished run
     open: int  # number of runs left
-    record: str  # the file with everything
-    found: list[Found]  # what the search has chosen, see `mola.studies.comparison.search.Found`
+    record: str  # the file with all results and settings
+    found: list[Found]  # the choices of the search, see `mola.studies.comparison.search.Found`
 
 
 def compare(options: CompareOptions) -> CompareResult:
-    """Train and test what is not done yet, and compare.
+    """Train and test the runs that are not finished yet, and compare all runs.
 
     Args:
         options: see `CompareOptions`.
 
     Returns:
-        The result; the file `record` has the same and how it was made.
+        The result. The file `record` contains it, too, with the settings that produced it.
 
     Raises:
         MolaError: options or data of any run are wrong (before the first is trained), or the record holds results of
-            other settings.
+            different settings.
     """
     path = Path(options.record or Path(options.output_dir or "") / RECORD_FILE)
     _check_files(options, is_new=not path.exists())
-    read_results(path)  # fails before the data are read
+    read_results(path)  # a damaged record fails before the data are read
     searched, runs = check_runs(options.tuning_runs), check_runs(options.runs)
     check_search(searched, runs)
     comparison = _Comparison(options, searched, runs, path)
@@ -101,7 +103,7 @@ def main(options: CompareOptions) -> int:
         console.print(escape(note))
     print(f"{result.status}, {result.open} runs left; all numbers are in {result.record}", file=sys.stderr)
     if result.status == "interrupted":
-        print("Go on with the same command.", file=sys.stderr)
+        print("Resume with the same command.", file=sys.stderr)
     return 0 if result.status == "finished" else 130
 
 
@@ -113,7 +115,9 @@ def _check_files(options: CompareOptions, is_new: bool) -> None:
             if path.suffix not in endings:
                 raise MolaError(f"`{name}` must be files that end in {', '.join(endings)}: got {str(path)!r}.")
             if is_new and path.exists():
-                raise MolaError(f"`{name}` must be new files: {str(path)!r} exists. Remove it, or pass another name.")
+                raise MolaError(
+                    f"`{name}` must be new files: {str(path)!r} exists. Remove it, or pass a different name."
+                )
             check_writable(path)
     if options.plots:
         check_matplotlib()
@@ -124,12 +128,12 @@ def _paths(names: str | None) -> list[Path]:
 
 
 class _Comparison:
-    """Does what is left and keeps the record up to date."""
+    """Does the runs that are left and keeps the record up to date."""
 
     def __init__(self, options: CompareOptions, searched: Sequence[Run], runs: Sequence[Run], path: Path) -> None:
         self.options = options
         self.searched = searched
-        self.runs = runs  # after the search with what it has chosen
+        self.runs = runs  # replaced after the search by runs with the chosen options
         self.path = path
         self.folder = Path(options.output_dir or "")
         self.results: list[Result] = []
@@ -149,13 +153,13 @@ class _Comparison:
         for path in _paths(self.options.plots):
             picture = draw_differences(rows, path.suffix[1:])
             if picture is None:
-                logger.warning("%s is not drawn: no two recipes have two seeds in common.", path)
+                logger.warning("%s is not drawn: no recipe has two seeds in common with the reference.", path)
             else:
                 atomic_write_bytes(path, picture)
         return CompareResult(status, rows, self.results, left, str(self.path), self.found)
 
     def _do_all(self) -> bool:
-        """Whether everything is done; False if a signal stopped a training."""
+        """Do all runs; returns False if a signal stopped a training."""
         if self.options.evaluate_base:
             self._test_base()
         if not self._do_runs(self.searched):
@@ -178,7 +182,10 @@ class _Comparison:
                     self._add(evaluate_base_model(run, self.folder / task / "base.json"))
 
     def _do_runs(self, runs: Sequence[Run]) -> bool:
-        """Do the runs that no process does, then wait for the others and take over what they leave."""
+        """Do the runs that no process is doing, then wait for the other processes, and do the runs that they leave.
+
+        Returns False if a signal stopped a training.
+        """
         while left := self._left(runs):
             is_idle = True
             for run in left:
@@ -206,13 +213,13 @@ class _Comparison:
         return [run for run in runs if run.key not in done]
 
     def _compared(self) -> list[Result]:
-        """Results of the runs asked for and of the base model. The record may hold others."""
+        """Results of this comparison's runs and of the base model. The record may hold more results."""
         keys = {run.key for run in self.runs}
         return [each for each in self.results if each.key in keys or each.recipe == BASE]
 
     @contextmanager
     def _lock(self, name: str, waits: bool) -> Iterator[bool]:
-        """Whether the lock belongs to this process within the block; the lock of a killed process is free."""
+        """Yield whether this process holds the lock during the block. A killed process frees its locks."""
         lock = FileLock(self.folder / ".locks" / name, fallback_to_soft=False)  # a killed process keeps a soft lock
         try:
             lock.acquire(blocking=waits)
@@ -228,7 +235,7 @@ class _Comparison:
         """Add the results that other processes have written.
 
         Raises:
-            MolaError: a result was made with other options than its run has now.
+            MolaError: a result was made with different options than its run has now.
         """
         known = {result.key for result in self.results}
         self.results += [result for result in read_results(self.path) if result.key not in known]
@@ -248,7 +255,7 @@ class _Comparison:
             content = {
                 "format": FORMAT,
                 "status": status,
-                # The record may be passed on, so it has no folder of this machine and no secret.
+                # Users may share the record, so it contains no folder of this machine and no secret.
                 "command": without_token([Path(sys.argv[0]).name, *sys.argv[1:]], self.options.hub_token),
                 "recipes": recipes,
                 "tasks": tasks,

@@ -12,7 +12,7 @@ from mola.options.fields import START, Group, option, parse_mapping, parse_named
 from mola.options.parsing import convert
 from mola.studies.train_and_test import TrainAndTestOptions
 
-MARK = "@"  # between a recipe and the values that the search tries; no recipe has it in its name
+MARK = "@"  # between a recipe and the values that the search tries; recipe names cannot contain it
 _SET_BY_COMPARISON = ("overwrite_output_dir", "resume_from_checkpoint", "seed", "data_seed", "push_to_hub")
 _NOT_IN_TUNE = ("test_split", "test_data", "num_experts")
 _TASKS_EXAMPLE = '{"rte": {"data": "data/rte/dataset.hf"}}'
@@ -20,10 +20,10 @@ _RECIPES_EXAMPLE = '{"lora": {"num_experts": "1"}, "2468": {"num_experts": "2468
 
 
 class Key(NamedTuple):
-    """Names one run."""
+    """Identifies one run."""
 
     task: str
-    recipe: str  # in the search RECIPE@OPTION=VALUE
+    recipe: str  # RECIPE; for a run of the search RECIPE@OPTION=VALUE
     seed: int
 
     def __str__(self) -> str:
@@ -36,7 +36,7 @@ class Key(NamedTuple):
 
     @property
     def candidate(self) -> str:
-        """What the search tries, such as "@learning_rate=0.001"; empty for a run of the comparison."""
+        """The values that the search tries, such as "@learning_rate=0.001"; empty for a run of the comparison."""
         return self.recipe[len(self.plain_recipe) :]
 
 
@@ -47,10 +47,10 @@ class CompareOptions(TrainAndTestOptions):
     The options of the runs are made from the values given here. Changing a field afterwards has no effect on them.
 
     Attributes:
-        runs: options of each run, in the order of training: all of a seed before the next seed. With `tune` they have
-            the first value of each list; see `tuned_runs`.
+        runs: options of each run, in the order of training: all runs with one seed before the next seed. With `tune`
+            they have the first value of each list; see `tuned_runs`.
         tuning_runs: options of each run of the search; empty without `tune`.
-        candidates: the combinations of `tune`, by the text behind a recipe's name.
+        candidates: the combinations of `tune`, by the text that follows a recipe's name.
 
     Raises:
         MolaError: a value is outside its range, options contradict each other, or a recipe or task is wrong.
@@ -58,11 +58,12 @@ class CompareOptions(TrainAndTestOptions):
 
     _start: ClassVar = START
     tasks: dict[str, Any] | str | None = option(
-        None, "What is learnt and tested: name -> options of `mola train` and of the test; a mapping."
+        None, "Tasks to learn and test: name -> options of `mola train` and of the test; a mapping."
     )
     recipes: dict[str, Any] | str | None = option(
         None,
-        "What is compared: name -> options of `mola train`; a mapping. `num_experts` may be a file of `mola allocate`.",
+        "Recipes to compare: name -> options of `mola train`; a mapping. `num_experts` may be a file of `mola "
+        "allocate`.",
     )
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds; each recipe is trained once with each."}
@@ -72,7 +73,7 @@ class CompareOptions(TrainAndTestOptions):
     tune: dict[str, Any] | str | None = option(
         None,
         "Choose these options for each recipe and task before the comparison: option -> list of values; a mapping. "
-        "Every combination is trained with `tuning_seeds`; the best on `tuning_split` is taken.",
+        "Every combination is trained with `tuning_seeds`; the best on `tuning_split` is used.",
     )
     tuning_seeds: list[int] = field(
         default_factory=lambda: [1000, 1001], metadata={"help": "Seeds of the search; none of `seeds`."}
@@ -80,16 +81,16 @@ class CompareOptions(TrainAndTestOptions):
     tuning_split: str = option("validation", "Split of `data` that the search is tested on, instead of the test data.")
 
     _comparison: ClassVar = Group("comparison")
-    reference: str | None = option(None, "Recipe that the others are compared with. Default: the first one.")
+    reference: str | None = option(None, "Recipe with which the others are compared. Default: the first one.")
     record: str | None = option(
         None,
-        "File with every result, from which a stopped comparison goes on. Default: compare.json in `output_dir`.",
+        "File with every result, from which a stopped comparison resumes. Default: compare.json in `output_dir`.",
     )
-    keep_adapters: bool = option(True, "Keep the trained weights. The results stay in any case.")
+    keep_adapters: bool = option(True, "Keep the trained weights. The results are always kept.")
     evaluate_base: bool = option(True, "Also test the base model alone.")
-    tables: str | None = option(None, "Also write the table to these files, between commas: NAME.csv or NAME.md.")
+    tables: str | None = option(None, "Also write the table to these files, separated by commas: NAME.csv or NAME.md.")
     plots: str | None = option(
-        None, "Also draw the differences into these files, between commas: NAME.png or NAME.svg."
+        None, "Also draw the differences into these files, separated by commas: NAME.png or NAME.svg."
     )
 
     def __post_init__(self) -> None:
@@ -124,7 +125,7 @@ class CompareOptions(TrainAndTestOptions):
         return [Key(task, recipe, seed) for seed in seeds for task in self.tasks or {} for recipe in self.recipes or {}]
 
     def _check(self) -> None:
-        self.check_one_process("mola compare", "")
+        self.check_one_process("mola compare", cure="")
         for name in ("overwrite_output_dir", "push_to_hub", "seed"):
             if self._given[name] != getattr(TrainAndTestOptions, name):
                 raise MolaError(f"`{name}` has no effect in a comparison, which sets it for every run. Leave it out.")
@@ -133,22 +134,22 @@ class CompareOptions(TrainAndTestOptions):
                 f"`reference` must be one of the recipes {', '.join(self.recipes or {})}: got {self.reference!r}."
             )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise MolaError(f"`seeds` must be different numbers, at least one: got {self.seeds}.")
+            raise MolaError(f"`seeds` must be a non-empty list of distinct numbers: got {self.seeds}.")
         if not self.candidates:
             return
         if not self.tuning_seeds or len({*self.tuning_seeds, *self.seeds}) < len(self.tuning_seeds) + len(self.seeds):
             raise MolaError(
-                f"`tuning_seeds` must be different numbers, at least one, and none of `seeds` {self.seeds}: got "
+                f"`tuning_seeds` must be a non-empty list of distinct numbers without any of `seeds` {self.seeds}: got "
                 f"{self.tuning_seeds}."
             )
         if self.tuning_split == self.test_split:
             raise MolaError(
-                f"`tuning_split` must not be `test_split` ({self.test_split!r}): a choice on the test's questions says "
-                "nothing about others. Name another split."
+                f"`tuning_split` must not be `test_split` ({self.test_split!r}): tuning on the test questions "
+                "would bias the result. Name a different split."
             )
 
     def _run_options(self, key: Key, tuned: Mapping[str, Any]) -> TrainAndTestOptions:
-        """Options of a run; `tuned` are the values of `tune` that it gets."""
+        """Options of a run; `tuned` are its values of the options in `tune`."""
         parts = {
             f"tasks.{key.task}": self._options_of[f"tasks.{key.task}"],
             f"recipes.{key.plain_recipe}": self._options_of[f"recipes.{key.plain_recipe}"],
@@ -157,7 +158,7 @@ class CompareOptions(TrainAndTestOptions):
         for where, values in parts.items():
             if wrong := values.keys() & {*_SET_BY_COMPARISON, "output_dir", *(_NOT_IN_TUNE if where == "tune" else ())}:
                 raise MolaError(f"`{min(wrong)}` cannot be set in `{where}`: the comparison sets it.")
-        # Options of all runs are defaults for tasks and recipes, but what the search chooses has no other value.
+        # Tasks and recipes may replace an option of all runs. An option in `tune` must not be set anywhere else.
         set_for_all = [name for name in parts["tune"] if self._given[name] != _default(name)]
         count = Counter([*set_for_all, *(name for values in parts.values() for name in values)])
         if twice := [name for name in count if count[name] > 1]:
@@ -166,11 +167,11 @@ class CompareOptions(TrainAndTestOptions):
                 "in one place."
             )
         changes = {name: value for values in parts.values() for name, value in values.items()}
-        if key.candidate:  # the search has questions of its own
+        if key.candidate:  # the search is tested on questions of its own
             changes |= {"test_split": self.tuning_split, "test_data": None}
-        place = {"seed": key.seed, "output_dir": str(Path(self.output_dir or "") / str(key))}
+        seed_and_folder = {"seed": key.seed, "output_dir": str(Path(self.output_dir or "") / str(key))}
         try:
-            return TrainAndTestOptions(**{**self._given, **changes, **place})
+            return TrainAndTestOptions(**{**self._given, **changes, **seed_and_folder})
         except (ValueError, TypeError, ImportError) as error:  # MolaError, and TrainingArguments' own checks
             raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
 
@@ -180,7 +181,7 @@ def _default(name: str) -> Any:
 
 
 def _candidates(tune: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """All combinations of the values, by a text such as "@learning_rate=0.001"."""
+    """All combinations of the values in `tune`, each by a text such as "@learning_rate=0.001"."""
     for name, values in tune.items():
         if not isinstance(values, list) or not values or any(isinstance(each, (list, dict)) for each in values):
             raise MolaError(f"`tune.{name}` must be a list of values, such as [0.0003, 0.001]: got {values!r}.")

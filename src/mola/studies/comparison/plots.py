@@ -1,4 +1,4 @@
-"""The picture of a comparison: differences to the reference with their intervals. Needs matplotlib."""
+"""The picture of a comparison: differences from the reference with their intervals. Needs matplotlib."""
 
 import io
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ def check_matplotlib() -> None:
     """Raise before the training if matplotlib is missing.
 
     Raises:
-        MolaError: it is not installed, or cannot be imported.
+        MolaError: matplotlib is not installed, or cannot be imported.
     """
     if (reason := why_no_matplotlib()) is not None:
         raise MolaError(f"`plots` needs matplotlib: {reason}. pip install 'mola-peft[plot]', or leave the option out.")
 
 
 def draw_differences(rows: Sequence[Row], form: str) -> bytes | None:
-    """One picture with a part for each task, as `png` or `svg`; None if no row has an interval yet."""
+    """One picture with a panel for each task, in the format `png` or `svg`; None if no row has an interval yet."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # without pyplot, which chooses a window system
 

@@ -1,6 +1,6 @@
 """The record of a comparison: every finished run with a mark for every answer, in one JSON file.
 
-The file alone is enough to go on: run folders may be gone, and another machine may continue.
+The file alone is enough to resume: run folders may be missing, and a different machine may continue.
 """
 
 import json
@@ -17,8 +17,8 @@ from mola.studies.comparison.checks import Run
 from mola.studies.comparison.options import Key
 
 FORMAT = 1
-BASE = "base model"  # stands in the place of a recipe; no recipe can have a space in its name
-_EARLIER_ONLY = ("test_every",)  # a setting that earlier versions had, and that changes nothing of a training
+BASE = "base model"  # used in place of a recipe name; recipe names cannot contain a space
+_EARLIER_ONLY = ("test_every",)  # a setting of earlier versions that does not affect a training
 
 
 @dataclass
@@ -28,36 +28,36 @@ class Result:
     task: str
     recipe: str
     seed: int
-    accuracy: float  # share of right answers
-    correct: int  # number of right answers
+    accuracy: float  # share of correct answers
+    correct: int  # number of correct answers
     total: int  # number of questions
     unanswered: int  # questions without an answer
-    marks: str  # a 1 for every right answer and a 0 for every other, in the order of the test data
+    marks: str  # 1 for a correct answer and 0 for any other, in the order of the test data
     trainable_parameters: int
     num_experts: list[int]  # by layer
-    eval_loss: float | None  # on the evaluation data, if there are some
+    eval_loss: float | None  # on the evaluation data; None without them
     seconds_training: float  # wall time
     seconds_testing: float  # wall time
     settings: dict[str, Any]  # see `mola.studies.comparison.checks.Run`
     fingerprints: dict[str, str]  # of the data
     versions: dict[str, str]  # of the software
     machine: dict[str, Any]  # cpu, gpu, threads
-    # Records of earlier versions may lack what follows.
-    base_model: str = ""  # which weights, see `mola.models.identity`
-    dtype: str = ""  # of the base
-    rule: str = ""  # of the task, see `mola.studies.comparison.checks.Run`
+    # Records of earlier versions may lack the following fields.
+    base_model: str = ""  # identity of the base weights, see `mola.models.identity`
+    dtype: str = ""  # dtype of the base model
+    rule: str = ""  # rule of the task, see `mola.studies.comparison.checks.Run`
     steps: int = 0  # of the training
-    diverged_at: int | None = None  # step after which loss or weights were not finite: all answers count as wrong
+    diverged_at: int | None = None  # step after which loss or weights were not finite; all answers count as wrong
     curve: list[Any] = field(default_factory=list)  # tests during the training, which earlier versions made
 
     @property
     def key(self) -> Key:
-        """What names the run."""
+        """Task, recipe and seed of the run."""
         return Key(self.task, self.recipe, self.seed)
 
 
 def read_results(path: Path) -> list[Result]:
-    """The results in a record; none if there is no file.
+    """The results in a record; empty if the file does not exist.
 
     Raises:
         MolaError: the file cannot be written, or is no record of a comparison.
@@ -76,20 +76,20 @@ def read_results(path: Path) -> list[Result]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MolaError(
             f"`record` must be a new file or the record of a comparison: {str(path)!r} cannot be read ({error}). "
-            "Pass another name."
+            "Pass a different name."
         ) from error
     return results
 
 
 def check_same(results: Sequence[Result], runs: Sequence[Run]) -> None:
-    """Raise if a result comes from other options, data or weights than the run of its name has now.
+    """Raise if a result comes from different options, data or weights than its run has now.
 
-    Results of other tasks, recipes or seeds are kept and not looked at.
+    Results of tasks, recipes or seeds that are not among `runs` are ignored.
 
     Raises:
-        MolaError: names the run and the first difference.
+        MolaError: a result differs; the message names the run and the first difference.
     """
-    # The base model is tested with the options of a task's first run.
+    # The base model is tested with the test options of a task's first run.
     wanted = {Key(run.key.task, BASE, 0): run for run in reversed(runs)} | {run.key: run for run in runs}
     for result in results:
         run = wanted.get(result.key)
@@ -98,13 +98,13 @@ def check_same(results: Sequence[Result], runs: Sequence[Run]) -> None:
         identity = run.base_identity if result.recipe == BASE else run.identity
         if change := _first_change(_identity_of(result, identity), identity):
             raise MolaError(
-                f"the result of {result.key} was made with another {change}. Use the same, rename the recipe, take "
-                "that entry out of the `record`, or pass another one."
+                f"the result of {result.key} was made with a different {change}. Use the same value, rename the "
+                "recipe, remove that entry from the `record`, or pass a different record."
             )
 
 
 def _identity_of(result: Result, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The identity of a result; what a record of an earlier version does not have is taken from `wanted`."""
+    """The identity of a result. Values that a record of an earlier version lacks are filled in from `wanted`."""
     settings = {name: value for name, value in result.settings.items() if name not in _EARLIER_ONLY}
     return {
         "setting": wanted["setting"] if result.recipe == BASE and not settings else settings,
@@ -116,17 +116,17 @@ def _identity_of(result: Result, wanted: Mapping[str, Mapping[str, Any]]) -> dic
     }
 
 
-def begin_or_go_on(place: Path, identity: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write down with what a run folder or a result file is begun, or compare it with what is there.
+def begin_or_resume(place: Path, identity: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the identity of a new run folder or result file, or compare it with that of an existing one.
 
-    The file is `NAME.begun.json` beside `place`.
+    The identity is in the file `NAME.begun.json` beside `place`.
 
     Args:
         place: the run folder, or the file of a result.
         identity: see `Run.identity`.
 
     Raises:
-        MolaError: what is there was begun with something else, or its file is gone.
+        MolaError: `place` was begun with a different identity, or the file with its identity is missing.
     """
     path = place.with_name(f"{place.stem}.begun.json")
     if not (any(place.iterdir()) if place.is_dir() else place.exists()):
@@ -136,18 +136,19 @@ def begin_or_go_on(place: Path, identity: Mapping[str, Mapping[str, Any]]) -> No
     begun = read_json_object(path)
     if not begun:
         raise MolaError(
-            f"{str(place)!r} is not empty, and {path.name} beside it is missing. Delete it, or pass another "
-            "`output_dir`."
+            f"{str(place)!r} is not empty, and {path.name} beside it is missing. Delete {str(place)!r}, or pass a "
+            "different `output_dir`."
         )
     begun["setting"] = {name: value for name, value in begun["setting"].items() if name not in _EARLIER_ONLY}
     if change := _first_change(begun, identity):
         raise MolaError(
-            f"{str(place)!r} was begun with another {change}. Use the same, delete it, or pass another `output_dir`."
+            f"{str(place)!r} was begun with a different {change}. Use the same value, delete {str(place)!r}, or pass a "
+            "different `output_dir`."
         )
 
 
 def _first_change(old: Mapping[str, Any], new: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The first difference of two identities, such as "setting `r`: 8, now 4"; None if there is none."""
+    """The first difference between two identities, such as "setting `r`: 8, now 4"; None if there is none."""
     for part, values in json.loads(json.dumps(new)).items():  # JSON has lists for tuples
         before = old.get(part) or {}
         if (name := find_difference(before, values)) is not None:

@@ -1,4 +1,4 @@
-"""Train and test one run of a comparison; what the record keeps of it."""
+"""Train and test one run of a comparison, and collect its result for the record."""
 
 import shutil
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from mola.files.digests import WEIGHTS_FILE
 from mola.files.environment import machine_description, software_versions
 from mola.files.reading import read_json_object
 from mola.studies.comparison.checks import Run
-from mola.studies.comparison.record import BASE, Result, begin_or_go_on
-from mola.studies.train_and_test import evaluate_once, free_memory, train_or_go_on
+from mola.studies.comparison.record import BASE, Result, begin_or_resume
+from mola.studies.train_and_test import evaluate_once, free_memory, train_or_resume
 from mola.training.checkpoints import RUN_FILE, checkpoints_in, has_finished
 
 _TEST_FILE = "test.json"
@@ -20,16 +20,16 @@ _LARGE_FILES = (WEIGHTS_FILE, "tokenizer.json")
 
 
 def train_and_test(run: Run) -> Result | None:
-    """Do what is left of a run. None if a signal has stopped the training.
+    """Train and test a run, or finish it if it was begun. None if a signal stopped the training.
 
-    A training that diverges is a result, too: all answers count as wrong.
+    A training that diverges also gives a result: all answers count as wrong.
     """
     folder = Path(run.options.output_dir or "")
-    begin_or_go_on(folder, run.identity)
+    begin_or_resume(folder, run.identity)
     try:
         if not has_finished(folder):
-            (folder / _TEST_FILE).unlink(missing_ok=True)  # a test of other weights
-            if not train_or_go_on(run.options):
+            (folder / _TEST_FILE).unlink(missing_ok=True)  # that test measured different weights
+            if not train_or_resume(run.options):
                 return None
         tested = evaluate_once(replace(run.test, adapter=str(folder), output=str(folder / _TEST_FILE)))
     except NotFiniteError as error:
@@ -54,8 +54,8 @@ def train_and_test(run: Run) -> Result | None:
 
 
 def evaluate_base_model(run: Run, path: Path) -> Result:
-    """Test the base model on the task of a run; `path` is the result file."""
-    begin_or_go_on(path, run.base_identity)
+    """Test the base model on a run's task; `path` is the result file."""
+    begin_or_resume(path, run.base_identity)
     tested = evaluate_once(replace(run.test, output=str(path)))
     return Result(
         run.key.task,
@@ -80,7 +80,7 @@ def remove_weights(run: Run) -> None:
 
 
 def _answers(run: Run, tested: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a result says about its test; without one all answers are wrong."""
+    """The fields of a `Result` about its test. If `tested` is None, all answers count as wrong."""
     total = run.num_questions
     counted = {"accuracy": 0.0, "correct": 0, "total": total, "unanswered": total, "marks": "0" * total}
     if tested is not None:

@@ -1,4 +1,4 @@
-"""The search for options: which candidate each recipe gets."""
+"""The search for options: which candidate is chosen for each recipe."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,18 +11,18 @@ from mola.studies.comparison.record import Result
 
 @dataclass(frozen=True)
 class Found:
-    """What the search has found for a recipe on a task."""
+    """The search result for one recipe on one task."""
 
     task: str
     recipe: str
     accuracies: dict[str, float]  # candidate -> mean accuracy over the tuning seeds
-    chosen: str  # the best candidate; of equal ones the first
+    chosen: str  # the best candidate; the first one of equal candidates
     edges: list[str] = field(default_factory=list)  # options whose best value is the lowest or highest one tried
     diverged: dict[str, list[int]] = field(default_factory=dict)  # candidate -> seeds whose training diverged
 
 
 def search_results(options: CompareOptions, results: Sequence[Result]) -> list[Found]:
-    """Choose a candidate for every task and recipe, when all runs of the search are done."""
+    """Choose a candidate for every task and recipe. All runs of the search must be in `results`."""
     by_key = {result.key: result for result in results}
     found = []
     for task, recipe in dict.fromkeys((key.task, key.recipe) for key in options.runs):
@@ -38,7 +38,7 @@ def search_results(options: CompareOptions, results: Sequence[Result]) -> list[F
 
 
 def _edges(candidates: Mapping[str, Mapping[str, Any]], chosen: str) -> list[str]:
-    """Options beyond whose tried values a better one may lie."""
+    """Options whose chosen value is the lowest or highest one tried, so that a better value may lie beyond."""
     found = []
     for name, best in candidates[chosen].items():
         values = {candidate[name] for candidate in candidates.values()}

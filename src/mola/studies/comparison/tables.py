@@ -1,4 +1,4 @@
-"""The table of a comparison: its rows, and as text for the terminal, Markdown and CSV."""
+"""The table of a comparison: its rows, and their text for the terminal, Markdown and CSV."""
 
 import csv
 import io
@@ -17,32 +17,34 @@ from mola.studies.comparison.record import BASE, Result
 from mola.studies.comparison.search import Found
 
 ALL_TASKS = "mean of the tasks"
-HEADER = ("task", "recipe", "trained values", "seeds", "accuracy", "difference", "95 %", "verdict")
-_SAME_BUDGET = 0.05  # share by which trained values may differ for a fair comparison
+HEADER = ("task", "recipe", "trainable parameters", "seeds", "accuracy", "difference", "95 %", "verdict")
+_SAME_BUDGET = 0.05  # share by which trainable parameters may differ in a fair comparison
 _FEW_SEEDS = 5
 _NOTE = (
-    "Accuracy in per cent. Difference to {reference} in points, on the same questions with the same seeds. Interval "
-    "and verdict are for other seeds and other questions, and allow for the number of recipes: all verdicts for a task "
-    "together are right in 95 % of such studies, as long as other seeds differ no more than these."
+    "Accuracy in per cent. Difference from {reference} in points, on the same questions with the same seeds. Intervals "
+    "and verdicts hold for new seeds and new questions, and allow for the number of recipes: in 95 % of such studies, "
+    "all verdicts for a task are correct, provided that results vary between new seeds no more than between these."
 )
 _SEARCH_NOTE = (
     "Search: mean accuracy in per cent over the tuning seeds, on questions that are not in the test. At the edge: the "
-    "best value is the lowest or highest one tried, and one beyond it may be better."
+    "best value is the lowest or highest one tried, and a value beyond it may be better."
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe on one task, or on all."""
+    """One recipe on one task, or on the mean of all tasks."""
 
     task: str  # name of the task, or `ALL_TASKS`
     recipe: str  # name of the recipe, or `BASE`
     trainable_parameters: int  # mean over seeds; 0 for the base model
-    has_reference_budget: bool  # trained values within 5 % of the reference's
-    num_experts: list[list[int]]  # experts by layer of each seed's run, equal ones once
+    has_reference_budget: bool  # trainable parameters within 5 % of the reference's
+    num_experts: list[list[int]]  # distinct numbers of experts by layer, over the runs of all seeds
     accuracy: float  # mean over seeds, a share
     seeds: int  # number of seeds
-    difference: Difference | None  # to the reference; None for itself, the base model, and without a common seed
+    difference: (
+        Difference | None
+    )  # from the reference; None for the reference, the base model, and without a common seed
     diverged: list[int] = field(default_factory=list)  # seeds whose training diverged: all answers count as wrong
 
 
@@ -50,10 +52,10 @@ def summarize(results: Sequence[Result], recipes: Sequence[str], tasks: Sequence
     """Rows of all tasks and recipes that have a finished run, then those of the mean of the tasks.
 
     Args:
-        results: of any tasks and recipes; others than the following are left out.
-        recipes: names, in the order of the rows.
-        tasks: names, in the order of the rows.
-        reference: the recipe that the others are compared with.
+        results: results of any tasks and recipes; those that are not in `recipes` or `tasks` are ignored.
+        recipes: names of recipes, in the order of the rows.
+        tasks: names of tasks, in the order of the rows.
+        reference: the recipe with which the others are compared.
     """
     rows = []
     for task in tasks:
@@ -68,7 +70,7 @@ def summarize(results: Sequence[Result], recipes: Sequence[str], tasks: Sequence
 
 
 def _marks(results: Sequence[Result]) -> dict[int, np.ndarray]:
-    """Seed -> marks of one recipe on one task, as numbers."""
+    """Seed -> marks as numbers; all results are of one recipe on one task."""
     return {each.seed: np.array([float(mark) for mark in each.marks]) for each in results}
 
 
@@ -132,28 +134,28 @@ def _cells(row: Row, reference: str) -> list[str]:
     cells = [row.task, row.recipe, values, seeds, points(row.accuracy, "")]
     if (difference := row.difference) is None:
         return [*cells, "", "", "reference" if row.recipe == reference else ""]
-    if difference.seeds != row.seeds:  # while runs are left
+    if difference.seeds != row.seeds:  # some runs are not finished yet
         cells[3] += f", {difference.seeds} paired"
     interval = "" if difference.interval is None else " to ".join(map(points, difference.interval))
     return [*cells, points(difference.value), interval, difference.verdict]
 
 
 def notes(rows: Sequence[Row], reference: str, results: Sequence[Result]) -> list[str]:
-    """What the table means, which trainings diverged, and what all has cost."""
+    """Notes below the table: what it means, which trainings diverged, and how long all runs took."""
     found = [_NOTE.format(reference=reference)]
     for task in dict.fromkeys(row.task for row in rows):
         of_task = [row for row in rows if row.task == task and row.recipe != BASE]
         same = [row.recipe for row in of_task if row.has_reference_budget]
         if 1 < len(of_task) != len(same):
-            found.append(f"Trained values within 5 % of the reference's on {task}: {', '.join(same)}.")
+            found.append(f"Trainable parameters within 5 % of the reference's on {task}: {', '.join(same)}.")
     for row in rows:
         if row.diverged and row.task != ALL_TASKS:
             seeds = ", ".join(map(str, row.diverged))
             found.append(f"{row.recipe} on {row.task} diverged with seed {seeds}: all answers count as wrong.")
     if any(row.difference.seeds < _FEW_SEEDS for row in rows if row.difference):
         found.append(
-            f"Fewer than {_FEW_SEEDS} seeds say little about how much seeds differ: intervals are too narrow in more "
-            "than 5 % of such studies."
+            f"Fewer than {_FEW_SEEDS} seeds say little about how much results vary between seeds: intervals are too "
+            "narrow in more than 5 % of such studies."
         )
     runs = [each for each in results if each.recipe != BASE]
     if runs:

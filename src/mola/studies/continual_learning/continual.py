@@ -1,8 +1,8 @@
-"""`mola continual`: train on one task after the other, and measure how much of the earlier tasks is kept.
+"""`mola continual`: train on one task after another, and measure how much the model forgets earlier tasks.
 
-- Every stage is a run of `mola train` that starts from the experts of the stage before.
-- After every stage all tasks so far are tested as by `mola evaluate`.
-- Stopped at any moment, the same command goes on; finished stages and tests are not repeated.
+- Every stage is a run of `mola train` that starts from the experts of the previous stage.
+- After every stage, all tasks so far are tested like in `mola evaluate`.
+- The same command resumes a stopped sequence; finished stages and tests are not repeated.
 """
 
 import logging
@@ -38,7 +38,7 @@ from mola.studies.continual_learning.record import (
     stage_entries,
 )
 from mola.studies.continual_learning.stages import Stage, check_stages
-from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_go_on
+from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_resume
 from mola.training.checkpoints import has_finished
 from mola.training.run_folder import check_start_is_kept, locked, without_token
 
@@ -56,23 +56,23 @@ def continual(options: ContinualOptions) -> ContinualResult:
         options: see `ContinualOptions`.
 
     Returns:
-        The result; `continual.json` in `options.output_dir` has the same and how it was made.
+        The result. `continual.json` in `options.output_dir` contains it, too, with the settings that produced it.
 
     Raises:
         MolaError: options or data of any stage are wrong (before the first is trained), the folder holds
-            another sequence, or a loss is not finite.
+            a different sequence, or a loss is not finite.
     """
     folder = Path(options.output_dir or "")
     read_record(folder, options.overwrite_output_dir)  # a wrong folder fails before the data are read
     stages = check_stages(options)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        sequence = _begin_or_go_on(folder, options, stages)
+        sequence = _begin_or_resume(folder, options, stages)
         with sigterm_as_interrupt():
             return sequence.run()
 
 
-def _begin_or_go_on(folder: Path, options: ContinualOptions, stages: Sequence[Stage]) -> "_Sequence":
+def _begin_or_resume(folder: Path, options: ContinualOptions, stages: Sequence[Stage]) -> "_Sequence":
     """Compare the record of an earlier call with this one; with `overwrite_output_dir` delete what it left."""
     record = read_record(folder, options.overwrite_output_dir)
     if record is not None and options.overwrite_output_dir:
@@ -88,7 +88,7 @@ def _begin_or_go_on(folder: Path, options: ContinualOptions, stages: Sequence[St
     check_same_sequence(before, stages, folder, weights)
     weights[BASE_KEY] = weights[BASE_KEY] or before.get(BASE_KEY, "")
     if before.get(START_KEY) != weights[START_KEY] or before.get(BASE_KEY, weights[BASE_KEY]) != weights[BASE_KEY]:
-        clear_tests(folder / START_FOLDER)  # of other weights
+        clear_tests(folder / START_FOLDER)  # these tests measured different weights
     return _Sequence(options, stages, stage_entries(stages, record), weights)
 
 
@@ -102,12 +102,12 @@ def main(options: ContinualOptions) -> int:
     print(f"{result.status} after {done}; all numbers are in {record}", file=sys.stderr)
     if result.status == "interrupted":
         again = " without --overwrite_output_dir" if options.overwrite_output_dir else ""
-        print(f"Go on with the same command{again}.", file=sys.stderr)
+        print(f"Resume with the same command{again}.", file=sys.stderr)
     return 0 if result.status == "finished" else 130
 
 
 class _Sequence:
-    """Does what is left of the stages and keeps the record up to date."""
+    """Does the stages that are left and keeps the record up to date."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class _Sequence:
     ) -> None:
         self.options = options
         self.stages = stages
-        self.entries = entries  # of the stages, in the record
+        self.entries = entries  # what the record says about each stage
         self.weights = weights
         self.folder = Path(options.output_dir or "")
         self.start = time.perf_counter()
@@ -130,13 +130,13 @@ class _Sequence:
         return self.result
 
     def _do_all(self) -> bool:
-        """Whether all stages are finished; False if a signal stopped a training."""
+        """Do all stages; returns False if a signal stopped a training."""
         if self.options.evaluate_base:
             self.result.base = self._test(self.stages, self.options.adapter, self.folder / START_FOLDER)
             self._write("running")
         for number, stage in enumerate(self.stages, start=1):
             logger.info("Stage %d of %d: %s.", number, len(self.stages), stage.name)
-            if not has_finished(stage.folder) and not train_or_go_on(stage.options):
+            if not has_finished(stage.folder) and not train_or_resume(stage.options):
                 return False
             self._record_weights(stage, self.entries[number - 1])
             row = self._test(self.stages[:number], str(stage.folder), stage.folder)
@@ -145,7 +145,7 @@ class _Sequence:
         return True
 
     def _record_weights(self, stage: Stage, entry: dict[str, Any]) -> None:
-        """Record which adapter is tested from now on; delete tests of another one."""
+        """Record the checksum of the stage's adapter; delete its tests if they measured a different adapter."""
         checksum = file_sha256(stage.folder / WEIGHTS_FILE)
         if entry["adapter_sha256"] != checksum:
             clear_tests(stage.folder)  # before the record has the new checksum, so that a kill in between is harmless
@@ -153,7 +153,7 @@ class _Sequence:
         self._write("running")
 
     def _test(self, stages: Sequence[Stage], adapter: str | None, folder: Path) -> dict[str, dict[str, Any]]:
-        """Results of the tasks of `stages` with one adapter."""
+        """Test one adapter on the tasks of `stages`; task -> result."""
         row = {}
         for stage in stages:
             number = 1 + self.stages.index(stage)

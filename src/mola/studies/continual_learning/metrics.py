@@ -32,16 +32,16 @@ def performance_drop(matrix: Sequence[Sequence[float]]) -> float | None:
 
         PD_t = (1 / (t - 1)) * sum over i < t of (R[t][i] - R[i][i])
 
-    Negative: forgotten. Positive: later tasks helped.
+    A negative value means forgetting; a positive one means that later tasks helped.
 
     Args:
-        matrix: as of `overall_performance`.
+        matrix: R up to stage t, see `overall_performance`.
 
     Returns:
-        PD_t, between -1 and 1; None for t = 1, where there is no earlier task.
+        PD_t, between -1 and 1; None for t = 1, since there is no earlier task.
 
     Source: after the forgetting measure of Chaudhry et al. 2018, which compares with the best accuracy of any
-    earlier stage instead of the one right after the task's own.
+    earlier stage instead of the accuracy right after the task's own stage.
     """
     earlier = len(matrix) - 1
     if earlier == 0:
@@ -51,7 +51,7 @@ def performance_drop(matrix: Sequence[Sequence[float]]) -> float | None:
 
 @dataclass
 class ContinualResult:
-    """How a sequence of stages ended.
+    """Result of a sequence of stages.
 
     Attributes:
         output_dir: folder of the sequence; `output_dir/NN-NAME` are the stages' run folders.
@@ -59,9 +59,9 @@ class ContinualResult:
         stages: names of the stages in the order of training.
         base: with `evaluate_base`, task -> accuracy, correct, total, unanswered, interval_95 before the first
             stage; else None. OP and PD do not use it.
-        results: per finished and tested stage `stage` (1, 2, ...), `name`, `tasks` (the row of R: task -> as in
-            `base`), `overall_performance` (OP) and `performance_drop` (PD; None after the first stage).
-        seconds: wall time of this call, without the checks before it.
+        results: for each finished and tested stage: `stage` (1, 2, ...), `name`, `tasks` (the row of R, in the format
+            of `base`), `overall_performance` (OP) and `performance_drop` (PD; None after the first stage).
+        seconds: wall time of this call, without its checks.
     """
 
     output_dir: str

@@ -48,7 +48,7 @@ class ContinualOptions(TrainAndTestOptions):
 
     _test: ClassVar = Group("test")
     evaluate_base: bool = option(
-        False, "Also test all tasks before the first stage: the base model, or `adapter` where given."
+        False, "Also test all tasks before the first stage: the base model, or `adapter` if it is set."
     )
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class ContinualOptions(TrainAndTestOptions):
                 raise MolaError(f"stage `{name}`: {error}") from error
 
     def _changes(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that a stage sets for itself."""
+        """The options that `stages` sets for one stage."""
         changes = convert(TrainAndTestOptions, values, f"stages.{name}")
         for key in changes:
             if key in _SAME_IN_ALL_STAGES:
@@ -80,13 +80,13 @@ class ContinualOptions(TrainAndTestOptions):
                 raise MolaError(f"`{key}` cannot be set for one stage: it follows from the order of the stages.")
             if key in TRAINING_ONLY and self.adapter is not None and getattr(self, key) is None:
                 raise MolaError(
-                    f"`{key}` of one stage needs a value for the others as well, since with `adapter` the default is "
-                    "what the stage before had: set it beside `stages`, too."
+                    f"`{key}` of one stage needs a value for all stages, since with `adapter` the default is "
+                    "the value of the previous stage: set it beside `stages`, too."
                 )
         return changes
 
     def _chained(self, previous: str | None) -> dict[str, Any]:
-        """The options by which a stage starts from the adapter of the stage before."""
+        """The options with which a stage starts from the previous stage's adapter, the folder `previous`."""
         if previous is None:
             return {}
         settings: dict[str, Any] = dict.fromkeys(ADAPTER_DEFAULTS)

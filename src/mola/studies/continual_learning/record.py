@@ -1,4 +1,4 @@
-"""`continual.json`, the record of a sequence: what was begun, and whether the same command can go on with it.
+"""`continual.json`, the record of a sequence: what was begun, and whether a command can resume the sequence.
 
 continual.json           stages with settings and fingerprints, accuracies, OP, PD, versions, machine, status
 00-start/evaluation/     the tests before the first stage, with `evaluate_base`
@@ -26,7 +26,7 @@ START_FOLDER = "00-start"
 EVALUATION_FOLDER = "evaluation"
 START_KEY = "start_adapter_sha256"
 BASE_KEY = "base_model_weights"  # records of earlier versions may lack it
-_LEFTOVERS = (f".{RECORD_FILE}.", WRITE_TEST)  # of a call that was killed while it wrote
+_LEFTOVERS = (f".{RECORD_FILE}.", WRITE_TEST)  # left by a call that was killed while writing
 
 
 def read_record(folder: Path, overwrite: bool) -> dict[str, Any] | None:
@@ -36,13 +36,13 @@ def read_record(folder: Path, overwrite: bool) -> dict[str, Any] | None:
         MolaError: the folder cannot be written, holds something else, or the record is unreadable.
     """
     if os.path.exists(folder) and not folder.is_dir():
-        raise MolaError(f"`output_dir` must be a folder: {str(folder)!r} is a file. Pass another name.")
+        raise MolaError(f"`output_dir` must be a folder: {str(folder)!r} is a file. Pass a different name.")
     path = check_writable(folder / RECORD_FILE)
     if not path.exists():
         if not overwrite and any(not entry.name.startswith(_LEFTOVERS) for entry in folder.iterdir()):
             raise MolaError(
-                f"`output_dir` must be empty or hold a sequence to go on with: {str(folder)!r} has files but no "
-                f"{RECORD_FILE}. Pass another folder."
+                f"`output_dir` must be empty or hold a sequence to resume: {str(folder)!r} has files but no "
+                f"{RECORD_FILE}. Pass a different folder."
             )
         return None
     try:
@@ -50,7 +50,9 @@ def read_record(folder: Path, overwrite: bool) -> dict[str, Any] | None:
         for entry in record["stages"]:
             dict(entry["settings"], **entry["data_fingerprints"], folder=Path(entry["folder"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MolaError(f"{str(path)!r} cannot be read ({error}). Restore it, or pass another `output_dir`.") from error
+        raise MolaError(
+            f"{str(path)!r} cannot be read ({error}). Restore it, or pass a different `output_dir`."
+        ) from error
     return record
 
 
@@ -72,19 +74,19 @@ def stage_entries(stages: Sequence[Stage], record: Mapping[str, Any] | None) -> 
 def check_same_sequence(
     record: Mapping[str, Any], stages: Sequence[Stage], folder: Path, weights: Mapping[str, str | None]
 ) -> None:
-    """Raise if a stage that was begun has changed, or stands on weights that are gone or have changed.
+    """Raise if a begun stage has changed, or was trained on weights that are missing or have changed.
 
-    Stages that were not begun may be changed, added and left out.
+    Stages that were not begun may be changed, added and removed.
 
     Args:
-        record: of the earlier call.
-        stages: of this call.
-        folder: of the sequence.
+        record: record of the earlier call.
+        stages: stages of this call.
+        folder: folder of the sequence.
         weights: checksums of the starting adapter (`START_KEY`) and of the base model (`BASE_KEY`). The latter is ""
-            where the weights are gone, and then not compared.
+            if the weights are missing, and is not compared in that case.
 
     Raises:
-        MolaError: names the stage and what differs.
+        MolaError: a stage differs; the message names the stage and the difference.
     """
     known = {entry["folder"] for entry in record["stages"]}
     for index, entry in enumerate(record["stages"]):
@@ -92,8 +94,9 @@ def check_same_sequence(
             continue
         if index >= len(stages) or stages[index].folder.name != entry["folder"]:
             raise MolaError(
-                f"`stages` must go on with those begun: {entry['folder']!r} in {str(folder)!r} is not stage "
-                f"{index + 1} now. Keep its name and place, delete its folder, or pass another `output_dir`."
+                f"`stages` must begin with those already begun: {entry['folder']!r} in {str(folder)!r} is not "
+                f"stage {index + 1} now. Keep its name and position, delete its folder, or pass a different "
+                "`output_dir`."
             )
         _check_same_stage(entry, stages[index])
     for stage in stages:
@@ -110,14 +113,14 @@ def check_same_sequence(
         is_changed = key in record and record[key] != weights[key] and weights[key] != ""
         if is_changed and _is_begun(first.folder):
             raise MolaError(
-                f"stage `{first.name}` was begun with other weights than those in `{option}` "
-                f"({getattr(first.options, option)!r}) now. Put them back, delete {str(first.folder)!r} and the later "
-                "stages, or pass another `output_dir`."
+                f"stage `{first.name}` was begun with different weights than those now in `{option}` "
+                f"({getattr(first.options, option)!r}). Restore those weights, delete {str(first.folder)!r} and the "
+                "later stages, or pass a different `output_dir`."
             )
 
 
 def _is_begun(folder: Path) -> bool:
-    """Whether a training was begun there; other files in the folder do not matter."""
+    """Whether a training was begun in this folder; files of other kinds do not matter."""
     return any((folder / name).exists() for name in (RUN_FILE, WEIGHTS_FILE)) or bool(checkpoints_in(folder))
 
 
@@ -126,25 +129,25 @@ def _check_same_stage(entry: Mapping[str, Any], stage: Stage) -> None:
         old, new = entry[part], json.loads(json.dumps(new))  # JSON has lists for tuples
         if (key := find_difference(old, new)) is not None:
             raise MolaError(
-                f"stage `{stage.name}` was begun with another `{key}` ({part.replace('_', ' ')}): {old.get(key)!r} in "
-                f"{str(stage.folder)!r}, now {new.get(key)!r}. Use the same options and data, delete that folder and "
-                "the later ones to train from there again, or pass another `output_dir`."
+                f"stage `{stage.name}` was begun with a different `{key}` ({part.replace('_', ' ')}): "
+                f"{old.get(key)!r} in {str(stage.folder)!r}, now {new.get(key)!r}. Use the same options and data, "
+                "delete that folder and the later ones to train them again, or pass a different `output_dir`."
             )
     checksum = entry.get("adapter_sha256")
     if checksum is not None and has_finished(stage.folder) and file_sha256(stage.folder / WEIGHTS_FILE) != checksum:
         raise MolaError(
-            f"stage `{stage.name}`: the adapter in {str(stage.folder)!r} is not the one that was trained there. Put it "
-            "back, or delete that folder and the later ones."
+            f"stage `{stage.name}`: the adapter in {str(stage.folder)!r} is not the adapter that was trained in it. "
+            "Restore that adapter, or delete the folder and the later ones."
         )
 
 
 def clear_tests(folder: Path) -> None:
-    """Delete the results of tests in the folder of a stage or of the start."""
+    """Delete the test results in the folder of a stage, or in that of the tests before the first stage."""
     shutil.rmtree(folder / EVALUATION_FOLDER, ignore_errors=True)
 
 
 def clear_sequence(folder: Path, record: Mapping[str, Any]) -> None:
-    """Delete the folders of an earlier sequence, by the names in its record."""
+    """Delete the record of an earlier sequence and the folders that it names."""
     for name in (START_FOLDER, *(entry["folder"] for entry in record["stages"])):
         shutil.rmtree(folder / Path(name).name, ignore_errors=True)
     (folder / RECORD_FILE).unlink()

@@ -32,9 +32,9 @@ class Stage:
     """One stage, ready to run."""
 
     name: str  # as the user gave it
-    options: TrainAndTestOptions  # of its training; `output_dir` is its run folder
-    test: EvaluateOptions  # of the evaluation of its task; adapter and output file are set for each evaluation
-    settings: dict[str, Any]  # options that must stay the same to go on with the stage
+    options: TrainAndTestOptions  # options of the training; `output_dir` is the run folder
+    test: EvaluateOptions  # options of the evaluation; adapter and output file are set for each evaluation
+    settings: dict[str, Any]  # options that must stay the same to resume the stage
     fingerprints: dict[str, str]  # sha256 of training, evaluation and test examples, by part
 
     @property
@@ -50,7 +50,7 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
         The stages in the order of training.
 
     Raises:
-        MolaError: names the stage and what is wrong with it.
+        MolaError: a stage is wrong; the message names the stage and the fault.
     """
     first = next(iter(options.stage_options.values()))
     base = base_config(first)
@@ -62,7 +62,7 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
     for number, (name, stage_options) in enumerate(options.stage_options.items(), start=1):
         logger.info("Checking stage %d of %d, %s.", number, len(options.stage_options), name)
         try:
-            if number > 1:  # it continues the adapter of the stage before
+            if number > 1:  # the stage continues the adapter of the previous stage
                 changes = training_changes(stage_options)
                 config = replace(config, **changes) if changes else config
                 check_losses(stage_options, config, base)
@@ -77,11 +77,12 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
         except MolaError as error:
             raise MolaError(f"stage `{name}`: {error}") from error
         fingerprints = {**data.fingerprints, "test": data_fingerprint(test_examples)}
-        stages.append(Stage(name, stage_options, test, _settings(stage_options, number == 1), fingerprints))
+        stages.append(Stage(name, stage_options, test, _settings_to_compare(stage_options, number == 1), fingerprints))
     return stages
 
 
-def _settings(options: TrainAndTestOptions, is_first: bool) -> dict[str, Any]:
+def _settings_to_compare(options: TrainAndTestOptions, is_first: bool) -> dict[str, Any]:
+    """The options of a stage that must stay the same to resume it."""
     values = {name: value for name, value in options.to_dict().items() if name not in NOT_COMPARED}
-    # Later stages start from the stage before, so their `adapter` is only a place.
+    # Later stages start from the previous stage, so their `adapter` is only a path.
     return {**values, "adapter": options.adapter} if is_first else values
