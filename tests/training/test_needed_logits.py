@@ -107,7 +107,7 @@ def test_models_without_needed_logits(options, caplog):
     cases = [
         (NoSuchArgument(), "NoSuchArgument has no `logits_to_keep`"),
         (OwnLoss(share=False), "OwnLoss fails with fewer logits: "),
-        (OwnLoss(share=True), "OwnLoss has another loss with fewer logits"),
+        (OwnLoss(share=True), "OwnLoss has a different loss with fewer logits"),
     ]
     for model, reason in cases:
         with caplog.at_level("INFO"):

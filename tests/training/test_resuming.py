@@ -406,8 +406,8 @@ def test_resume_warns_of_other_batches_and_another_precision(finished_run, caplo
     folder, arguments = finished_run
     on = [*arguments, "--resume_from_checkpoint=last", "--max_steps=7"]
     assert main([*on, "--per_device_train_batch_size=2", "--dtype=bfloat16"]) == 0
-    assert "goes on with 2 samples per step, it began with 4" in caplog.text
-    assert "goes on with `bf16` True, it began with False" in caplog.text
+    assert "continues with 2 samples per step, it began with 4" in caplog.text
+    assert "continues with `bf16` True, it began with False" in caplog.text
     record = read_record(folder)
     record["settings"] |= {"fp16": True, "bf16": False}
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
@@ -509,7 +509,7 @@ def test_adapter_in_the_run_folder_is_not_overwritten(finished_run, error_line, 
     arguments = flags(output_dir=folder, adapter=start, num_experts=None, **NO_EVALUATION)
     for more in ([], ["--overwrite_output_dir"]):
         line = error_line([*arguments, *more])
-        assert f"`adapter` must lie outside of `output_dir`: got {str(start)!r} and {str(folder)!r}" in line
+        assert f"`adapter` must be outside `output_dir`: got {str(start)!r} and {str(folder)!r}" in line
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 

@@ -32,11 +32,11 @@ def paired_difference(
     """Compare a recipe with the reference.
 
     Args:
-        marks: of the recipe, `(seeds, questions)`: 1 for a right answer, 0 for a wrong one.
+        marks: of the recipe, `(seeds, questions)`: 1 for a correct answer, 0 for a wrong one.
         reference: of the reference, with the same seeds and questions.
         comparisons: number of recipes compared with the reference; the interval holds for all of them together.
         questions_by_task: number of questions of each task, if the columns are those of several tasks that weigh
-            equally. Then the marks of a task with `n` of all `Q` questions are multiplied by `Q / (tasks * n)`.
+            equally. In this case the marks of a task with `n` of all `Q` questions are multiplied by `Q / (tasks * n)`.
     """
     values = marks.astype(float) - reference
     value = float(values.mean())
@@ -50,10 +50,10 @@ def paired_difference(
 
 
 def interval_over_questions(marks: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean difference for other questions, answered by these very models.
+    """95 % interval of the mean difference for other questions, answered by the same models.
 
     Args:
-        marks: `(questions,)`, 1 for a right answer, 0 for a wrong one.
+        marks: `(questions,)`, 1 for a correct answer, 0 for a wrong one.
         reference: of the reference, the same questions.
     """
     values = marks.astype(float) - reference
@@ -108,7 +108,7 @@ def two_way_error(values: np.ndarray) -> StandardError:
 
 
 def _interval(value: float, spread: StandardError, questions: Sequence[int], level: float) -> tuple[float, float]:
-    """Student's interval, widened for questions of another kind than those asked; within -1 and 1.
+    """Student's interval, widened for kinds of questions that were not asked; within -1 and 1.
 
     `questions` has the number of questions of each task; the mean of the tasks is what the interval is for.
     """
@@ -123,13 +123,13 @@ def _interval(value: float, spread: StandardError, questions: Sequence[int], lev
 
 
 def _with_added_questions(spread: StandardError, questions: Sequence[int]) -> StandardError:
-    r"""Add two questions to every task, one that only the recipe answers right and one that only the reference does.
+    r"""Add two questions to every task, one that only the recipe answers correctly, one only the reference.
 
-    Without them the error is near 0 where nearly all answers agree, although a few questions of another kind may have
-    been missed. With `n` questions in each of `T` tasks:
+    Without these questions the error is near 0 if nearly all answers agree, although a few questions on which they
+    differ may have been missed. With `n` questions in each of `T` tasks:
         error ** 2 + sum(2 / (T n) ** 2)
     The added part is constant, so the degrees of freedom grow with its share (Satterthwaite). With few seeds the
-    interval could become narrower by that; `_interval` takes the wider of both.
+    interval could become narrower by this; `_interval` uses the wider of the two.
 
     Source: after Agresti and Coull 1998, The American Statistician 52:119, who add such cases to a share.
     """

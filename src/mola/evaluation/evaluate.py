@@ -1,6 +1,6 @@
 """`mola evaluate`: a model answers the questions of a test file, and the correct answers are counted.
 
-- `evaluate_examples` in `mola.evaluation.core` asks a loaded model about examples in memory.
+- `evaluate_examples` in `mola.evaluation.core` queries a loaded model with examples in memory.
 - `evaluate` checks the options, loads model and data, resumes an interrupted evaluation and writes the result file.
 - `main` is the command, which prints a table.
 """
@@ -45,9 +45,9 @@ class EvaluateOptions(ModelOptions):
     adapter: str | None = option(None, "Folder of an adapter; none evaluates the base model alone.")
 
     _data: ClassVar = Group("data")
-    split: str = option("test", "Split to read where the data has several.")
+    split: str = option("test", "Split to read if the data has several.")
     filters: dict[str, Any] | str | None = option(None, "Keep rows with these values: {column: value, or a list}.")
-    limit: int | None = option(None, "Evaluate only the first so many samples.")
+    limit: int | None = option(None, "Evaluate only this many samples, the first ones.")
 
     _answers: ClassVar = Group("answers")
     batch_size: int = option(8, "Samples per batch.")
@@ -73,7 +73,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     """Load a model, evaluate it on a file and write the result file.
 
     With `output`, answered samples are kept in `<output>.partial.jsonl`; after an interruption the same
-    call goes on from there.
+    call resumes with these samples.
 
     Args:
         options: what to evaluate.
@@ -90,7 +90,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         answers = AnswersFile(options.output, answers_made_with(options, task, examples))
         finished = answers.read(discard_others=options.overwrite)
         if finished:
-            logger.warning("Going on with %d finished samples of %s.", len(finished), answers.path)
+            logger.warning("Resuming with %d finished samples of %s.", len(finished), answers.path)
     set_seed(options.seed)
     result = evaluate_examples(
         model_for(options, options.adapter),
@@ -123,7 +123,7 @@ def main(options: EvaluateOptions) -> int:
 
 
 def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any]], PreTrainedTokenizerBase]:
-    """Load task, examples and tokenizer, and find everything that can be wrong before the weights are loaded."""
+    """Load task, examples and tokenizer, and find all errors that can be found before the weights are loaded."""
     check_positive(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, limit=options.limit)
     if not 0 <= options.seed < 2**32:
         raise MolaError(f"`seed` must be a whole number from 0 to 2**32 - 1: got {options.seed}.")

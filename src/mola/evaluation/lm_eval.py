@@ -27,9 +27,9 @@ class LmEvalOptions:
     base_model: str = field(metadata={"help": "Folder or hub id of the base model."})
     tasks: str = field(metadata={"help": "Tasks of the harness, names between commas, or task files (YAML)."})
     adapter: str | None = option(None, "Folder of an adapter; none evaluates the base model alone.")
-    limit: float | None = option(None, "Only the first so many samples of every task, or below 1 this share of them.")
+    limit: float | None = option(None, "Only this many samples of every task, the first ones; below 1 a share of them.")
     num_fewshot: int | None = option(None, "Solved examples in every prompt. Default: the task's own number.")
-    apply_chat_template: bool = option(False, "Ask in the chat template of the base model.")
+    apply_chat_template: bool = option(False, "Write prompts with the base model's chat template.")
     batch_size: str = option("8", "Samples per batch, or auto.")
     include_path: str | None = option(None, "Folder with further task files.")
     output: str | None = option(None, "Result file (JSON).")
@@ -95,7 +95,7 @@ def main(options: LmEvalOptions) -> int:
 
 
 def _check_options(options: LmEvalOptions) -> dict[str, Any]:
-    """Find what is wrong before the tasks and the weights are loaded; returns the arguments of the harness's model."""
+    """Check the options before tasks and weights are loaded. Returns the arguments of the harness's model."""
     if find_spec("lm_eval") is None:
         raise MolaError("`mola lm-eval` needs the package lm-eval. Install it with pip install 'mola-peft[lm-eval]'.")
     limit = options.limit
@@ -121,12 +121,12 @@ def _check_options(options: LmEvalOptions) -> dict[str, Any]:
 
 
 def _full_path(name: str) -> str:
-    """The full path of a folder: the harness takes a short path for the name of a model of the hub."""
+    """The full path of a folder: the harness would read a short path as a model name on the Hub."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _load_tasks(options: LmEvalOptions, model_arguments: dict[str, Any]) -> tuple[list[Any], Any]:
-    """Load the tasks with their data, which the harness itself would do after the weights."""
+    """Load the tasks with their data, which the harness itself would load after the weights."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     settings = EvaluatorConfig(tasks=options.tasks, include_path=options.include_path)

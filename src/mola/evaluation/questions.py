@@ -25,7 +25,7 @@ _warn_once = functools.cache(logging.getLogger(__name__).warning)
 
 @dataclass(frozen=True)
 class Question:
-    """An example made ready to be asked."""
+    """An example as a prompt, with its possible answers."""
 
     example: Mapping[str, Any]  # the example as loaded
     prompt: str  # text before the answer
@@ -37,9 +37,10 @@ class Question:
     def option_texts(self, end: str) -> list[str]:
         """The text that ends with the answer, for every option: prompt, prefix and option.
 
-        Where one option begins with another ("1" and "10"), the longer one could not be more probable than the
-        shorter one. Every text then has one more word or mark: the first of the suffix, or `end` (the token that ends
-        an answer) if the suffix is empty. The rest of the suffix is left out, because it may explain the right answer.
+        If one option begins with another option ("1" and "10"), the longer one could not be more probable than the
+        shorter one. In this case every text gets one more word or mark: the first of the suffix, or `end` (the token
+        that ends an answer) if the suffix is empty. The rest of the suffix is left out, because it may explain the
+        correct answer.
         """
         is_ambiguous = any(a != b and b.startswith(a) for a in self.options for b in self.options)
         suffix = (_first_word(self.suffix) or end) if is_ambiguous else ""
@@ -47,7 +48,7 @@ class Question:
 
 
 def _first_word(text: str) -> str:
-    """The first word or mark of a text, with the blanks before it; of a script without blanks the first character."""
+    """The first word or mark of a text, with the blanks before it; in a script without blanks the first character."""
     found = re.match(rf"\s*([^\W{_SCRIPTS_WITHOUT_BLANKS}]+|[^\w\s]+|\w)", text)
     return found[0] if found else text
 
@@ -65,12 +66,12 @@ def checked_questions(
 
     Args:
         tokenizer: the model's.
-        task: how questions are asked and answers are read.
+        task: its prompts and its answer extraction.
         examples: as `mola.data.examples.load_examples` returns them.
         template: prompt template or its name; None for the task's own.
         scoring: one of `SCORINGS`.
         max_new_tokens: tokens to generate for each answer.
-        limit: number of the model's positions, if it is limited.
+        limit: the model's maximum length in tokens, or None.
 
     Raises:
         MolaError: there is no example, one lacks an answer or has an answer that the task cannot read, a question
@@ -143,7 +144,7 @@ def split_at_answer(example: Mapping[str, Any], task: Task) -> tuple[str, str]:
     """Text of the expected output before and after its answer, such as `"Answer: The answer is "` and `"."`.
 
     The answer may occur in the output more than once ("A cat ... The answer is A."). The output is split at the last
-    place where the task, with any other option in this place, reads that option.
+    place where the task, with any other option inserted here, still reads the inserted option.
 
     Raises:
         MolaError: there is no such place, or the possible answers are unknown.

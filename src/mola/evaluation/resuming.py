@@ -1,7 +1,7 @@
-"""The answers of an unfinished evaluation, so that an interrupted one goes on where it stopped.
+"""The answers of an unfinished evaluation, so that an interrupted evaluation resumes where it stopped.
 
-They are in `<output>.partial.jsonl`, beside the result file: one JSON object per line. The first line says how the
-answers are made, every further line is one answered sample.
+The answers are in `<output>.partial.jsonl`, beside the result file: one JSON object per line. The first line says how
+the answers are made, every further line is one answered sample.
 """
 
 import hashlib
@@ -40,16 +40,16 @@ class AnswersFile:
         """The answered samples; empty if there are none.
 
         Args:
-            discard_others: delete answers that were made with something else, instead of raising.
+            discard_others: delete answers that were made with other settings, instead of raising.
 
         Raises:
-            MolaError: the file cannot be read, or its answers were made with something else.
+            MolaError: the file cannot be read, or its answers were made with other settings.
         """
         if not self.path.exists():
             return []
         try:
             *complete, cut_off = self.path.read_bytes().split(b"\n")
-            if cut_off:  # by an interruption while it was written
+            if cut_off:  # the line was interrupted while it was written
                 os.truncate(self.path, self.path.stat().st_size - len(cut_off))
             if not complete:
                 return []
@@ -57,7 +57,7 @@ class AnswersFile:
             if not all(isinstance(entry, dict) for entry in (made_with, *records)):
                 raise ValueError("a line is no JSON object")
         except (OSError, ValueError) as error:
-            raise MolaError(f"`{self.path}` cannot be read ({error}). Delete it to start again.") from error
+            raise MolaError(f"`{self.path}` cannot be read ({error}). Delete the file to start again.") from error
         differences = [
             f"{key} {made_with.get(key)!r} there, {self.made_with.get(key)!r} now"
             for key in sorted({*made_with, *self.made_with})
@@ -71,7 +71,7 @@ class AnswersFile:
             return []
         raise MolaError(
             f"`{self.path}` holds {len(records)} samples of an unfinished run with other settings: "
-            f"{'; '.join(differences)}. Use the same settings to go on with it, another `output`, or "
+            f"{'; '.join(differences)}. Use the same settings to resume it, a different `output`, or "
             "`overwrite` to discard it."
         )
 
@@ -87,7 +87,7 @@ class AnswersFile:
 
 
 def answers_made_with(options: Any, task: Task, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Everything that decides about the answers: options, data, task, weights, versions, device and dtype.
+    """Everything that the answers depend on: options, data, task, weights, versions, device and dtype.
 
     Args:
         options: an `EvaluateOptions`.
@@ -96,7 +96,7 @@ def answers_made_with(options: Any, task: Task, examples: Sequence[Mapping[str, 
     """
     device = resolve_device(options.device)
     settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite")}
-    # `data_fingerprint` covers the texts; the right answer and the number of choices decide about the score.
+    # `data_fingerprint` covers the texts; the right answer and the number of choices decide the score.
     answers = [[example["answer"], example["num_choices"]] for example in examples]
     return {
         **settings,
@@ -111,7 +111,7 @@ def answers_made_with(options: Any, task: Task, examples: Sequence[Mapping[str, 
 
 
 def _file_stamps(folder: str) -> list[list[Any]]:
-    """Name, size and time of the files that make a local model; empty for a hub id."""
+    """Name, size and modification time of each file of a local model; empty for a hub id."""
     kinds = ("*.safetensors", "*.bin", "*.gguf", "*config.json", "*.jinja")
     files = sorted(file for kind in kinds for file in Path(folder).glob(kind))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -1,4 +1,4 @@
-"""What a user can change when memory or disk do not suffice, a process is lost, or the evaluation loss is poor."""
+"""What a user can change when memory or disk space runs out, a process is lost, or the evaluation loss is poor."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from mola.training.options import TrainOptions
 
 @contextlib.contextmanager
 def failures_explained(options: TrainOptions) -> Iterator[None]:
-    """Turn errors of the machine in this block into ones that say what to do.
+    """Turn machine errors in this block into errors that say what to do.
 
     Raises:
-        MolaError: the memory or the disk did not suffice, or another process of the run has ended.
+        MolaError: memory or disk space ran out, or another process of the run has ended.
     """
-    going_on = "Then go on from the last complete checkpoint, if there is one, with --resume_from_checkpoint last."
+    resuming = "Then resume from the last complete checkpoint, if there is one, with --resume_from_checkpoint last."
     room = "Free some space, or make the folder writable again (a lower --save_total_limit needs less)."
     with (
-        explain_out_of_memory(f"{memory_advice(options)} {going_on}"),
-        explain_write_errors("`output_dir`", f"{room} {going_on}"),
+        explain_out_of_memory(f"{memory_advice(options)} {resuming}"),
+        explain_write_errors("`output_dir`", f"{room} {resuming}"),
         _lost_process_explained(),
     ):
         yield
@@ -41,13 +41,13 @@ def _lost_process_explained() -> Iterator[None]:
             raise
         raise MolaError(
             f"another process of this run has ended, or does not answer: {reason}. Its own output, or the system's "
-            "log, may say why. Start all of them again with the same command: go on from the last complete "
-            "checkpoint with --resume_from_checkpoint last, or without one begin anew with --overwrite_output_dir."
+            "log, may say why. Start all processes again with the same command: resume from the last complete "
+            "checkpoint with --resume_from_checkpoint last, or start over with --overwrite_output_dir if there is none."
         ) from error
 
 
 def loading_advice(options: TrainOptions) -> str:
-    """What to change when the base model alone needs more memory than there is."""
+    """What to change when the base model alone needs more memory than is available."""
     ways = ["--dtype bfloat16"] if options.base_dtype == "float32" and not uses_deepspeed(options) else []
     if not (shards_weights(options) or options.on_loading or options.gguf_file):
         ways += ["--load_in_4bit or --load_in_8bit"]
@@ -82,8 +82,8 @@ def loss_gap_advice(options: TrainOptions, state: TrainerState, metrics: Mapping
 
     Args:
         options: of the run.
-        state: of the trainer when the run has ended.
-        metrics: of the run, with the `eval_loss` of the saved weights unless it was not measured.
+        state: the trainer's state at the end of the run.
+        metrics: of the run, with the `eval_loss` of the saved weights if it was measured.
 
     Returns:
         The line, or None if the losses are close or one of them is missing.
@@ -92,7 +92,9 @@ def loss_gap_advice(options: TrainOptions, state: TrainerState, metrics: Mapping
     if options.load_best_model_at_end and state.best_model_checkpoint is not None:
         step = state.best_global_step or step
     logged = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
-    logged = [entry for entry in logged if entry[0] <= step] or logged[:1]  # weights from before the first entry
+    logged = [entry for entry in logged if entry[0] <= step] or logged[
+        :1
+    ]  # if the weights are older than the first entry, use this entry
     if not logged or "eval_loss" not in metrics:
         return None
     eval_loss = metrics["eval_loss"]

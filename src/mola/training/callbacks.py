@@ -35,7 +35,7 @@ class MetricsFile(TrainerCallback):
 
     Args:
         path: the file.
-        checkpoint: the checkpoint that a run goes on from, which may lie in another folder; or None.
+        checkpoint: the checkpoint that the run resumes from, which may be in a different folder; or None.
     """
 
     def __init__(self, path: Path, checkpoint: Path | None = None) -> None:
@@ -64,9 +64,9 @@ class MetricsFile(TrainerCallback):
 
 
 def _written_by(step: int) -> Callable[[dict[str, Any]], bool]:
-    """A test whether a line was written by step `step`.
+    """A function that returns whether a line was written up to step `step`.
 
-    The summary of a run that ended, and the evaluation after it, do not count.
+    It returns False for the summary of a run that ended, and for the evaluation after the summary.
     """
     ended = False
 
@@ -79,7 +79,7 @@ def _written_by(step: int) -> Callable[[dict[str, Any]], bool]:
 
 
 class TrainingClock(TrainerCallback, ExportableState):
-    """Wall time of training. A resumed run goes on counting from the time in its checkpoint."""
+    """Wall time of training. A resumed run continues from the time in its checkpoint."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._before = seconds
@@ -91,13 +91,13 @@ class TrainingClock(TrainerCallback, ExportableState):
         return self._before + time.perf_counter() - self._start
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint stores: the arguments of a clock that goes on."""
+        """What a checkpoint stores: the arguments of a clock that continues from now."""
         return {"args": {"seconds": self.seconds}, "attributes": {}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on from the time in the checkpoint; a checkpoint of an older version has none."""
+        """Continue from the time in the checkpoint; checkpoints of older versions have none."""
         self._start = time.perf_counter()
         states: Any = state.stateful_callbacks
         self._before = states.setdefault(type(self).__name__, self.state())["args"]["seconds"]
@@ -107,7 +107,7 @@ class ResumedRun(TrainerCallback):
     """Makes the state of a resumed run fit the run's folder and its options.
 
     Args:
-        folder: the folder of the checkpoint that the run goes on from.
+        folder: the folder that contains the checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -119,8 +119,8 @@ class ResumedRun(TrainerCallback):
         """Correct what the Trainer has read from the checkpoint.
 
         - The best checkpoint is found again if its folder was moved or copied.
-        - A removal of old checkpoints that was cut off is finished.
-        - The intervals of logs, evaluations and checkpoints, and the learning rate, follow the options of today.
+        - If a kill cut off the removal of old checkpoints, the removal is finished.
+        - The intervals of logs, evaluations and checkpoints, and the learning rate, follow the resumed run's options.
         """
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         for folder in (args.output_dir or self.folder, self.folder):
@@ -145,10 +145,10 @@ def _set_rates(schedule: LambdaLR) -> None:
 
 
 class CheckpointLast(TrainerCallback):
-    """Writes one checkpoint at the last step of an epoch or of the run, after everything else of this step.
+    """Writes one checkpoint at the last step of an epoch or of the run, after this step's evaluation.
 
-    The Trainer would save after the step, evaluate at the end of the epoch, and perhaps save again. If it were killed
-    before the evaluation, the resumed run would not evaluate this epoch.
+    The Trainer would save after the step, evaluate at the end of the epoch, and perhaps save again. If the run were
+    killed before the evaluation, the resumed run would not evaluate this epoch.
     """
 
     def __init__(self) -> None:
@@ -160,7 +160,7 @@ class CheckpointLast(TrainerCallback):
         self._saved_step = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put off the checkpoint of the last step."""
+        """Postpone the checkpoint of the last step."""
         self._is_wanted = control.should_save and (control.should_training_stop or is_whole_epoch(state.epoch))
         if self._is_wanted:
             control.should_save = False
@@ -168,20 +168,20 @@ class CheckpointLast(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for the checkpoint that was put off. The Trainer evaluates first."""
+        """Request the postponed checkpoint. The Trainer evaluates first."""
         control.should_save = (control.should_save or self._is_wanted) and self._saved_step != state.global_step
         self._is_wanted = False
 
 
 class AveragedWeights(TrainerCallback):
-    """Has averages in the model when weights are saved.
+    """Puts averaged weights into the model before weights are saved.
 
-    Some optimisers (schedule-free ones) evaluate other weights than they train. The Trainer asks them for these
-    weights only when it evaluates, and goes back to the trained weights at the next step.
+    Some optimisers (schedule-free ones) train one set of weights and evaluate averages of it. The Trainer switches to
+    the averages only when it evaluates, and switches back at the next step.
     """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the averages into the model before a checkpoint and before the end."""
+        """Put the averages into the model before a checkpoint and before the end of training."""
         if control.should_save or control.should_training_stop:
             use_averaged_weights(kwargs.get("optimizer"))
 
@@ -189,7 +189,7 @@ class AveragedWeights(TrainerCallback):
 
 
 def use_averaged_weights(optimizer: Any) -> None:
-    """Have an optimiser put the weights that it evaluates into the model; most optimisers have none."""
+    """Have an optimiser put its averaged weights into the model; most optimisers have none."""
     switch = getattr(optimizer, "eval", None)
     if callable(switch):
         switch()
@@ -211,7 +211,7 @@ class FrozenInput(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the change back; the Trainer has switched checkpointing on by now."""
+        """Undo the change, which the Trainer has made by now."""
         settings: Any = args.activation_checkpointing_kwargs or {}
         if args.torch_compile and args.activation_checkpointing and settings.get("use_reentrant") is False:
             kwargs["model"].disable_input_require_grads()
@@ -224,7 +224,7 @@ class FiniteLoss(TrainerCallback):
         """Check the weights before a checkpoint, since the loss may not have been logged yet.
 
         Raises:
-            NotFiniteError: a trained weight is NaN or infinite.
+            NotFiniteError: a trainable weight is NaN or infinite.
         """
         if control.should_save:
             check_weights(args, state, kwargs["model"])
@@ -234,7 +234,7 @@ class FiniteLoss(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the weights after the last step, as `on_step_end` does."""
+        """Check the weights after the last step, like `on_step_end`."""
         check_weights(args, state, kwargs["model"])
 
     def on_log(
@@ -252,10 +252,10 @@ class FiniteLoss(TrainerCallback):
 
 
 def check_weights(args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
-    """Check that all trained weights are finite.
+    """Check that all trainable weights are finite.
 
     Raises:
-        NotFiniteError: one is NaN or infinite.
+        NotFiniteError: a weight is NaN or infinite.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -267,15 +267,15 @@ def check_weights(args: TrainingArguments, state: TrainerState, model: torch.nn.
 
 @contextlib.contextmanager
 def overflow_explained(trainer: Trainer) -> Iterator[None]:
-    """Turn the error of an optimiser whose step overflows in float32 into one that says what to do.
+    """Turn the error of an optimiser whose step overflows in float32 into an error that says what to do.
 
     Raises:
-        NotFiniteError: there was such an error in the block; other errors pass.
+        NotFiniteError: the optimiser's step overflowed in this block; other errors are not changed.
     """
     try:
         yield
     except RuntimeError as error:
-        # Trained weights are in float32; such an error about another format is the model's own.
+        # Trainable weights are in float32; the same error about a different format comes from the model.
         if "to type float without overflow" not in str(error):
             raise
         raise _diverged("the step of the optimiser overflows", trainer.args, trainer.state) from error

@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder: which of them a run can go on from, and whether it would be the same run."""
+"""The checkpoints of a run folder: from which of them a run can resume, and whether it would be the same run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLEARING = "clearing"  # status in run.json while an earlier run is being remove
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 # Parts of run.json that a resumed run must share.
 _SAME_PARTS = ("adapter_settings", "data_fingerprints", "quantization")
-# Options that a resumed run must share: how samples become tokens, their order, and what the optimiser's state holds.
+# Options that a resumed run must share: how samples become tokens, their order, and settings of the optimiser.
 _SAME_SETTINGS = (
     *("cutoff_len", "truncation", "train_on_inputs", "add_eos_token", "seed", "data_seed"),
     "train_sampling_strategy",
@@ -40,7 +40,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def step_in_name(path: Path) -> int:
-    """N of `checkpoint-N`; -1 for another name."""
+    """N of `checkpoint-N`; -1 for any other name."""
     found = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)", path.name)
     return int(found[1]) if found else -1
 
@@ -61,7 +61,7 @@ def has_finished(folder: Path) -> bool:
 
 
 def asks_to_resume(resume: str | None) -> bool:
-    """Whether `resume_from_checkpoint` asks to go on with a run."""
+    """Whether `resume_from_checkpoint` asks to resume a run."""
     return resume is not None and resume.strip().lower() not in ("", "false", "no", "none")
 
 
@@ -71,11 +71,11 @@ def asks_for_last(resume: str | None) -> bool:
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from.
+    """The checkpoint to resume from, or None to start a new run.
 
     Args:
         folder: the run folder.
-        resume: None or empty: start anew; "last" or "true": the newest complete checkpoint of
+        resume: None or empty: start a new run; "last" or "true": the newest complete checkpoint of
             `folder`; else the path of a checkpoint.
 
     Raises:
@@ -103,14 +103,14 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The newest checkpoint that a run in `folder` could go on from, or None."""
+    """The newest checkpoint that a run in `folder` could resume from, or None."""
     return next((path for path in checkpoints_in(folder) if not _why_incomplete(path)), None)
 
 
 def _why_incomplete(path: Path) -> str:
-    """Why a run cannot go on from a checkpoint; empty if it can.
+    """Empty if a run can resume from a checkpoint, else the reason why it cannot.
 
-    Checkpoints appear complete, but they are removed file by file.
+    Checkpoints are complete when they appear, but they are removed file by file.
     """
     if not os.path.isdir(path):
         return "does not exist"
@@ -127,7 +127,7 @@ def _why_incomplete(path: Path) -> str:
     if not _has(path, "scheduler.pt") and not _has(path, "global_step*"):
         return "has no scheduler.pt"
     if not _has(path, "scaler.pt") and _has(path.parent, f"{PREFIX_CHECKPOINT_DIR}-*/scaler.pt"):
-        return "has no scaler.pt, as others of its run have"
+        return "has no scaler.pt, unlike other checkpoints of its run"
     if not _has(path, "rng_state*.pth"):
         return "has no random state"
     return ""
@@ -140,7 +140,7 @@ def _has(folder: Path, pattern: str) -> bool:
 def best_checkpoint(state: Mapping[str, Any], folder: Path) -> Path | None:
     """The best checkpoint so far, as a trainer's state records it.
 
-    It is looked for in `folder` first: the folder may have been moved or copied since it was recorded.
+    `folder` is searched first, since it may have been moved or copied after the state was recorded.
     """
     recorded = state.get("best_model_checkpoint")
     if not recorded:
@@ -150,10 +150,10 @@ def best_checkpoint(state: Mapping[str, Any], folder: Path) -> Path | None:
 
 
 def check_best_checkpoint(checkpoint: Path) -> None:
-    """Check that the best checkpoint so far is there: the run may have to end with its weights.
+    """Check that the best checkpoint so far exists: the run may have to end with its weights.
 
     Raises:
-        MolaError: it is gone.
+        MolaError: the best checkpoint is missing.
     """
     best = best_checkpoint(read_json_object(checkpoint / STATE_FILE), checkpoint.parent)
     if best is not None and not all((best / name).is_file() for name in ADAPTER_FILES):
@@ -167,7 +167,7 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     """Check that a resumed run has the adapter, the data and the optimiser that it began with.
 
     Args:
-        checkpoint: a checkpoint of the run; the run's own record lies beside it.
+        checkpoint: a checkpoint of the run; the run's own record is in the same folder.
         record: the record that the resumed run would write.
 
     Raises:
@@ -181,11 +181,14 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     _warn_of_other_batches(before, record)
     names = [name for name in _SAME_SETTINGS if name in old]
     if {old.get("lr_scheduler_type"), new.get("lr_scheduler_type")} & {*EVALUATION_SCHEDULES}:
-        names += ["lr_scheduler_type", "lr_scheduler_kwargs"]  # the checkpoint holds what such a schedule has seen
+        names += [
+            "lr_scheduler_type",
+            "lr_scheduler_kwargs",
+        ]  # the checkpoint holds the losses that these schedules have seen
     if old.get("fp16"):
         names.append("fp16")  # the checkpoint holds the loss scale of float16
     elif old.get("bf16") != new.get("bf16"):
-        logger.warning("The run goes on with `bf16` %s, it began with %s.", new.get("bf16"), old.get("bf16"))
+        logger.warning("The run continues with `bf16` %s, it began with %s.", new.get("bf16"), old.get("bf16"))
     parts: list[tuple[str, Any, Any, list[str] | None]] = [
         (name, before.get(name) or {}, record.get(name) or {}, None) for name in _SAME_PARTS
     ]
@@ -195,7 +198,7 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     for part, was, now, compared in parts:
         if (key := find_difference(was, now, compared)) is not None:
             raise MolaError(
-                f"`resume_from_checkpoint` goes on with the same run, but `{key}` ({part.replace('_', ' ')}) differs: "
+                f"`resume_from_checkpoint` continues the same run, but `{key}` ({part.replace('_', ' ')}) differs: "
                 f"{was.get(key)!r} in {checkpoint.parent}, now {now.get(key)!r}. Use the same options and data, or "
                 "start a new run with --adapter."
             )
@@ -205,8 +208,8 @@ def _warn_of_other_batches(before: Mapping[str, Any], record: Mapping[str, Any])
     was, now = before.get("effective_batch_size"), record.get("effective_batch_size")
     if None not in (was, now) and was != now and not record.get("settings", {}).get("auto_find_batch_size"):
         logger.warning(
-            "The run goes on with %s samples per step, it began with %s: steps are counted, so samples of this epoch "
-            "are left out or come again.",
+            "The run continues with %s samples per step, it began with %s: steps are counted, so samples of this epoch "
+            "are skipped or repeated.",
             now,
             was,
         )

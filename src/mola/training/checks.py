@@ -41,7 +41,7 @@ class CheckedRun:
     Attributes:
         folder: the run folder.
         config: configuration of the base model.
-        checkpoint: where the run goes on from, or None.
+        checkpoint: the checkpoint that the run resumes from, or None.
         first_step: number of steps that the checkpoint has done.
         tokenizer: of the base model.
         data: encoded samples.
@@ -81,7 +81,9 @@ def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
         warn_other_base(options.base_model or "", options.adapter, check_adapter(options.adapter))
     tokenizer = load_tokenizer_for(options, config)
     data = prepare_data(options, tokenizer, config, checkpoint)
-    if checkpoint is not None and options.auto_find_batch_size:  # the Trainer goes on with the batch size it had found
+    if (
+        checkpoint is not None and options.auto_find_batch_size
+    ):  # the Trainer continues with the batch size that it had found
         found = read_json_object(checkpoint / STATE_FILE).get("train_batch_size")
         options.per_device_train_batch_size = found or options.per_device_train_batch_size
     steps = check_steps(options, data)
@@ -107,7 +109,7 @@ def _settle_resumed(options: TrainOptions, checkpoint: Path, *, has_steps_left: 
         check_best_checkpoint(checkpoint)
     options.eval_on_start = False  # the run was evaluated when it began
     if not has_steps_left:
-        # Without this the Trainer would do one more step in an epoch that was begun.
+        # Without this the Trainer would do one more step in an incomplete epoch.
         options.num_train_epochs, options.max_steps = 0, -1
         options.warmup_steps = 1  # without steps the polynomial schedule would divide by 0
 
@@ -156,7 +158,7 @@ def check_steps(options: TrainOptions, data: TrainingData) -> int:
             f"`lr_scheduler_type` {schedule} follows the evaluation loss, and there is no evaluation data. Pass "
             "--eval_data, or another schedule."
         )
-    # Made for a moment, so that wrong settings end here and not after the base model was loaded.
+    # Make the schedule once without using it, so that wrong settings fail before the base model is loaded.
     with library_errors(f"`lr_scheduler_type` {schedule}"):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=options.learning_rate)
         kwargs: Any = options.lr_scheduler_kwargs
@@ -169,7 +171,7 @@ def check_steps(options: TrainOptions, data: TrainingData) -> int:
 
 @contextlib.contextmanager
 def library_errors(what: str) -> Iterator[None]:
-    """Turn an error of a library that cannot make `what` with the given options into a `MolaError`."""
+    """Turn the error of a library that cannot make `what` with the given options into a `MolaError`."""
     try:
         yield
     except MolaError:

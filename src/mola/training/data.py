@@ -41,7 +41,7 @@ class TrainingData:
     Attributes:
         train: encoded training samples.
         evaluation: encoded evaluation samples, or None.
-        reports: what encoding did, by part.
+        reports: what encoding changed, by part (train, evaluation).
         fingerprints: sha256 of the examples, by part.
         questions: hashes of the questions, by part; see `mola.data.hashing.distinct_questions`.
         template: name of the prompt template.
@@ -61,13 +61,13 @@ def prepare_data(
     config: PretrainedConfig,
     checkpoint: Path | None = None,
 ) -> TrainingData:
-    """Read the data, take the evaluation samples out, and encode both.
+    """Read the data, split off the evaluation samples, and encode both parts.
 
     Args:
         options: of the run.
         tokenizer: of the base model.
         config: of the base model.
-        checkpoint: where the run goes on from, or None. It holds the adapter that a run with `adapter` began with.
+        checkpoint: the checkpoint that the run resumes from, or None. It replaces the folder `adapter`.
 
     Raises:
         MolaError: data is missing or unreadable, lacks a column, or a sample does not fit.
@@ -87,7 +87,7 @@ def prepare_data(
     with _options_named(split="train_split"):
         samples = load_examples(options.data, task, options.train_split, limit=options.limit, filters=filters)
     train, evaluation = _split_evaluation(options, task, samples)
-    _warn_of_trained_evaluation(train, evaluation)
+    _warn_of_overlap(train, evaluation)
     encoded, reports, fingerprints, questions = {}, {}, {}, {}
     for part, examples in (("train", train), ("evaluation", evaluation)):
         if examples:
@@ -110,7 +110,7 @@ def prepare_data(
 def _template_of(
     options: TrainOptions, task: Task | None, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None
 ) -> tuple[str, Any]:
-    """Name and template of the prompts. The tokenizer gets the chat template of the adapter that is trained on."""
+    """Name and template of the prompts. The tokenizer gets the adapter's chat template."""
     name = template_name(options.template, task)
     adapter = options.adapter and str(checkpoint or options.adapter)
     template = template_for(name, tokenizer, adapter)
@@ -127,7 +127,7 @@ def _template_of(
 
 
 def _check_vocabulary(dataset: datasets.Dataset, config: PretrainedConfig) -> None:
-    """Check that the base model has an embedding for every token; a tokenizer may know more tokens."""
+    """Check that the base model has an embedding for every token; a tokenizer may have more tokens."""
     known = vocabulary_size(config)
     highest = pyarrow.compute.max(pyarrow.compute.list_flatten(dataset.data.column("input_ids"))).as_py()
     if known is not None and highest >= known:
@@ -137,12 +137,12 @@ def _check_vocabulary(dataset: datasets.Dataset, config: PretrainedConfig) -> No
         )
 
 
-def _warn_of_trained_evaluation(train: Examples, evaluation: Examples) -> None:
+def _warn_of_overlap(train: Examples, evaluation: Examples) -> None:
     known = {hash_example(example) for example in train} if evaluation else set()
     if shared := sum(hash_example(example) in known for example in evaluation):
         logger.warning(
             "%d of %d evaluation samples are trained on, too: their loss says little, and the best weights are chosen "
-            "by it. Take them out of one of the two.",
+            "by it. Remove these samples from one of the two.",
             shared,
             len(evaluation),
         )
@@ -150,7 +150,7 @@ def _warn_of_trained_evaluation(train: Examples, evaluation: Examples) -> None:
 
 @contextlib.contextmanager
 def _options_named(**options: str) -> Iterator[None]:
-    """In errors of this block, replace the names `data` and `split` by the names of the options they come from."""
+    """In errors raised in this block, replace the names `data` and `split` by those of the original options."""
     try:
         yield
     except MolaError as error:
@@ -198,7 +198,7 @@ def _load_evaluation(options: TrainOptions, task: Task | None, data: str) -> Exa
 
 
 def _take_out(options: TrainOptions, samples: Examples) -> tuple[Examples, Examples]:
-    """Training and evaluation samples, of which `validation_size` are drawn from `samples` with `seed`."""
+    """Training and evaluation samples; the latter are `validation_size` of `samples`, drawn with `seed`."""
     size = options.validation_size
     count = math.ceil(len(samples) * size) if size < 1 else int(size)
     if not 0 < count < len(samples):

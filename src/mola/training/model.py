@@ -1,4 +1,4 @@
-"""From options to a model that is ready to train, and the checks of the model that need no weights."""
+"""From options to a model that is ready to train, and the model checks that need no weights."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def check_model_options(
     Args:
         options: of the run.
         config: of the base model.
-        checkpoint: where the run goes on from, or None. It holds the adapter that a run with `adapter` began with.
+        checkpoint: the checkpoint that the run resumes from, or None. It replaces the folder `adapter`.
 
     Returns:
-        The configuration of the adapter, and the allocation's totals as `mola plan --json` prints them; without totals
-        when an adapter is trained on.
+        The configuration of the adapter, and the allocation's totals as `mola plan --json` prints them; the latter is
+        empty when an existing adapter is trained.
 
     Raises:
-        MolaError: anything that does not fit.
+        MolaError: base model, adapter and allocation do not fit each other.
     """
     base_model, code, gguf_file = options.base_model or "", options.trust_remote_code, options.gguf_file
     check_quantized_base(base_model, config, options, options.device, training=True)
@@ -93,7 +93,7 @@ def check_model_options(
 
 
 def check_losses(options: TrainOptions, adapter: PeftConfig, config: PretrainedConfig) -> None:
-    """Check that LoRA+ and the router losses have an effect, and that smoothed labels are those of the next tokens.
+    """Check that LoRA+ and the router losses have an effect, and that labels are smoothed for the next tokens.
 
     Args:
         options: of the run.
@@ -150,14 +150,14 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
 
 
 def continued_config(options: TrainOptions, adapter: str) -> PeftConfig:
-    """The configuration of an adapter that is trained further, with the options that may change it.
+    """The configuration of an adapter whose training continues, with the options that may change it.
 
     Args:
         options: of the run.
         adapter: folder of the adapter.
 
     Raises:
-        MolaError: an option is out of range, or the adapter is no mixture and does not have it.
+        MolaError: an option is out of range, or the adapter is no mixture, which has no such options.
     """
     config = PeftConfig.from_pretrained(adapter)
     config.base_model_name_or_path = options.base_model  # PEFT would keep the earlier name
@@ -173,7 +173,7 @@ def continued_config(options: TrainOptions, adapter: str) -> PeftConfig:
 
 
 def training_changes(options: TrainOptions) -> dict[str, Any]:
-    """The options that change an adapter which is trained further, and were given."""
+    """The given options that change an adapter whose training continues, by name."""
     return {name: getattr(options, name) for name in TRAINING_ONLY if getattr(options, name) is not None}
 
 
@@ -190,10 +190,10 @@ def stores_packed(options: TrainOptions, config: PretrainedConfig) -> bool:
 def load_tokenizer_for(options: TrainOptions, config: PretrainedConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the base model with this configuration.
 
-    It pads on the right, where a padded position predicts no real token.
+    It pads on the right, so that no padding position predicts a real token.
     """
-    place = options.base_model or "", "right", options.trust_remote_code, options.gguf_file
-    return load_tokenizer(*place, config=config)
+    source = options.base_model or "", "right", options.trust_remote_code, options.gguf_file
+    return load_tokenizer(*source, config=config)
 
 
 def build_model(options: TrainOptions, config: PretrainedConfig, checkpoint: Path | None = None) -> PeftModel:
@@ -202,8 +202,8 @@ def build_model(options: TrainOptions, config: PretrainedConfig, checkpoint: Pat
     Args:
         options: of the run.
         config: of the base model.
-        checkpoint: where the run goes on from, or None. A run with `adapter` takes the experts of its checkpoint, since
-            the folder of `adapter` may hold others by now.
+        checkpoint: the checkpoint that the run resumes from, or None. A run with `adapter` uses the experts of its
+            checkpoint, since the folder `adapter` may have changed.
 
     Raises:
         MolaError: the base model cannot be loaded, or the adapter does not fit it.

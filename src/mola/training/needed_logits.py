@@ -1,4 +1,4 @@
-"""Logits only at positions whose next token is trained. What a model predicts within a prompt enters no loss.
+"""Logits only at positions whose next token contributes to the loss, which the tokens of a prompt do not.
 
 With a large vocabulary the logits take a large share of a training step's time and most of its memory.
 """
@@ -23,33 +23,33 @@ Batch = dict[str, torch.Tensor]
 
 
 class NeededLogits:
-    """A collator that wraps another one and adds to its batches which logits the loss needs.
+    """A collator that wraps a different collator and adds to its batches which logits the loss needs.
 
-    - `logits_to_keep`: positions at which the next token of some sample is trained, `(K,)`.
+    - `logits_to_keep`: positions whose next token contributes to the loss in some sample, `(K,)`.
     - `shift_labels`: the next tokens of these positions, `(samples, K)`. `labels` stay whole: router losses read them.
 
     Args:
-        collate: makes batches with `labels: (samples, tokens)`, where each label stands at its own token.
+        collate: makes batches with `labels: (samples, tokens)`, where each label is at the position of its own token.
     """
 
     def __init__(self, collate: Callable[[Sequence[Any]], Batch]) -> None:
         self.collate = collate
 
     def __call__(self, samples: Sequence[Any]) -> Batch:
-        """One batch. Nothing is added if no token of it is trained."""
+        """One batch. Nothing is added if none of its tokens contributes to the loss."""
         batch = self.collate(samples)
         return {**batch, **needed_logits(batch["labels"])}
 
 
 def needed_logits(labels: torch.Tensor) -> Batch:
-    """`logits_to_keep` and `shift_labels` for `labels: (samples, tokens)`; empty if no token is trained."""
+    """`logits_to_keep` and `shift_labels` for `labels: (samples, tokens)`; empty if no token counts in the loss."""
     shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     kept = (shifted != IGNORED).any(0).nonzero().squeeze(1)
     return {"logits_to_keep": kept, "shift_labels": shifted[:, kept].contiguous()} if len(kept) else {}
 
 
 def computes_needed_logits(model: nn.Module, options: TrainingArguments) -> bool:
-    """Whether a model can compute its loss from the needed logits only. If it cannot, the log says why.
+    """Whether a model can compute its loss from the needed logits only. If not, the reason is logged.
 
     Args:
         model: a causal language model, with or without adapters, before a trainer wraps it.
@@ -62,6 +62,7 @@ def computes_needed_logits(model: nn.Module, options: TrainingArguments) -> bool
 
 
 def _why_all_logits(model: nn.Module, options: TrainingArguments) -> str | None:
+    """None if the needed logits suffice, else the reason why they do not."""
     for name in ("label_smoothing_factor", "use_liger_kernel"):
         if getattr(options, name):
             return f"`{name}` reads them"
@@ -72,11 +73,11 @@ def _why_all_logits(model: nn.Module, options: TrainingArguments) -> str | None:
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if "logits_to_keep" not in inspect.signature(inner.forward).parameters:
         return f"{type(inner).__name__} has no `logits_to_keep`"
-    return _why_another_loss(model, getattr(options, "mixed_dtype", None), type(inner).__name__)
+    return _why_different_loss(model, getattr(options, "mixed_dtype", None), type(inner).__name__)
 
 
-def _why_another_loss(model: nn.Module, mixed_dtype: torch.dtype | None, name: str) -> str | None:
-    """Compare the two losses of three tokens, of which the last one is trained."""
+def _why_different_loss(model: nn.Module, mixed_dtype: torch.dtype | None, name: str) -> str | None:
+    """None if the needed logits of three tokens give the same loss as all logits, else the reason."""
     tokens = torch.tensor([[1, 2, 3]], device=next(model.parameters()).device)
     labels = torch.tensor([[IGNORED, IGNORED, 3]], device=tokens.device)
     was_training = model.training
@@ -90,4 +91,4 @@ def _why_another_loss(model: nn.Module, mixed_dtype: torch.dtype | None, name: s
         return f"{name} fails with fewer logits: {error}"
     finally:
         model.train(was_training)
-    return None if is_same else f"{name} has another loss with fewer logits"
+    return None if is_same else f"{name} has a different loss with fewer logits"

@@ -72,7 +72,7 @@ def check_combinations(options: Any, adapter_options: Iterable[str]) -> None:
 
     Args:
         options: a `TrainOptions` that is being made.
-        adapter_options: names of the options that `adapter` brings along.
+        adapter_options: names of the options whose values an existing adapter fixes.
 
     Raises:
         MolaError: an option would be ignored, or the result would not be what the options say.
@@ -87,7 +87,7 @@ def check_combinations(options: Any, adapter_options: Iterable[str]) -> None:
         other = "eval_data" if options.eval_data is not None else "eval_split"
         raise MolaError(
             f"`validation_size` ({options.validation_size:g}) takes samples out of the training data, and "
-            f"`{other}` ({getattr(options, other)!r}) names other samples. Leave one of the two out."
+            f"`{other}` ({getattr(options, other)!r}) names different samples. Leave one of the two out."
         )
     if options.metric_for_best_model not in (None, "loss", "eval_loss"):
         raise MolaError(
@@ -108,7 +108,7 @@ def check_combinations(options: Any, adapter_options: Iterable[str]) -> None:
 
 
 def settle_schedule(options: Any) -> None:
-    """Check when the run evaluates and saves, and set what follows from it.
+    """Check when the run evaluates and saves, and set the options that depend on this.
 
     - Without evaluation no checkpoint is the best one, so the last weights are kept.
     - With `load_best_model_at_end` every evaluation needs a checkpoint: `save_steps` follows `eval_steps`.
@@ -134,7 +134,7 @@ def settle_schedule(options: Any) -> None:
         if evaluate == "no":
             raise MolaError(
                 "`save_strategy` best needs evaluations, and `eval_strategy` is no. Pass --eval_strategy epoch or "
-                "steps, or another --save_strategy."
+                "steps, or a different --save_strategy."
             )
         options.metric_for_best_model, options.greater_is_better = options.metric_for_best_model or "loss", False
     if evaluate == "no":
@@ -165,7 +165,7 @@ def _optimizer_warms_up(options: Any) -> bool:
 
 
 def check_launcher(options: Any) -> None:
-    """Check that the launcher asks for the format that `dtype` means: Accelerate would use the launcher's.
+    """Check that the launcher requests the format that `dtype` means: Accelerate would use the launcher's format.
 
     Raises:
         MolaError: the two differ.
@@ -180,7 +180,7 @@ def check_launcher(options: Any) -> None:
 
 
 def check_trainer_options(options: Any) -> None:
-    """Check options of `TrainingArguments` that the Trainer would not carry out for experts.
+    """Check options of `TrainingArguments` that do not work with experts.
 
     Raises:
         MolaError: an optimiser would not do what its name says, a resumed run could not repeat the order of samples,
@@ -189,8 +189,8 @@ def check_trainer_options(options: Any) -> None:
     optimizer = name_of(options.optim)
     if optimizer.startswith(("galore", "apollo")):
         raise MolaError(
-            f"`optim` {optimizer} projects the gradients of linear layers. Experts are no linear layers, so it would "
-            "be AdamW. Pass another optimiser."
+            f"`optim` {optimizer} projects the gradients of linear layers. Experts are not linear layers, so it would "
+            "be AdamW. Pass a different optimiser."
         )
     if getattr(options, "train_sampling_strategy", None) == "batch_rebalance":
         raise MolaError(
@@ -207,7 +207,7 @@ def check_trainer_options(options: Any) -> None:
     if options.label_smoothing_factor and options.gradient_accumulation_steps * options.world_size > 1 and not averages:
         raise MolaError(
             "`label_smoothing_factor` with `gradient_accumulation_steps` or several processes needs Transformers 5.16: "
-            "older versions add losses up where they should average them."
+            "older versions add up losses instead of averaging them."
         )
     available = get_available_reporting_integrations()
     if missing := [name for name in options.report_to or () if name not in available]:

@@ -1,10 +1,10 @@
-"""The folder of one run: what may be in it at the start, what the run writes, and its record.
+"""The folder of one run: what it may contain at the start, what the run writes, and the record of the run.
 
 adapter_config.json, adapter_model.safetensors    the adapter (the best one, when evaluated)
 run.json         settings, versions, machine, data fingerprints, metrics, status
 metrics.jsonl    the loss curve: one JSON object per log entry
-routing.jsonl    the use of experts: one JSON object per logging interval
-README.md        the model card; loss.png, its picture
+routing.jsonl    how often experts are used: one JSON object per logging interval
+README.md        the model card; loss.png is its picture
 checkpoint-N/    adapter, optimiser, schedule and random state after step N
 """
 
@@ -51,7 +51,7 @@ METRICS_FILE = "metrics.jsonl"
 SAVING = ".saving-"  # names of folders in which an adapter or a checkpoint is written
 _COMMON_FILES = (*ADAPTER_FILES, *TOKENIZER_FILES, "training_args.bin")  # other programs write these files too
 _RUN_FILES = (METRICS_FILE, ROUTING_FILE, PLOT_FILE, *_COMMON_FILES, RUN_FILE)
-# What a run that was killed while it wrote can leave besides checkpoints.
+# Files, besides checkpoints, that a run can leave if it is killed while it writes.
 _LEFTOVERS = (
     f"{SAVING}*",
     *(f".{name}.*.tmp" for name in (RUN_FILE, METRICS_FILE, ROUTING_FILE, CARD_FILE, PLOT_FILE)),
@@ -67,7 +67,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_start_is_kept(adapter: str, folder: str | None, option: str = "adapter") -> None:
-    """Check that the adapter a run starts from lies outside of the run folder, where the run would replace it.
+    """Check that the adapter a run starts from is outside the run folder, since the run would replace it.
 
     Args:
         adapter: folder of the adapter that the run starts from.
@@ -75,12 +75,12 @@ def check_start_is_kept(adapter: str, folder: str | None, option: str = "adapter
         option: the option that names the adapter.
 
     Raises:
-        MolaError: the adapter's folder is the run folder, or lies in it.
+        MolaError: the adapter's folder is the run folder, or is inside it.
     """
     if folder and Path(adapter).resolve().is_relative_to(Path(folder).resolve()):
         raise MolaError(
-            f"`{option}` must lie outside of `output_dir`: got {adapter!r} and {folder!r}, so the run would remove the "
-            "experts that it starts from. Pass another --output_dir."
+            f"`{option}` must be outside `output_dir`: got {adapter!r} and {folder!r}, so the run would remove the "
+            "experts that it starts from. Pass a different --output_dir."
         )
 
 
@@ -101,23 +101,23 @@ def check_output_dir(options: TrainOptions) -> Path:
         check_start_is_kept(options.adapter, options.output_dir)
     folder, resume = Path(options.output_dir or ""), options.resume_from_checkpoint
     if os.path.exists(folder) and not folder.is_dir():
-        raise MolaError(f"`output_dir` must be a folder: {str(folder)!r} is a file. Pass another name.")
-    # A checkpoint of another folder is no reason to write into this one.
-    goes_on = asks_to_resume(resume) and (asks_for_last(resume) or is_in(Path(resume or ""), folder))
+        raise MolaError(f"`output_dir` must be a folder: {str(folder)!r} is a file. Pass a different name.")
+    # A checkpoint in a different folder does not allow writing into this folder.
+    resumes_here = asks_to_resume(resume) and (asks_for_last(resume) or is_in(Path(resume or ""), folder))
     # Other processes of this run may be testing at this moment whether they can write.
     is_used = os.path.isdir(folder) and any(not path.name.startswith(WRITE_TEST) for path in folder.iterdir())
-    if is_used and not (options.overwrite_output_dir or goes_on):
+    if is_used and not (options.overwrite_output_dir or resumes_here):
         raise MolaError(
-            f"`output_dir` must be empty: {str(folder)!r} is not. Pass another folder, --resume_from_checkpoint last "
-            "to go on with its run, or --overwrite_output_dir to replace it."
+            f"`output_dir` must be empty: {str(folder)!r} is not. Pass a different folder, "
+            "--resume_from_checkpoint last to resume its run, or --overwrite_output_dir to replace it."
         )
-    if is_used and not goes_on:
+    if is_used and not resumes_here:
         common = [*checkpoints_in(folder), *(folder / name for name in (*_COMMON_FILES, CHAT_TEMPLATE_DIR))]
         foreign = [path.name for path in common if path.exists()]
-        if foreign and not (folder / RUN_FILE).exists():  # a run of mola has a record from its first step on
+        if foreign and not (folder / RUN_FILE).exists():  # a run of mola writes its record before its first step
             raise MolaError(
                 f"`overwrite_output_dir` removes an earlier run of mola, and {str(folder)!r} holds {foreign[0]!r} but "
-                f"no {RUN_FILE}: no run has written it. Pass another --output_dir, or remove it yourself."
+                f"no {RUN_FILE}: no run has written it. Pass a different --output_dir, or remove the file yourself."
             )
     check_writable(folder / RUN_FILE)
     return folder
@@ -125,10 +125,10 @@ def check_output_dir(options: TrainOptions) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a run folder within the block, without a lock file.
+    """Lock a run folder during the block, without a lock file.
 
     Raises:
-        MolaError: another run of this machine is at work in it.
+        MolaError: another run on this machine uses the folder.
     """
     try:
         import fcntl
@@ -144,7 +144,7 @@ def locked(folder: Path) -> Iterator[None]:
                 f"`output_dir` must be one run's alone: another one is at work in {str(folder)!r}. Wait for its end, "
                 "or pass another folder."
             ) from None
-        except OSError:  # of a file system without locks
+        except OSError:  # a file system without locks
             logger.warning("%s cannot be locked: another run in it would not be noticed.", folder)
         yield
     finally:
@@ -154,19 +154,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def start_run(folder: Path, checkpoint: Path | None, *, overwrite: bool) -> None:
-    """Remove files of an earlier run that must not be taken for files of the run that starts now.
+    """Remove files of an earlier run that could be mistaken for files of the run that starts now.
 
     Args:
         folder: the run folder.
-        checkpoint: where the run goes on from, or None.
-        overwrite: whether to remove an earlier run; not if `checkpoint` belongs to it.
+        checkpoint: the checkpoint that the run resumes from, or None.
+        overwrite: whether to remove an earlier run; ignored if `checkpoint` belongs to this earlier run.
     """
     if checkpoint is not None and is_in(checkpoint, folder):
         # A kept copy of a checkpoint may have any name.
         step = step_in_name(checkpoint) if step_in_name(checkpoint) >= 0 else checkpoint_step(checkpoint)
         for path in checkpoints_in(folder):
             if step_in_name(path) > step:
-                logger.warning("Removing %s: the run goes on from %s.", path, checkpoint.name)
+                logger.warning("Removing %s: the run resumes from %s.", path, checkpoint.name)
                 shutil.rmtree(path)
     elif overwrite:
         clear_run(folder)
@@ -202,7 +202,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def save_result(save: Callable[[str], None], folder: Path, *, is_main_process: bool) -> None:
-    """Write the adapter into the run folder: beside its place first, then renamed file by file.
+    """Write the adapter into a temporary folder, then move it into the run folder file by file.
 
     Args:
         save: writes the adapter into the folder it is given; called in every process.
@@ -216,7 +216,7 @@ def save_result(save: Callable[[str], None], folder: Path, *, is_main_process: b
         for file in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
             name = file.relative_to(temporary)
             if name.parts[0] not in _NOT_IN_RESULT:
-                (folder / name).parent.mkdir(exist_ok=True, parents=True)  # chat templates with a name have a folder
+                (folder / name).parent.mkdir(exist_ok=True, parents=True)  # named chat templates are in a subfolder
                 flush_to_disk(file)
                 os.replace(file, folder / name)
 
@@ -224,7 +224,7 @@ def save_result(save: Callable[[str], None], folder: Path, *, is_main_process: b
 def describe_run(
     options: TrainOptions, config: PretrainedConfig, data: TrainingData, allocation: dict[str, Any]
 ) -> dict[str, Any]:
-    """The record of a run that is about to begin: what a reader needs to understand and to repeat it."""
+    """The record of a run that is about to begin: what a reader needs to understand and repeat the run."""
     return {
         "command": without_token(sys.argv, options.hub_token),
         "settings": options.to_dict(),

@@ -72,7 +72,7 @@ def test_adapter_of_the_research_code_in_the_output_folder_is_refused(command, t
     shutil.copytree(GOLDEN / "case_a", tmp_path / "run")
     flags = {"base_model": golden_base, "resume_from_checkpoint": tmp_path / "run", "top_k": 2, "number_experts": None}
     assert command(**flags, overwrite_output_dir=True) == 2
-    assert "`resume_from_checkpoint` must lie outside of `output_dir`" in error_line(TRAIN, capsys)
+    assert "`resume_from_checkpoint` must be outside `output_dir`" in error_line(TRAIN, capsys)
     assert (tmp_path / "run" / "adapter_config.json").is_file()
     assert not (tmp_path / "run.mola").exists()
 

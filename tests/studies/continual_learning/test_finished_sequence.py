@@ -137,7 +137,7 @@ def test_a_start_in_the_folder_to_be_replaced_is_kept(whole, run, tmp_path):
     folder = Path(shutil.copytree(whole[0], tmp_path / "sequence"))
     last = folder / FOLDERS[-1]
     before = contents(folder)
-    with pytest.raises(MolaError, match="`adapter` must lie outside of `output_dir`"):
+    with pytest.raises(MolaError, match="`adapter` must be outside `output_dir`"):
         run(output_dir=str(folder), adapter=str(last), overwrite_output_dir=True, num_experts=None)
     assert contents(folder) == before
 

@@ -65,7 +65,7 @@ def test_signal_during_a_test_and_the_same_command_again(values, whole, tmp_path
     assert main(arguments) == 130
     assert read(tmp_path / "run" / "continual.json")["status"] == "interrupted"
     assert main(arguments) == 0
-    assert "Going on with 4 finished samples" in caplog.text
+    assert "Resuming with 4 finished samples" in caplog.text
     assert_same_end(tmp_path / "run", whole, 2)
 
 
