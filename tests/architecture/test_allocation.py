@@ -180,7 +180,7 @@ def test_wrong_notation(value, message, name):
     [
         ("10", "'10,' is ten experts everywhere"),
         ("2068", "got '2068'"),
-        (2468, "got 2468. Was the digit shape meant. Then quote it as a string: '2468'"),
+        (2468, "got 2468. If you meant a shape of digits, quote it as a string: '2468'"),
         ("dimond", "Did you mean 'diamond'. Known shapes: inverted_triangle .2468., triangle .8642."),
         ("square-ish", "got 'square-ish'. Known shapes"),
     ],

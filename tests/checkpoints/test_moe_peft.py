@@ -236,7 +236,7 @@ def test_report_names_routers_left_out(tmp_path, tiny_model_dir):
         ({"lora_alpha": -1}, "`lora_alpha` must be a number above 0, got -1"),
         ({"lora_dropout": 1.0}, "`lora_dropout` must be a number at least 0 and below 1"),
         ({"task_type": "SEQ_CLS"}, "`task_type` .* got 'SEQ_CLS'. .* classifier cannot be converted"),
-        ({"target_modules": ["q_proj"]}, "experts that it does not name"),
+        ({"target_modules": ["q_proj"]}, "with experts that it does not name"),
     ],
 )
 def test_settings_that_can_not_be_expressed_are_refused(tmp_path, changes, message):
@@ -250,8 +250,8 @@ def test_settings_that_can_not_be_expressed_are_refused(tmp_path, changes, messa
     [
         (f"{Q}.moe_gate", {}, "4 experts and no router"),
         (f"{Q}.experts.2.lora_B", {}, "numbered from 0 without a gap"),
-        (f"{Q}.experts", {}, "a router and no experts"),
-        (".q_proj.", {}, r"no experts that it does not name, \['q_proj'\] named without"),
+        (f"{Q}.experts", {}, "a router but no experts"),
+        (".q_proj.", {}, r"no linears with experts that it does not name, \['q_proj'\] without experts"),
         (None, {"classifier": torch.zeros(2, 32)}, "'classifier' is no key"),
         (None, {f"{Q}.lora_A.weight": torch.zeros(3, 32)}, "is no key of MoE-PEFT's mola format"),
         (None, {"mixlora.layers.0.mlp.moe_gate.weight": torch.zeros(4, 32)}, "is no key of MoE-PEFT's"),

@@ -186,7 +186,7 @@ def test_settings_without_a_counterpart_are_refused(case, name, value, message):
         ("layers.1.self_attn.q_proj.lora_A_1.weight", "numbered from 0 without a gap"),
         ("layers.1.self_attn.q_proj.router.router.weight", "3 experts and no router"),
         ("layers.2.", "layers \\[2\\] have no tensors"),
-        ("layers.1.self_attn.q_proj.lora_", "a router and no experts"),
+        ("layers.1.self_attn.q_proj.lora_", "a router but no experts"),
     ],
 )
 def test_missing_tensors_are_reported(case, suffix, message):
@@ -270,7 +270,7 @@ def test_missing_settings_are_named(case, name):
 def test_experts_outside_the_decoder_layers_are_refused(case):
     values, tensors, save = case
     outside = {key.replace("layers.0.self_attn", "head"): tensor for key, tensor in tensors.items()}
-    with pytest.raises(MolaError, match="head.q_proj' lies in no decoder layer"):
+    with pytest.raises(MolaError, match="head.q_proj' is in no decoder layer"):
         read_published(save(values, outside), 2)
 
 

@@ -12,11 +12,11 @@ from transformers.pytorch_utils import Conv1D
 
 # nn.MultiheadAttention reads the weight of a NonDynamicallyQuantizableLinear and never calls the module.
 _NOT_ADAPTABLE = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, NonDynamicallyQuantizableLinear)
-# Subclasses of nn.Linear that return several tensors, or a tensor of another shape.
+# Subclasses of nn.Linear that return several tensors, or a tensor of a different shape.
 _NOT_LINEAR_MAPS = ("Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear")
 
-# Linears, by model type and by the end of their name, whose weight the model hands to a kernel or a function instead of
-# calling the module. Some models call them on CPUs and read them on GPUs: an adapter would differ between the two.
+# Linears whose weight the model passes to a kernel or a function instead of calling the module. Some models call these
+# modules on CPUs and read their weights on GPUs: an adapter would differ between the two. Model type -> ends of names.
 _MAMBA_LINEARS = ("x_proj", "dt_proj", "out_proj")
 _READ_LINEARS = {
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), _MAMBA_LINEARS),
@@ -36,8 +36,8 @@ def is_adaptable(module: nn.Module) -> bool:
     """Whether mola can adapt this module.
 
     True for `nn.Linear` and its subclasses (bitsandbytes), Transformers' `Conv1D`, and quantised linears
-    that have `in_features` and `out_features`. A module that a PEFT method already wraps counts by
-    its base layer.
+    that have `in_features` and `out_features`. For a module that a PEFT method already wraps, its
+    base layer decides.
 
     Args:
         module: any module of a model.
@@ -61,7 +61,7 @@ def linear_sizes(module: nn.Module) -> tuple[int, int]:
     base: Any = base_layer_of(module)
     if isinstance(base, Conv1D):
         return base.weight.shape[0], base.weight.shape[1]
-    # The shape of a quantised weight is that of its packed form.
+    # The weight of a quantised linear is packed, so its shape says nothing about the sizes.
     return base.in_features, base.out_features
 
 
@@ -85,7 +85,7 @@ def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_read_without_call(model: nn.Module, name: str) -> bool:
-    """Whether a model reads the weight of a linear without calling the module, so that experts there would do nothing.
+    """Whether a model reads a linear's weight without calling the module, so that experts on it would have no effect.
 
     The model type is looked up in the configuration of the model and of every module on the way to the linear.
 

@@ -2,8 +2,8 @@
 
 - Notations: one integer, a list, "2,2,4,4", "2468" (groups of layers), the name of a shape, a JSON file.
 - `resolve_per_layer` needs the depth of the model, `check_notation` does not.
-- `default_num_experts` is what a model of any depth gets if the user sets nothing.
-- `pattern_with` finds the numbers of single modules that a JSON file holds beside those of the layers.
+- `default_num_experts` gives the experts per layer if the user sets nothing, for a model of any depth.
+- `pattern_with` finds the numbers for single modules, which a JSON file may hold beside the numbers of the layers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LARGEST_PLAIN_NUM_EXPERTS = 256
 Notation: TypeAlias = int | str | Sequence[int]
 
 _NUM_EXPERTS = "num_experts"  # the only field that may be digits or a shape
-_PATTERN = "num_experts_pattern"  # a JSON file for `num_experts` may hold it too
+_PATTERN = "num_experts_pattern"  # a JSON file for `num_experts` may hold this field too
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _DIGITS = re.compile(r"[0-9]{2,}")
 
@@ -44,7 +44,7 @@ class _Parsed:
 
     values: tuple[int, ...]
     kind: str  # "same" | "groups" | "layers"
-    pattern: Mapping[str, int] | None = None  # `num_experts_pattern` of a file
+    pattern: Mapping[str, int] | None = None  # `num_experts_pattern` from a file
 
 
 def resolve_per_layer(value: Notation, num_layers: int, name: str) -> list[int]:
@@ -53,7 +53,7 @@ def resolve_per_layer(value: Notation, num_layers: int, name: str) -> list[int]:
     For every field: an integer (the same everywhere), a list of `num_layers` integers, "2,2,4,4",
     "16," (16 everywhere) or the path of a JSON file that holds such a list, bare or under the key `name`.
     For "num_experts" only: digits such as "2468", one per group of layers, and the names in `SHAPES`.
-    With `L` layers and `G` groups every group has `L // G` layers and the last `L % G` groups one more:
+    With `L` layers and `G` groups every group has `L // G` layers, and the last `L % G` groups have one more:
     30 layers in 4 groups are 7, 7, 8, 8. For other fields digits are a number: "16" is 16.
 
     Args:
@@ -65,8 +65,8 @@ def resolve_per_layer(value: Notation, num_layers: int, name: str) -> list[int]:
         `num_layers` integers, each at least 1.
 
     Raises:
-        MolaError: the notation is none of the above, a number is below 1, or the number of entries is not that of
-            the layers.
+        MolaError: the notation is unknown, a number is below 1, or the number of entries differs from the number of
+            layers.
     """
     if num_layers < 1:
         raise MolaError(f"`{name}` needs a model with decoder layers: this one has {num_layers}.")
@@ -93,8 +93,8 @@ def default_num_experts(num_layers: int) -> list[int]:
     | 3 | 2, 4, 7 |
     | 4 or more | those of the notation "2468" |
 
-    With fewer layers than digits a layer takes one or several digits, later layers one more than earlier ones, and
-    gets their mean.
+    With fewer layers than digits, each layer gets the rounded-down mean of one or several successive digits; later
+    layers cover one digit more than earlier ones if the digits cannot be dealt evenly.
     """
     digits = [int(digit) for digit in DEFAULT_NUM_EXPERTS]
     if num_layers >= len(digits):
@@ -114,13 +114,14 @@ def check_notation(value: Notation, name: str) -> None:
         name: field the value is for.
 
     Raises:
-        MolaError: wrong kind, a number below 1, a digit 0, an unknown shape, an unreadable JSON file.
+        MolaError: the value is of the wrong kind, has a number below 1 or a digit 0, or names an unknown shape or an
+            unreadable JSON file.
     """
     _parse(value, name)
 
 
 def list_length(value: Notation, name: str) -> int | None:
-    """Number of entries of a notation with one entry per decoder layer; None for one that fits other depths too."""
+    """Length of a notation with one entry per decoder layer; None for notations that fit models of several depths."""
     parsed = _parse(value, name)
     return len(parsed.values) if parsed.kind == "layers" else None
 
@@ -131,16 +132,16 @@ def smallest_entry(value: Notation, name: str) -> int:
 
 
 def pattern_with(num_experts: Notation, given: Mapping[str, int] | None) -> Mapping[str, int] | None:
-    """The `num_experts_pattern` of a value of `num_experts`: the one in its JSON file, or else the given one.
+    """The `num_experts_pattern` that belongs to `num_experts`: the one in its JSON file, or else the given one.
 
     Raises:
-        MolaError: both exist and differ.
+        MolaError: both patterns exist and differ.
     """
     found = _parse(num_experts, _NUM_EXPERTS).pattern
     if found and given and found != given:
         raise MolaError(
-            f"`{_PATTERN}` must not differ from that in the file that `{_NUM_EXPERTS}` names: got {dict(given)!r} "
-            f"beside {num_experts!r}. Leave it out, or take it out of the file."
+            f"`{_PATTERN}` must not differ from the one in the file that `{_NUM_EXPERTS}` names: got {dict(given)!r} "
+            f"beside {num_experts!r}. Leave it out, or remove it from the file."
         )
     return found or given
 
@@ -159,7 +160,7 @@ def _parse(value: Any, name: str) -> _Parsed:
 
 
 def _parse_text(text: str, name: str) -> _Parsed:
-    """Parse text: the path of a JSON file, integers between commas, digits, a shape, or one integer."""
+    """Parse a string: the path of a JSON file, integers between commas, digits, a shape, or one integer."""
     if text.lower().endswith(".json"):
         return _read_file(text, name)
     if "," in text:
@@ -251,8 +252,8 @@ def _checked_integer(value: int, name: str) -> int:
     if name == _NUM_EXPERTS and value > LARGEST_PLAIN_NUM_EXPERTS:
         raise MolaError(
             f"`{name}` as one integer is the number of experts in every layer, at most "
-            f"{LARGEST_PLAIN_NUM_EXPERTS}: got {value}. Was the digit shape meant? Then quote it "
-            f"as a string: '{value}'. If not, write '{value},'."
+            f"{LARGEST_PLAIN_NUM_EXPERTS}: got {value}. If you meant a shape of digits, quote it "
+            f"as a string: '{value}'. Otherwise write '{value},'."
         )
     return value
 
@@ -269,7 +270,7 @@ def _spread_groups(digits: Sequence[int], num_layers: int) -> list[int]:
 
 
 def _shares(total: int, parts: int) -> list[int]:
-    """`total` things dealt to `parts` that differ by one at most, the last parts being larger."""
+    """Sizes of `parts` parts of `total`, which differ by one at most; the last parts are the larger ones."""
     size, remainder = divmod(total, parts)
     return [size + (part >= parts - remainder) for part in range(parts)]
 

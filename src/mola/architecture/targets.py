@@ -1,9 +1,10 @@
 """Which linears and which parameters of a model are adapted.
 
-- `default_target_modules`, `check_target_modules`: what to adapt; every name must match something.
-- `resolve_target_modules`: both, and "all-linear", for one model.
+- `default_target_modules`: which linears to adapt if the user names none.
+- `check_target_modules`: check that every name matches a linear.
+- `resolve_target_modules`: the names for one model, from the default, "all-linear" or the user's names.
 - `linear_shapes`: sizes of the targeted linears, also of a model without weights (meta device).
-- `find_stacks`: the same for `target_parameters`, which hold a base model's own experts in one tensor.
+- `find_stacks`: sizes of the `target_parameters`, each of which holds a base model's own experts in one tensor.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ def default_target_modules(
     Args:
         module_names: names of the model's modules.
         model_type: `config.model_type` of the model.
-        not_linears: names of modules that cannot be adapted. A name that one of them shares with linears is left
-            out, since a name in `target_modules` stands for all modules of that name.
+        not_linears: names of modules that cannot be adapted. If such a module and a linear have the same name,
+            the name is left out, since a name in `target_modules` stands for all modules of that name.
 
     Returns:
-        Names as `target_modules` takes them.
+        Names for `target_modules`.
 
     Raises:
-        MolaError: there is no default for this architecture; the message lists the names it has.
+        MolaError: there is no default for this architecture; the message lists the names that the model has.
     """
     names = list(module_names)
     leaves = {_last_part(name) for name in names} - {_last_part(name) for name in not_linears}
@@ -86,7 +87,7 @@ def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modu
     string is a regular expression over the whole name; "all-linear" is every linear except the head.
 
     Args:
-        model: the model to be adapted, or already adapted by another PEFT method.
+        model: the model to be adapted, or a model that a different PEFT method has already adapted.
         target_modules: list or set of names, a regular expression, or "all-linear".
         exclude_modules: names or a regular expression of modules that are not adapted.
 
@@ -112,12 +113,12 @@ def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modu
             raise MolaError(
                 f"`target_modules` must match linears only: {_shown(target_modules)} matches {name!r} "
                 f"({type(base_layer_of(module)).__name__}). Linears of this model: "
-                f"{', '.join(_linear_names(modules))}. From Python, `exclude_modules` can leave the others out."
+                f"{', '.join(_linear_names(modules))}. From Python, `exclude_modules` can leave out the rest."
             )
         if is_read_without_call(model, name):
             raise MolaError(
                 f"`target_modules` must not match {name!r}: this model reads its weight in a kernel and does not call "
-                "it, so experts there would do nothing. Leave it out, from Python also with `exclude_modules`."
+                "it, so experts on it would have no effect. Leave it out; from Python, `exclude_modules` can do so."
             )
 
 
@@ -135,7 +136,7 @@ def linear_shapes(
         One entry per targeted linear. Sizes of a `Conv1D`, whose weight is `(in, out)`, are not swapped.
 
     Raises:
-        MolaError: as `check_target_modules`.
+        MolaError: for the reasons of `check_target_modules`.
     """
     check_target_modules(model, target_modules, exclude_modules)
     stacks = LayerStacks.of(model)
@@ -150,16 +151,16 @@ def resolve_target_modules(
 ) -> tuple[Targets, Targets | None]:
     """`target_modules` and `exclude_modules` for one model: the default and "all-linear" become names.
 
-    The default leaves out the towers for images or sound beside a language model.
+    The default leaves out towers for images or sound.
 
     Args:
         model: the model to be adapted.
-        stacks: its layers.
-        target_modules: as in the configuration, None for the default.
+        stacks: the layers of the model.
+        target_modules: as in the configuration; None for the default.
         exclude_modules: as in the configuration.
 
     Raises:
-        MolaError: as `default_target_modules` and `check_target_modules`.
+        MolaError: for the reasons of `default_target_modules` and `check_target_modules`.
     """
     if target_modules is None:
         within = tuple(f"{part}." for part in stacks.parts) or ""
@@ -175,7 +176,7 @@ def resolve_target_modules(
 
 
 def matches(name: str, targets: Targets) -> bool:
-    """Whether a name is one of `targets` or ends with "." and one, or fully matches a regular expression."""
+    """Whether a name is in `targets` or ends with "." + one of them; a string is a regular expression."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith("." + target) for target in targets)
@@ -197,11 +198,11 @@ def find_stacks(
     Args:
         model: the model; its weights are not read, so it may be on the meta device.
         target_parameters: names. A name matches a parameter of that name, and every one that ends with "." + name.
-        is_target: a function that says whether the parameter of a whole name is adapted; replaces the rule above.
+        is_target: function from the whole name of a parameter to whether it is adapted; replaces matching by names.
 
     Raises:
-        MolaError: a name matches nothing, a parameter that is not a plain floating-point one with 2 or 3 dimensions,
-            or a parameter that the model reads without calling its module.
+        MolaError: a name matches nothing, a parameter that is not plain, floating-point and of 2 or 3 dimensions, or a
+            parameter that the model reads without calling its module.
     """
     layers = LayerStacks.of(model)
     found: list[StackShape] = []
@@ -216,10 +217,10 @@ def find_stacks(
                 continue
             if is_read_without_call(model, module_name) or isinstance(
                 base, nn.Conv1d
-            ):  # mixers read short convolutions
+            ):  # mixers read the weights of short convolutions
                 raise MolaError(
                     f"`target_parameters` must not name {name!r}: this model reads it and does not call its "
-                    "module, so a LoRA there would do nothing. Leave it out."
+                    "module, so a LoRA on it would have no effect. Leave it out."
                 )
             if weight.dim() not in (2, 3) or type(weight) is not nn.Parameter or weight.dtype not in _PARAMETER_DTYPES:
                 raise MolaError(
@@ -295,8 +296,8 @@ def _check_all_match(model: nn.Module, modules: Mapping[str, nn.Module], targets
         if parameter.dim() == 3 and any(matches(name, [target]) for target in missing):
             raise MolaError(
                 f"`target_modules` must match linears only: {name!r} holds the weights of all {len(parameter)} experts "
-                "of a mixture-of-experts base model in one parameter. `target_parameters` gives each of them one "
-                "LoRA. The linears are in its attention and its shared experts."
+                "of a mixture-of-experts base model in one parameter. `target_parameters` gives each expert one "
+                "LoRA. The model's linears are in its attention and its shared experts."
             )
     if missing:
         described = []

@@ -17,7 +17,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """The content of `adapter_config.json`.
 
     Raises:
-        MolaError: it is missing, unreadable, or no JSON object.
+        MolaError: the file is missing, unreadable, or no JSON object.
     """
     path = folder / "adapter_config.json"
     try:
@@ -33,8 +33,8 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of an adapter folder, on the CPU; runs no code from the file.
 
     Raises:
-        MolaError: there are no weights or two files of them, the file is no flat dict of tensors or not the one that
-            was saved, or values are not finite.
+        MolaError: there are no weights or two weights files, the file is no flat dict of tensors or was changed
+            since it was saved, or values are not finite.
     """
     found = [path for name in WEIGHTS_FILES if (path := folder / name).is_file()]
     if not found:
@@ -60,17 +60,17 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
     if damaged := find_damaged_part(path):  # torch.load does not compare checksums
-        raise ValueError(f"its part {damaged!r} does not have the checksum it was written with")
+        raise ValueError(f"the checksum of its part {damaged!r} is wrong")
     # weights_only: a pickle from elsewhere must not run code.
     tensors = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise ValueError("it must hold a flat dict of tensors, and does not")
+        raise ValueError("it does not hold a flat dict of tensors")
     # Saved parameters come back as parameters, and tensors may share memory, which safetensors does not save.
     return {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
 
 
 def adapted_modules(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of the modules that have experts in an adapter of mola, as in its file."""
+    """Names of the modules that have experts in an adapter of mola, as its file names them."""
     return [key.removesuffix(".mola_A") for key in tensors if key.endswith(".mola_A")]
 
 
@@ -83,7 +83,7 @@ _MOE_PEFT_SOMETIMES = {"use_dora", "use_rslora"}
 
 
 def foreign_format(settings: Mapping[str, Any]) -> str | None:
-    """The format of an adapter that PEFT cannot load, from its `adapter_config.json`.
+    """The format of an adapter that PEFT cannot load, given the parsed `adapter_config.json`.
 
     Returns:
         A value of `mola convert --from`: "published" (`r` is a list in an adapter of type LORA), or "moe_peft"
@@ -99,12 +99,12 @@ def foreign_format(settings: Mapping[str, Any]) -> str | None:
 
 
 def conversion_hint(settings: Mapping[str, Any], folder: str) -> str | None:
-    """The command that converts an adapter of another program; None for adapters that PEFT can load."""
+    """The command that converts an adapter from a different program; None for adapters that PEFT can load."""
     found = foreign_format(settings)
     if found is None:
         return None
     name, top_k = {
-        "published": ("of the paper's research code", " --top_k K (that of its training)"),
+        "published": ("of the paper's research code", " --top_k K (the number used in its training)"),
         "moe_peft": ("of MoE-PEFT", ""),
     }[found]
     return (

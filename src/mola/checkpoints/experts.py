@@ -1,4 +1,4 @@
-"""Experts that a file holds one by one: grouped by module, checked, stacked into mola's tensors."""
+"""Group a file's single experts by module, check them, and stack them into mola's tensors."""
 
 import re
 from collections import defaultdict
@@ -26,7 +26,7 @@ class ModuleExperts:
     def stack(self, module: str) -> dict[str, torch.Tensor]:
         """mola's tensors of this module: `mola_A (E, r, in)`, `mola_B (E, r, out)`, `mola_router (E, in)`.
 
-        The router is float32. With one expert it decides nothing and is left out.
+        The router is float32. With one expert the router has no effect and is left out.
         """
         tensors = {
             f"{module}.mola_A": torch.stack(self.lora_A),
@@ -51,11 +51,11 @@ def group_experts(
         expected: the keys of the format, for messages.
 
     Returns:
-        Module name, as in the file -> its experts.
+        Name of the module, as in the file -> its experts.
 
     Raises:
-        MolaError: a key is not of this format, experts are not numbered without a gap, or a router is missing or made
-            for another number of experts.
+        MolaError: a key is not of this format, the experts' numbers have a gap, or a router is missing or made for a
+            different number of experts.
     """
     numbered: dict[str, dict[str, dict[int, torch.Tensor]]] = defaultdict(lambda: {"A": {}, "B": {}})
     routers = {}
@@ -69,7 +69,7 @@ def group_experts(
             numbered[match["module"]][match["part"]][int(match["expert"])] = tensor
     for module in routers:
         if module not in numbered:
-            raise MolaError(f"{module!r} has a router and no experts. The file is incomplete.")
+            raise MolaError(f"{module!r} has a router but no experts. The file is incomplete.")
     return {module: _check_experts(module, parts, routers.get(module)) for module, parts in numbered.items()}
 
 

@@ -7,7 +7,7 @@ One folder with `adapter_config.json` (peft_type MOLA, a name it shares with thi
     mola.layers.N.self_attn|mlp.LINEAR.experts.E.lora_B.weight     (out, r)
     mola.layers.N.self_attn|mlp.LINEAR.moe_gate.weight             (E, in)
 
-- The keys do not say where the decoder layers are; the base model's own names do.
+- The keys do not say where the decoder layers are; the names of the base model's modules do.
 - `use_rslora` scales by `lora_alpha / sqrt(r)`, which is `lora_alpha * sqrt(r)` with mola's scale.
 - `use_dora` has no effect in MoE-PEFT's mixture, and no magnitudes are saved: the experts are plain LoRA.
 - Classification heads and MoE-PEFT's other methods are not supported.
@@ -43,7 +43,7 @@ _TASKS = ("CAUSAL_LM", "QUESTION_ANS", None)
 _OTHER_METHODS = {
     "LORA": "Plain LoRA of MoE-PEFT has PEFT's own format: try it as `adapter` without converting",
     "MIXLORA": "MixLoRA has one router per feed-forward block, which a router per linear cannot express",
-    "LORAMOE": "LoRAMoE weights all experts of the feed-forward block, which is another method",
+    "LORAMOE": "LoRAMoE weights all experts of the feed-forward block, which is a different method",
 }
 
 
@@ -52,8 +52,8 @@ class MoePeftAdapter(NamedTuple):
 
     config: MolaConfig  # for `get_peft_model`
     tensors: dict[str, torch.Tensor]  # a state dict in mola's layout
-    training_only: dict[str, Any]  # settings that are not kept, since only the training uses them
-    notes: list[str]  # settings that are written in another way than they were read
+    training_only: dict[str, Any]  # settings that are not kept, because only training uses them
+    notes: list[str]  # settings that are written differently from how they were read
 
 
 def read_moe_peft(folder: str | Path, linears: Iterable[str]) -> MoePeftAdapter:
@@ -64,8 +64,8 @@ def read_moe_peft(folder: str | Path, linears: Iterable[str]) -> MoePeftAdapter:
         linears: names of all linears of the base model, as in `named_modules()`.
 
     Raises:
-        MolaError: a file is missing or unreadable, belongs to another method or a classifier, or is incomplete, or the
-            base model has other linears.
+        MolaError: a file is missing or unreadable, belongs to a different method or to a classifier, or is incomplete;
+            or the base model has different linears.
     """
     folder, linears = Path(folder), list(linears)
     path = folder / "adapter_config.json"
@@ -104,13 +104,13 @@ def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
     if unknown or missing:
         raise MolaError(
             f"{path} is not as MoE-PEFT writes it: {missing or 'nothing'} missing, {unknown or 'nothing'} unknown. "
-            "An adapter of mola also calls itself MOLA; it needs no conversion."
+            "An adapter that mola wrote also has the type MOLA; it needs no conversion."
         )
     for name, wanted in (("routing_strategy", "mola"), ("bias", "none")):
         if settings.get(name, wanted) != wanted:
             raise MolaError(
-                f"`{name}` in {path} must be {wanted!r}, got {settings[name]!r}. No other adapters of MoE-PEFT can be "
-                "converted."
+                f"`{name}` in {path} must be {wanted!r}, got {settings[name]!r}. Other adapters of MoE-PEFT cannot "
+                "be converted."
             )
     if settings.get("task_type") not in _TASKS:
         raise MolaError(
@@ -125,15 +125,15 @@ def _locate(module: str, linears: Iterable[str]) -> str:
     if len(found) != 1:
         count = f"{len(found)} of them ({', '.join(found)})" if found else "none"
         raise MolaError(
-            f"`base_model` must have one linear {module!r}, as the adapter does: it has {count}. The adapter belongs "
-            "to another base model, or to an architecture for which MoE-PEFT has names of its own, such as ChatGLM; "
-            "the latter cannot be converted."
+            f"`base_model` must have one linear {module!r}, like the adapter: it has {count}. The adapter belongs "
+            "to a different base model, or to an architecture for which MoE-PEFT has names of its own, such as "
+            "ChatGLM, whose adapters cannot be converted."
         )
     return found[0]
 
 
 def _scale(settings: Mapping[str, Any]) -> tuple[float, list[str]]:
-    """`lora_alpha` for a scale of `lora_alpha / r`, and notes about it."""
+    """The `lora_alpha` that gives the adapter's scale as `lora_alpha / r`, and notes about the scale."""
     alpha, notes = settings["lora_alpha"], []
     if settings.get("use_rslora"):
         notes.append(f"use_rslora: lora_alpha {alpha} / sqrt(r) is written as lora_alpha {alpha} * sqrt(r) / r")
@@ -148,12 +148,17 @@ def _check_targets(targets: list[str], adapted: list[str], linears: Collection[s
     missing = sorted(set(targets) & set(linears) - set(adapted))
     if extra or missing:
         raise MolaError(
-            f"`target_modules` in {path} and the weights disagree: {extra or 'no'} experts that it does not name, "
-            f"{missing or 'nothing'} named without experts. Was the file changed, or is it incomplete?"
+            f"`target_modules` in {path} and the weights disagree: {extra or 'no linears'} with experts that it does "
+            f"not name, {missing or 'no linears'} without experts that it names. Was the file changed, or is it "
+            "incomplete?"
         )
     # MoE-PEFT accepts the names of all its architectures and ignores those that a model does not have.
     absent = sorted(set(targets) - set(linears))
-    return [f"target_modules: the base model has no {', '.join(absent)}; not adapted there either"] if absent else []
+    return (
+        [f"target_modules: the base model has no {', '.join(absent)}; MoE-PEFT does not adapt them either"]
+        if absent
+        else []
+    )
 
 
 def _last_part(name: str) -> str:

@@ -9,7 +9,7 @@ One folder with `adapter_config.json` (peft_type LORA, `r` a list) and `adapter_
 
 - `num_experts` is not saved; it is counted from the keys.
 - `top_k` is not saved; the user has to give it.
-- A layer with one expert has a router, which decides nothing. mola's format leaves it out.
+- A layer with one expert has a router, which has no effect. mola's format leaves the router out.
 """
 
 import re
@@ -32,7 +32,7 @@ from mola.tuner.routing import DEFAULT_ROUTER
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<part>[AB])_(?P<expert>0|[1-9]\d{0,4})|(?P<router>router)\.router)\.weight"
 )
-# Settings that change what the tensors mean, and the values that mean the same as in mola.
+# Settings that can change what the tensors mean -> the values with which they mean the same as in mola.
 _NEUTRAL = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
@@ -47,7 +47,7 @@ _NEUTRAL = {
 
 
 def read_published(folder: str | Path, top_k: int | Sequence[int]) -> tuple[MolaConfig, dict[str, torch.Tensor]]:
-    """Read an adapter of the research code.
+    """Read an adapter in the research code's format.
 
     Args:
         folder: holds `adapter_config.json` and the weights.
@@ -59,8 +59,8 @@ def read_published(folder: str | Path, top_k: int | Sequence[int]) -> tuple[Mola
         tensors are left out, as the research code ignores both.
 
     Raises:
-        MolaError: a file is missing or unreadable, a key is not of this format, experts are not
-            numbered without a gap, layers disagree about their number, or a setting has no counterpart.
+        MolaError: a file is missing or unreadable, a key is not of this format, the experts'
+            numbers have a gap, modules of a layer differ in their number of experts, or a setting has no counterpart.
     """
     folder = Path(folder)
     settings = _read_settings(folder)
@@ -117,14 +117,14 @@ def _count_experts_per_layer(experts: dict[str, ModuleExperts]) -> list[int]:
     for module, found in experts.items():
         index = layer_index(module)
         if index is None:
-            raise MolaError(f"{module!r} lies in no decoder layer; the research code adapts decoder layers only.")
+            raise MolaError(f"{module!r} is in no decoder layer; the research code adapts decoder layers only.")
         counts[index].add(found.num_experts)
     uneven = {index: sorted(numbers) for index, numbers in counts.items() if len(numbers) > 1}
     missing = set(range(len(counts))) - set(counts)
     if not counts or uneven or missing:
         raise MolaError(
-            "Every decoder layer needs one number of experts: "
-            + (f"different ones in layers {uneven}" if uneven else f"layers {sorted(missing)} have no tensors")
+            "All modules of a decoder layer must have the same number of experts: "
+            + (f"they differ in layers {uneven}" if uneven else f"layers {sorted(missing)} have no tensors")
             + ". The file is incomplete."
         )
     return [counts[index].pop() for index in sorted(counts)]
@@ -140,9 +140,9 @@ _MOLA_KEY = re.compile(r"(?P<module>.+)\.mola_(?P<part>A|B|router)")
 def to_published(
     config: MolaConfig, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Translate an adapter of mola into the research code's format.
+    """Translate mola's adapter into the research code's format.
 
-    `top_k` and the router losses have no place in that format; the caller has to keep them.
+    The format cannot hold `top_k` and the settings of router losses; the caller has to keep them.
 
     Args:
         config: the adapter's configuration, as saved.
@@ -159,12 +159,12 @@ def to_published(
     _check_expressible(config)
     modules = _group_parts(tensors)
     num_layers, names = _same_in_every_layer(modules)
-    targets = config.target_modules  # a list holds whole names if "all-linear" was resolved
+    targets = config.target_modules  # whole names if "all-linear" was resolved to a list
     plain = {} if isinstance(targets, str) else {name.rpartition(".")[2] for name in targets or ()}
     if targets != "all-linear" and plain != {*names}:
         raise MolaError(
             f"`target_modules` must be a list of the linears' plain names, {names}, got {config.target_modules!r}. "
-            "The research code's format knows no other way to choose modules; change it in adapter_config.json."
+            "The research code's format has no other way to choose modules; change it in adapter_config.json."
         )
     num_experts, ranks = (resolve_per_layer(getattr(config, n), num_layers, n) for n in ("num_experts", "r"))
     published = {}
@@ -199,11 +199,12 @@ def to_published(
 
 
 _REASONS = {
-    "use_rslora": "Its scale is lora_alpha / r: set `lora_alpha` to lora_alpha * sqrt(r), and this to false.",
+    "use_rslora": "Its scale is lora_alpha / r: set `lora_alpha` to lora_alpha * sqrt(r) and `use_rslora` to false.",
     **dict.fromkeys(
-        ("num_experts_pattern", "rank_pattern", "alpha_pattern"), "It has one number for all linears of a layer."
+        ("num_experts_pattern", "rank_pattern", "alpha_pattern"),
+        "The format has one number for all linears of a layer.",
     ),
-    "router": "It has linear routers only.",
+    "router": "The format has linear routers only.",
 }
 
 
@@ -212,7 +213,7 @@ def _check_expressible(config: MolaConfig) -> None:
         "bias": config.bias != "none" and config.bias,
         "router": config.router != DEFAULT_ROUTER,
         "modules_to_save": config.modules_to_save,
-        "layers_to_transform": config.layers_to_transform is not None,  # 0 chooses a layer, too
+        "layers_to_transform": config.layers_to_transform is not None,  # 0 also chooses a layer
         "exclude_modules": config.exclude_modules,
         "target_parameters": config.target_parameters,
         "use_rslora": config.use_rslora,
@@ -235,8 +236,8 @@ def _group_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, tor
         match = _MOLA_KEY.fullmatch(key)
         if match is None or not _DECODER_LINEAR.fullmatch(match["module"]):
             raise MolaError(
-                f"{key!r} cannot be expressed in the research code's format: it has experts and routers of the "
-                "seven linears of LLaMA's decoder layers and nothing else."
+                f"{key!r} cannot be expressed in the research code's format: the format has experts and routers of "
+                "the seven linears of LLaMA's decoder layers and nothing else."
             )
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise MolaError(f"{key!r} is {tensor.dtype}; the research code's format is float32 and would lose digits.")
@@ -276,5 +277,5 @@ def _check_parts(module: str, parts: Mapping[str, torch.Tensor], num_experts: in
     if "router" in parts and parts["router"].shape[-1] != parts["A"].shape[-1]:
         raise MolaError(
             f"{module!r} has a router for {parts['router'].shape[-1]} features and experts for {parts['A'].shape[-1]}; "
-            "both take the same input. The file is broken."
+            "both must read the same input. The file is broken."
         )

@@ -1,1 +1,1 @@
-"""Files: atomic writes, JSON and YAML, digests of adapters, errors of the machine."""
+"""Files: atomic writes, JSON and YAML, adapter digests, machine errors."""

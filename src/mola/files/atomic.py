@@ -1,7 +1,7 @@
-"""Write files and folders so that a reader finds the old one or the new one, never a part of it.
+"""Write files and folders so that a reader finds the old content or the new content, never a part of it.
 
-A result is written under a temporary name beside its own and then renamed. `append_lines` is the exception: its readers
-skip a last line that is cut off.
+A result is written under a temporary name in the same folder, and then renamed. `append_lines` is the exception: its
+readers must skip an incomplete last line.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     """
     target = Path(path)
     try:
-        _check_no_device(target)  # finds a name that is too long, too
+        _check_no_device(target)  # also finds a name that is too long
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MolaError(f"{str(target)!r} cannot be written: {error}. Choose another path.") from error
@@ -37,7 +37,7 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 
 
 def check_new_file(option: str, path: str | os.PathLike[str], overwrite: bool) -> Path:
-    """`check_writable`, and raises if the file exists and `overwrite` is False; `option` is named in the message."""
+    """`check_writable`, which also raises if the file exists and `overwrite` is False; `option` is for the message."""
     target = check_writable(path)
     if target.exists() and not overwrite:
         raise MolaError(f"`{option}` must be a new file: {os.fspath(path)!r} exists. Pass another name or `overwrite`.")
@@ -67,7 +67,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
     """
     target = Path(path)
     _check_no_device(target)
-    # The name is cut: with the additions it must not be longer than a file system allows.
+    # The name is cut, because the file system limits the length of the temporary name.
     # A plain open instead of `tempfile`: the result gets the permissions of any other new file.
     temporary = target.parent / f".{target.name[:40]}.{uuid.uuid4().hex}.tmp"
     try:
@@ -111,7 +111,7 @@ def check_new_folder(option: str, path: str | os.PathLike[str]) -> Path:
     """Make sure before long work that a result can become the folder `path`, which must be new or empty.
 
     Returns:
-        The folder; where `path` is a link, what the link points to.
+        The folder; if `path` is a link, the folder that the link points to.
     """
     folder = Path(path).expanduser().resolve()
     if os.path.exists(folder) and not folder.is_dir():
@@ -129,13 +129,13 @@ def check_output_folder(
 ) -> None:
     """Make sure before long work that a result can become or replace a folder.
 
-    A folder with files is replaced as a whole. So it must hold only files that the same command wrote.
+    A folder with files is replaced as a whole, so it must hold only files that the same command wrote.
 
     Args:
         folder: the folder to write.
         option: the option that names the folder, for messages.
         overwrite: whether a folder with files may be replaced.
-        overwrite_option: the option that allows it, for messages.
+        overwrite_option: the option that allows replacing, for messages.
         writer: the command, for messages.
         is_own: whether a folder holds only what `writer` writes.
 
@@ -167,14 +167,14 @@ def _check_can_be_replaced(option: str, folder: Path) -> None:
 
 
 def _check_access(what: str, folder: Path) -> None:
-    """Check that a file can be made in `folder`, or in the first one above it that exists."""
-    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    """Check that a file can be made in `folder`, or in the nearest parent folder that exists."""
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     try:
-        with tempfile.TemporaryFile(dir=place, prefix=WRITE_TEST):
+        with tempfile.TemporaryFile(dir=existing, prefix=WRITE_TEST):
             pass
     except OSError as error:
         raise MolaError(
-            f"{what} cannot be written: {error.strerror}: {str(place)!r}. Choose another folder."
+            f"{what} cannot be written: {error.strerror}: {str(existing)!r}. Choose another folder."
         ) from error
 
 
@@ -191,8 +191,8 @@ def write_folder(folder: Path, option: str = "output_dir", *, replaces: bool = T
         A temporary folder to fill.
 
     Raises:
-        MolaError: a file cannot be written, for example because the disk is full; or `folder` has files by now and is
-            not to be replaced.
+        MolaError: a file cannot be written, for example because the disk is full; or `folder` has files when the block
+            ends, and `replaces` is False.
     """
     hidden_name = f".{folder.name[:40]}.{uuid.uuid4().hex}"
     temporary, old = folder.parent / f"{hidden_name}.tmp", folder.parent / f"{hidden_name}.old"
@@ -212,7 +212,7 @@ def write_folder(folder: Path, option: str = "output_dir", *, replaces: bool = T
 
 
 def _replace_folder(new: Path, folder: Path, old: Path) -> None:
-    """Rename `new` to `folder`; an earlier folder becomes `old`, because no folder is renamed over one with files."""
+    """Rename `new` to `folder`; an existing folder becomes `old`, because a folder with files cannot be overwritten."""
     if not folder.exists():
         os.replace(new, folder)
         return

@@ -1,9 +1,9 @@
-"""Check by sha256 and by value that files are those that were saved.
+"""Check that files are unchanged since they were saved, by checksums, and that their values are finite.
 
 - An adapter's weights: `adapter_config.json` holds their sha256. The safetensors format has no checksum of its own, so
   changed values would be loaded.
-- A page that mola may replace: its last line holds the sha256 of the text above it.
-- Records of `torch.save`, by their own checksums, which `torch.load` ignores.
+- A page that mola may replace: the last line holds the sha256 of the text above.
+- A file that `torch.save` wrote: it holds checksums of its parts, which `torch.load` ignores.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def find_weights(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def weights_sha256(folder: str | os.PathLike[str]) -> str | None:
-    """The sha256 of an adapter's weights, in hexadecimal; None without weights.
+    """The sha256 of an adapter's weights, in hexadecimal; None if the folder has no weights.
 
     Raises:
-        MolaError: there are two files of weights, and PEFT would load the older one.
+        MolaError: there are two weights files, and PEFT would load the older one.
     """
     first, second = (Path(folder, name) for name in WEIGHTS_FILES)
     if first.is_file() and second.is_file() and first.stat().st_mtime_ns < second.stat().st_mtime_ns:
@@ -58,7 +58,7 @@ def weights_sha256(folder: str | os.PathLike[str]) -> str | None:
 
 
 def check_digest(folder: str | os.PathLike[str]) -> None:
-    """Raise if the weights of an adapter are not those that its configuration was saved with.
+    """Raise if an adapter's weights are not the ones that were saved with its configuration.
 
     A configuration without a sha256, from an earlier version or another program, passes.
 
@@ -70,19 +70,25 @@ def check_digest(folder: str | os.PathLike[str]) -> None:
     if found is not None and found != recorded:
         raise MolaError(
             f"{str(find_weights(folder))!r} is not the file that was saved: its sha256 begins with {found[:12]}, "
-            f"{CONFIG_FILE} says {str(recorded)[:12]!r}. It was damaged or replaced. Copy the folder again, or use a "
-            f"checkpoint of the run; if you changed it on purpose, remove `{DIGEST_FIELD}` from {CONFIG_FILE}."
+            f"{CONFIG_FILE} says {str(recorded)[:12]!r}. The file was damaged or replaced. Copy the folder again, or "
+            f"use a checkpoint of the run. If you changed the weights on purpose, remove `{DIGEST_FIELD}` from "
+            f"{CONFIG_FILE}."
         )
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Raise for weights, by name, that are NaN or infinite, because every output would be; `where` names their file."""
+    """Raise if one of the named tensors has NaN or infinite values, which would spoil every output.
+
+    Args:
+        tensors: name -> tensor.
+        where: name of the file, for the message.
+    """
     import torch
 
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
-        # torch has no `isfinite` for the formats of 8 bits.
+        # torch has no `isfinite` for 8-bit floats.
         is_finite = torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)
         count = tensor.numel() - int(is_finite.sum())
         if count:
@@ -94,13 +100,13 @@ def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
 
 
 def add_digest_line(text: str) -> str:
-    """A page in Markdown or HTML with a last line that holds the sha256 of the text."""
+    """The text of a page (Markdown or HTML) and a last line that holds the sha256 of the text."""
     return f"{text}\n<!-- Written by mola; sha256 of the text above: {_text_sha256(text)} -->\n"
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether a page is as `add_digest_line` made it: mola wrote it, and nobody has changed it."""
-    # Bytes instead of text: line ends count.
+    """Whether mola wrote a page with `add_digest_line` and the page has not been changed since."""
+    # Read as bytes, so that changed line ends are found.
     text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
     found = _PAGE_DIGEST.search(text)
     return found is not None and _text_sha256(text[: found.start()]) == found[1]
@@ -111,7 +117,7 @@ def _text_sha256(text: str) -> str:
 
 
 def find_damaged_part(path: str | os.PathLike[str]) -> str | None:
-    """The first part of a file of `torch.save` whose checksum is wrong, or None; other files have no checksums.
+    """The first part with a wrong checksum in a file that `torch.save` wrote; None without one, or for other files.
 
     Raises:
         ValueError: the archive is broken.

@@ -12,7 +12,7 @@ from mola._version import __version__
 def software_versions() -> dict[str, str]:
     """Versions of mola, torch, transformers, peft and Python; also of numba and Triton if they are installed."""
     libraries = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-    for name in ("numba", "triton"):  # they draw other dropout masks
+    for name in ("numba", "triton"):  # they draw different dropout masks than torch
         with suppress(metadata.PackageNotFoundError):
             libraries[name] = metadata.version(name)
     return {"mola": __version__, **libraries, "python": platform.python_version()}
@@ -22,7 +22,7 @@ def machine_description(device: Any = None) -> dict[str, Any]:
     """Names of the processor (`cpu`) and the GPU (`gpu`, None without one), and the number of torch's `threads`.
 
     Args:
-        device: the `torch.device` that computed; `gpu` is None if it is not a GPU. By default any GPU counts.
+        device: the `torch.device` that computed; `gpu` is None if this is not a GPU. By default the first GPU is named.
     """
     import torch
 
@@ -32,7 +32,7 @@ def machine_description(device: Any = None) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    # Linux: `platform.processor()` is empty or only the architecture there.
+    # On Linux `platform.processor()` is empty or only the architecture.
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

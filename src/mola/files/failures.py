@@ -1,7 +1,8 @@
-"""Errors of the machine: a full or read-only disk, too little memory, a process of the run that has ended.
+"""Machine errors: a full or read-only disk, too little memory, a process of the run that has ended.
 
-- `write_error_reason`, `memory_error_reason`, `lost_process_reason`: what an error says about such a failure, or None.
-- `explain_write_errors`, `explain_out_of_memory`: turn such an error of the block into a `MolaError` with advice.
+- `write_error_reason`, `memory_error_reason`, `lost_process_reason`: None, or the reason that an error gives for such a
+  failure.
+- `explain_write_errors`, `explain_out_of_memory`: turn such an error in the block into a `MolaError` with advice.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from mola.errors import MolaError
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-_RUST_ERROR = re.compile(r"(?:.*: )?(.*) \(os error (\d+)\)")  # of safetensors and tokenizers
+_RUST_ERROR = re.compile(r"(?:.*: )?(.*) \(os error (\d+)\)")  # from safetensors and tokenizers
 _TORCH_WRITE_ERROR = re.compile(r"write\(\): fd|basic_ios::clear|(?!.*Reader).*inline_container\.cc")
 _NO_MEMORY = re.compile(
     r"can't allocate memory: you tried to allocate (\d+) bytes|not enough memory|out of memory|out-of-memory"
@@ -23,10 +24,13 @@ _GIB = 1 << 30
 
 
 def write_error_reason(error: BaseException) -> str | None:
-    """Why a file could not be written, according to an error of Python, safetensors, tokenizers or torch.
+    """None if an error is not about writing a file, else the reason why the file could not be written.
+
+    Args:
+        error: from Python, safetensors, tokenizers or torch.
 
     Returns:
-        The reason, with the file's name where the error has it; None for an error of another kind.
+        The reason, with the file's name if the error has it; None for errors of a different kind.
     """
     if isinstance(error, OSError):
         if error.errno not in _NOT_WRITABLE:
@@ -43,7 +47,7 @@ def write_error_reason(error: BaseException) -> str | None:
 
 
 def memory_error_reason(error: BaseException) -> str | None:
-    """What an error of Python or torch says about too little memory, of the machine or of a GPU; None for any other."""
+    """None if an error from Python or torch is not about too little memory (CPU or GPU), else what the error says."""
     if isinstance(error, MemoryError):
         return "no memory left"
     text = " ".join(str(error).split())
@@ -56,20 +60,21 @@ def memory_error_reason(error: BaseException) -> str | None:
 
 
 def lost_process_reason(error: BaseException) -> str | None:
-    """The first line of an error of torch about another process that has ended or does not answer; None for any other.
+    """None if an error is not about a lost process of the run, else its first line.
 
-    Errors of torch's own communication are a `DistError`. Those of gloo are a `RuntimeError` that names gloo's files.
+    Such an error comes from torch if a different process has ended or does not answer: a `DistError` from torch's own
+    communication, or a `RuntimeError` from gloo that names gloo's files.
     """
-    is_of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
-    is_of_gloo = isinstance(error, RuntimeError) and ("gloo/" in str(error) or "by peer" in str(error))
-    return (str(error).strip() or "no answer").splitlines()[0] if is_of_torch or is_of_gloo else None
+    is_from_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    is_from_gloo = isinstance(error, RuntimeError) and ("gloo/" in str(error) or "by peer" in str(error))
+    return (str(error).strip() or "no answer").splitlines()[0] if is_from_torch or is_from_gloo else None
 
 
 @contextlib.contextmanager
 def explain_write_errors(
     what: str, advice: str = "Free some space, or choose a folder you can write to."
 ) -> Iterator[None]:
-    """Turn an error of writing in the block into a `MolaError` with advice; `what` is the option or the file."""
+    """Turn a write error in the block into a `MolaError` with advice; `what` names the option or the file."""
     try:
         yield
     except Exception as error:

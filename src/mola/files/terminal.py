@@ -1,4 +1,4 @@
-"""Standard output and standard error: tables, a progress bar, a pipe whose reader has ended."""
+"""Tables on standard output, a progress bar on standard error, and a pipe whose reader has ended."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ _PIPE_WIDTH = 1000  # columns; rich would assume 80 for a pipe or a file and cut
 
 
 class OutputConsole(Console):
-    """Rich's console on standard output; raises `BrokenPipeError`, as `print` does, when the reader has ended."""
+    """Rich's console on standard output; raises `BrokenPipeError`, like `print`, if the reader of a pipe has ended."""
 
     def on_broken_pipe(self) -> None:
         """Raise the error again. Rich itself would exit with code 1."""
@@ -27,10 +27,10 @@ def make_table_console() -> Console:
 
 
 def show_progress(items: Iterable[_Item], title: str, total: int | None = None) -> Iterable[_Item]:
-    """Yield the items and show a progress bar on standard error, if that is a terminal.
+    """Yield the items and show a progress bar on standard error, if standard error is a terminal.
 
     Args:
-        items: what is worked on.
+        items: the items to process.
         title: text before the bar.
         total: number of items, if `items` has no length.
     """

@@ -47,7 +47,7 @@ def group_options(options_class: Any) -> dict[str, list[Field]]:
 
 
 def convert_paths(options: Any) -> None:
-    """Replace each `os.PathLike` in an options object by its text, because options are recorded as JSON."""
+    """Replace each `os.PathLike` in an options object by a string, because options are recorded as JSON."""
     for each in fields(options):
         value = getattr(options, each.name, None)
         if isinstance(value, os.PathLike):
@@ -57,7 +57,7 @@ def convert_paths(options: Any) -> None:
 
 
 def split_names(names: str | None, option: str = "target_modules") -> list[str] | str | None:
-    """Split a text of module names at its commas; "all-linear" and a regular expression stay one text.
+    """Split module names at the commas; "all-linear" and a regular expression stay one string.
 
     Raises:
         MolaError: a name is empty.
@@ -71,16 +71,16 @@ def split_names(names: str | None, option: str = "target_modules") -> list[str] 
 
 
 def split_to_list(names: str | None, option: str) -> list[str] | None:
-    """`split_names` as a list in any case, for options of PEFT that would read a text letter by letter."""
+    """Like `split_names`, but always a list, for PEFT options that would read a string letter by letter."""
     split = split_names(names, option)
     return [split] if isinstance(split, str) else split
 
 
 def parse_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """The option `name`, whose value is a mapping: JSON text on the command line, a dict in Python, {} for None.
+    """The option `name`, whose value is a mapping: JSON text on the command line, or a dict in Python. None gives {}.
 
     Raises:
-        MolaError: the value is no mapping with text keys, or a key occurs twice.
+        MolaError: the value is not a mapping with text keys, or a key occurs twice.
     """
     if value is None:
         return {}
@@ -104,15 +104,16 @@ def _distinct_pairs(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_named_mappings(name: str, value: Mapping[str, Any] | str | None, example: str) -> dict[str, dict[str, Any]]:
-    """The option `name`, which maps names to sets of options; None stands for an empty set.
+    """The option `name`, which maps names to sets of options; a value of None stands for no options.
 
     Args:
         name: the option.
-        value: as of `parse_mapping`. Each key becomes a part of a folder's name.
-        example: a right value, for messages.
+        value: as in `parse_mapping`. Each key becomes part of a folder name.
+        example: a correct value as JSON, for messages.
 
     Raises:
-        MolaError: no name is given, a name has other characters than folders can have, or a value is no mapping.
+        MolaError: no name is given, a name has a character that is not allowed in folder names, or a value is no
+            mapping.
     """
     entries = parse_mapping(name, value)
     if not entries:
@@ -126,13 +127,13 @@ def parse_named_mappings(name: str, value: Mapping[str, Any] | str | None, examp
 
 
 def find_difference(old: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None) -> str | None:
-    """The first of `names` (by default all keys, sorted) with different values; a missing value counts as None."""
+    """The first of `names` (by default all keys, sorted) whose values differ, or None; missing values count as None."""
     compared = sorted({*old, *new}) if names is None else names
     return next((name for name in compared if old.get(name) != new.get(name)), None)
 
 
 def check_seed(seed: int) -> None:
-    """Raise for a `seed` outside the range that torch's generators take."""
+    """Raise for a `seed` outside the range that torch's generators accept."""
     if not 0 <= seed < 2**63:
         raise MolaError(f"`seed` must be a whole number from 0 to 2^63 - 1: got {seed}.")
 

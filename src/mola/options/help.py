@@ -45,7 +45,7 @@ def _help_text(parser: HfArgumentParser, is_complete: bool) -> str:
 def _help_entry(action: Action, kind: Any, with_choices: bool) -> str:
     """One option: its flag, the kind of its value, its text and its default."""
     head = "  " + ", ".join(flag for flag in action.option_strings if "-" not in flag[2:])
-    if action.const is not True or action.default is True:  # other switches need no value
+    if action.const is not True or action.default is True:  # a switch that is off by default needs no value
         types = {get_origin(part) or part for part in get_args(kind) or [kind]}
         head += f" {action.metavar or next((_VALUE_NAMES[each] for each in _VALUE_NAMES if each in types), 'TEXT')}"
     head += " ..." * (action.nargs == "+")

@@ -1,7 +1,7 @@
 """Read the options of a command from flags and a YAML recipe.
 
 The flags of a command are the fields of its options dataclass, written with underscores or dashes. A recipe sets
-options by the same names; flags win. `~/` at the start of a value is the home folder.
+options by the same names; flags win. `~/` at the start of a value stands for the home folder.
 """
 
 import difflib
@@ -23,8 +23,8 @@ from mola.options.fields import parse_mapping
 from mola.options.help import ShowHelp
 
 _FLAG = re.compile(r"--[\w-]+(=|$)")
-_HOME = re.compile(r"(?:^|(?<=[=,]))~(?=/)")  # also in NAME=PATH and between commas
-_FREE_TEXT = ("prompt", "instruction", "input")  # options in which ~ stays
+_HOME = re.compile(r"(?:^|(?<=[=,]))~(?=/)")  # a `~` at the start of a value, after `=` (NAME=PATH) or after a comma
+_FREE_TEXT = ("prompt", "instruction", "input")  # options in which ~ is left unchanged
 
 
 def parse(
@@ -43,7 +43,8 @@ def parse(
         arguments: the words after the command.
         prog: name of the command, for the help text.
         summary: one line for the help text.
-        positional: option that a first word without dashes sets; a list takes all words before the first flag.
+        positional: option that the first word sets if it has no dashes; a list option gets all words before the first
+            flag.
         bare_no: accept `--noflag` for `--flag=false`.
 
     Raises:
@@ -58,8 +59,8 @@ def parse(
     config = parser.add_argument("--config", metavar="RECIPE.yaml", help="Read options from a YAML file; flags win.")
     flags |= {"--config": config}
     if positional and arguments and not arguments[0].startswith("-"):
-        takes_more = flags[f"--{positional}"].nargs == "+"
-        end = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments)) if takes_more else 1
+        is_list = flags[f"--{positional}"].nargs == "+"
+        end = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments)) if is_list else 1
         arguments = [f"--{positional}", *arguments[:end], *arguments[end:]]
     _check_words(arguments, flags)
     if recipe is not None:
@@ -74,22 +75,22 @@ def parse(
             args=arguments, look_for_args_file=False, return_remaining_strings=True
         )
     except json.JSONDecodeError as error:
-        raise MolaError(f"an option that takes a mapping needs it as JSON, got {error.doc!r}: {error}.") from error
-    except (ValueError, TypeError, ImportError) as error:  # of the checks of TrainingArguments
+        raise MolaError(f"an option with a mapping as its value needs JSON, got {error.doc!r}: {error}.") from error
+    except (ValueError, TypeError, ImportError) as error:  # raised by TrainingArguments
         raise error if isinstance(error, MolaError) else MolaError(str(error)) from error
     return options
 
 
 def convert(options_class: Any, values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Some options of a dataclass, given as a mapping, checked and converted as flags are.
+    """Some options of a dataclass, given as a mapping, checked and converted like flags.
 
     Args:
         options_class: dataclass of options, none of them required.
-        values: option name -> value as YAML or JSON has it.
+        values: option name -> value as read from YAML or JSON.
         source: where the values are from, for messages.
 
     Returns:
-        Field name -> value, of the given options only.
+        Field name -> value, for the given options only.
 
     Raises:
         MolaError: a name is unknown or a value does not fit.
@@ -104,8 +105,8 @@ def convert(options_class: Any, values: Mapping[str, Any], source: str) -> dict[
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Options in a YAML recipe, by name.
 
-    A single value, and each value of a list, is the text as written. So the type of the option decides what `2468`,
-    `007`, `no` or `3e-4` means. An empty value is None, and a mapping holds the values that YAML gives it.
+    A single value, and each value of a list, is kept as the text in the file, so that the type of the option decides
+    what `2468`, `007`, `no` or `3e-4` means. An empty value is None. The values in a mapping are parsed by YAML.
 
     Raises:
         MolaError: the file cannot be read, is not YAML, or does not hold a mapping from names to values.
@@ -132,11 +133,11 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
-    """The other words, and the path of the recipe."""
+    """The arguments without `--config`, and the path of the recipe, or None."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = _raise_error  # type: ignore[method-assign]
     parser.add_argument("--config", action="append", default=[])
-    # A word without a flag before it would join a list before `--config`, once `--config` is taken out.
+    # Once `--config` is removed, a stray word after its value would become part of a list before `--config`.
     for place, word in enumerate(arguments):
         after = place + 2 if word == "--config" else place + 1 if word.startswith("--config=") else len(arguments)
         if place and after < len(arguments) and not arguments[after].startswith("-"):
@@ -150,18 +151,18 @@ def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
 def _make_parser(
     options_class: Any, prog: str | None = None, summary: str | None = None
 ) -> tuple[HfArgumentParser, dict[str, Action]]:
-    """A parser that raises errors, and its flags."""
+    """A parser that raises `MolaError` instead of exiting, and its flags (flag -> action)."""
     parser = HfArgumentParser(options_class, prog=prog, description=summary, allow_abbrev=False, add_help=False)
     parser.error = _raise_error  # type: ignore[method-assign]
     for action in parser._actions:
-        if get_origin(action.type) is dict:  # argparse cannot call dict[str, bool] with a text
+        if get_origin(action.type) is dict:  # argparse cannot call dict[str, bool] with a string
             action.type = _json_mapping
     text = "Show this help; all: every option."
     parser.add_argument("-h", "--help", action=ShowHelp, nargs="?", choices=["all"], metavar="[all]", help=text)
     return parser, {option: action for action in parser._actions for option in action.option_strings}
 
 
-@cache  # `mola compare` converts options many times, and several hundred flags take 10 ms to make
+@cache  # `mola compare` converts options many times, and making several hundred flags takes 10 ms
 def _converter(options_class: Any) -> tuple[HfArgumentParser, dict[str, Action], dict[str, Any]]:
     return *_make_parser(options_class), get_type_hints(options_class)
 
@@ -184,9 +185,9 @@ def _spell_out_bare_no(arguments: Sequence[str], options_class: Any) -> list[str
 
 
 def _check_words(arguments: Sequence[str], flags: Mapping[str, Action]) -> None:
-    """Raise for an unknown flag before argparse complains about missing options; and for a list that is given twice.
+    """Raise for an unknown flag, and for a list that is given twice.
 
-    argparse would keep the second list only.
+    argparse would complain about missing options first, and would keep the second list only.
     """
     lists: set[str] = set()
     for word in arguments:
@@ -200,7 +201,7 @@ def _check_words(arguments: Sequence[str], flags: Mapping[str, Action]) -> None:
             raise MolaError(f"`{action.dest}` must be given once, with all its values after it: got a second {flag}.")
         if action.nargs == "+" and type(action).__name__ != "_ExtendAction":
             lists.add(action.dest)
-    if arguments and not arguments[0].startswith("-"):  # a list at the end of a recipe would take the word
+    if arguments and not arguments[0].startswith("-"):  # the word would become part of a list at the end of a recipe
         raise MolaError(_unknown(arguments[0], flags))
 
 
@@ -214,7 +215,7 @@ def _unknown(word: str, flags: Mapping[str, Action]) -> str:
 
 
 def _expand_home(arguments: Sequence[str]) -> list[str]:
-    """Replace `~`, which a shell leaves after `=`, by the home folder."""
+    """Replace `~` by the home folder; a shell does not do so after `=`."""
     words, name = [], ""
     for word in arguments:
         flag, sign, value = word.partition("=") if _FLAG.match(word) else ("", "", word)
@@ -256,7 +257,7 @@ def _flags_of_mapping(
 
 
 def _flag_text(value: Any) -> str:
-    """A value of YAML as one writes it on the command line."""
+    """A YAML value as written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
