@@ -170,7 +170,7 @@ def test_what_the_research_code_ignores_in_a_base_model_is_reported(tmp_path, ch
     base = changed_base(tmp_path / "base_tiny", **changes)
     options = ConvertOptions(CASE, str(tmp_path / "out"), source_format="published", base_model=base, top_k="2")
     report = str(convert(options))
-    assert ("the research code computes it without" in report) == (said is not None)
+    assert ("the research code runs it without" in report) == (said is not None)
     assert said is None or said in report
 
 
