@@ -89,7 +89,7 @@ def test_damaged_weights_of_a_base_give_one_error(damage, tiny_model_dir, tmp_pa
     else:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 8}))
-    with pytest.raises(MolaError, match="`base_model` cannot be loaded: .*copy it again"):
+    with pytest.raises(MolaError, match="`base_model` cannot be loaded: .*copy the model again"):
         load_model(folder, device="cpu")
 
 
