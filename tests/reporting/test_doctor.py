@@ -208,7 +208,9 @@ def test_one_answer_to_everything(run_dir, capsys):
     assert main(["doctor", str(run_dir)]) == 0
     printed = capsys.readouterr().out
     assert "Nothing was found wrong" in printed
-    assert "Not looked at: answers to a test (no after.json of `mola evaluate`, or one of another adapter)." in printed
+    assert (
+        "Not looked at: answers to a test (no after.json of `mola evaluate`, or one of a different adapter)." in printed
+    )
 
 
 def losses(folder, values, **last):

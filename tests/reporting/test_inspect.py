@@ -225,7 +225,7 @@ def test_the_task_of_a_checkpoint_and_a_moved_task(no_weights_dir, adapter, tmp_
         (run_dir / "run.json").write_text(json.dumps({"settings": {"task": task}}), encoding="utf-8")
         found = _task_of(options, trained_settings(checkpoint)["task"])
         assert (found and found.name) == name
-    assert "The task of the training, moved.yaml, is not here: groups are left out" in caplog.text
+    assert "The task of the training, moved.yaml, cannot be found: groups are left out" in caplog.text
 
 
 def test_shares_equal_the_gates_of_one_sample(tiny_model_dir, adapter, sample, tmp_path):

@@ -339,7 +339,7 @@ def test_picture_of_the_differences(whole, run, tmp_path, caplog):
         ({"recipes": {"a": {"filters": {"topic": "physics"}}}}, "`filters` is set twice for physics/a/seed-0"),
         (
             {"eval_strategy": "epoch", "save_strategy": "epoch", "eval_split": "test"},
-            "`load_best_model_at_end` would choose a checkpoint by the questions of the test",
+            "`load_best_model_at_end` would choose a checkpoint by the test questions",
         ),
         (
             {"recipes": {"a": {}, "b": {"test_limit": 4}}},

@@ -177,7 +177,7 @@ def test_without_adapters_no_checkpoint_stays(run, tmp_path):
 
 def test_a_search_on_the_questions_of_the_test_is_refused(run):
     asked = {**ALONE, "tasks": {"physics": {**TASKS["physics"], "test_split": "validation"}}}
-    with pytest.raises(MolaError, match="`tuning_split` .'validation'. has the questions of the test"):
+    with pytest.raises(MolaError, match="`tuning_split` .'validation'. has the test questions"):
         run(**asked, tune={"learning_rate": [0.01, 0.02]}, tuning_seeds=[5], learning_rate=None)
 
 

@@ -28,7 +28,7 @@ WRONG = [
     ({"stages": {"a": {}, "b": {"data": "nosuch.json"}}}, ["stage `b`", "nosuch.json"]),
     ({"stages": {"a": {}, "b": {"test_data": "nosuch.json"}}}, ["stage `b`", "nosuch.json"]),
     ({"stages": {"a": {}, "b": {"test_split": "exam"}}}, ["stage `b`", "`test_split`", "'exam'", "validation"]),
-    ({"stages": {"a": {}, "b": {"test_split": "train"}}}, ["stage `b`", "`test_split`", "not trained on"]),
+    ({"stages": {"a": {}, "b": {"test_split": "train"}}}, ["stage `b`", "`test_split`", "not used for training"]),
     ({"stages": {"a": {}, "b": {"cutoff_len": 20}}}, ["stage `b`", "`cutoff_len`", "20"]),
     ({"stages": {"a": {}, "b": {"max_new_tokens": 2000, "scoring": "generate"}}}, ["stage `b`", "1024"]),
     ({"stages": {"a": {}, "b": {"scoring": "guess"}}}, ["stage `b`", "`scoring`", "'guess'"]),
@@ -45,7 +45,7 @@ WRONG = [
     ),
     (
         {"stages": {"a": {}, "b": {"test_split": "validation", "eval_strategy": "steps", "eval_steps": 2}}},
-        ["stage `b`", "`load_best_model_at_end` would choose a checkpoint by the questions of the test"],
+        ["stage `b`", "`load_best_model_at_end` would choose a checkpoint by the test questions"],
     ),
     ({"task": None}, ["stage `physics`", "`task`"]),
     ({"data": None}, ["stage `physics`", "`data`"]),
@@ -73,7 +73,7 @@ def test_tests_of_earlier_stages_are_compared_with_later_data(values, data, capl
     test = str(data.parent / "test.json")
     stages = {"a": {}, "b": {"data": test, "test_data": str(data.parent / "validation.json")}}
     check_stages(ContinualOptions(**values(stages=stages, max_steps=1)))
-    assert re.search("task `a`: (.+) of the \\1 test questions are trained on in stage `b`, too", caplog.text)
+    assert re.search("task `a`: (.+) of the \\1 test questions are also trained on in stage `b`", caplog.text)
     stages["b"] = {"eval_data": test, "load_best_model_at_end": True}
     stages["b"] |= {"eval_strategy": "steps", "eval_steps": 2}
     with pytest.raises(MolaError, match="choose a checkpoint in stage `b` by the test questions of `a`"):
