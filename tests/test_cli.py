@@ -167,7 +167,7 @@ WRONG = [
     ({"eval_limit": 0}, ["`eval_limit`", "0"]),
     ({"save_strategy": "best", "eval_strategy": "no"}, ["`save_strategy` best", "`eval_strategy` is no"]),
     ({"bf16_full_eval": "true"}, ["`bf16_full_eval`", "round the weights"]),
-    ({"optim": "galore_adamw", "optim_target_modules": "all-linear"}, ["`optim` galore_adamw", "Pass another"]),
+    ({"optim": "galore_adamw", "optim_target_modules": "all-linear"}, ["`optim` galore_adamw", "Pass a different"]),
     ({"accelerator_config": "nowhere.json"}, ["nowhere.json"]),
     ({"label_smoothing_factor": 10}, ["`label_smoothing_factor`", "10"]),
     (

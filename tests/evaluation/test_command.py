@@ -39,7 +39,7 @@ def test_evaluation_with_an_adapter_differs_from_the_base(options, tiny_model, t
         ({"data": "missing.json"}, "missing"),
         ({"adapter": "missing"}, "no such folder"),
         ({"output": "/proc/nope/result.json"}, "cannot be written"),
-        ({"max_new_tokens": 1000}, r"1024 positions: sample 'test-0' has \d+ prompt tokens and 1000"),
+        ({"max_new_tokens": 1000}, r"1024 positions: sample 'test-0' has \d+ prompt tokens, and 1000"),
     ],
 )
 def test_wrong_options_are_refused_before_the_weights_are_read(change, message, options, tiny_model_dir, tmp_path):

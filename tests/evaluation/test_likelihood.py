@@ -134,7 +134,7 @@ def test_scores_that_are_no_numbers_end_in_one_line(tiny_model, tiny_tokenizer, 
     """They made the first option of every sample the answer."""
     with torch.no_grad():
         tiny_model.lm_head.weight[0, 0] = torch.nan
-    with pytest.raises(MolaError, match=r"those of sample 'test-\d+' are NaN"):
+    with pytest.raises(MolaError, match=r"the scores of sample 'test-\d+' are NaN"):
         evaluate_examples(tiny_model, tiny_tokenizer, task, examples, scoring="likelihood", show_progress=False)
 
 

@@ -172,7 +172,7 @@ def test_a_template_must_be_a_template(tiny_model, tiny_tokenizer):
 
 
 def test_prompt_without_room_is_refused(tiny_model, tiny_tokenizer):
-    with pytest.raises(MolaError, match="1024 positions: sample 'prompt' has 1001 prompt tokens and 128"):
+    with pytest.raises(MolaError, match="1024 positions: sample 'prompt' has 1001 prompt tokens, and 128"):
         generate_text(tiny_model, tiny_tokenizer, "x" * 1000)
 
 

@@ -62,9 +62,9 @@ def test_a_prompt_before_its_answer_has_the_tokens_of_training(name, blanks_toke
     example = {"id": "x", "instruction": "Which one?", "input": "", "output": "Answer: it"}
     sample = next(iter(tokenized([example], blanks_tokenizer, template, [])))
     prompt = template.prompt("Which one?", "")
-    assert predicting.encode_before_answer(blanks_tokenizer, [prompt, "Why"])[0] == sample.ids[: sample.start]
+    assert predicting.encode_before_answer(blanks_tokenizer, [prompt, "Why"])[0] == sample.ids[: sample.answer_start]
     if prompt.endswith("\n\n"):
-        assert predicting.encode_prompts(blanks_tokenizer, [prompt])[0] != sample.ids[: sample.start]
+        assert predicting.encode_prompts(blanks_tokenizer, [prompt])[0] != sample.ids[: sample.answer_start]
 
 
 def test_a_mark_that_would_join_the_letter_is_kept(blanks_tokenizer):

@@ -443,7 +443,7 @@ def test_mixing_with_another_method_is_refused(base):
             {"target_modules": ["q_proj"], "layers_to_transform": [0, -1]},
             r"non-empty list of layer numbers: got \[0, -1\]",
         ),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 30]}, "there is no 30. Correct"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 30]}, "there is no layer 30. Correct"),
         ({"layers_pattern": "layers"}, "`layers_pattern` is only used together with `layers_to_transform`"),
         ({"task_type": "POETRY"}, "`task_type` is wrong"),
     ],
