@@ -126,11 +126,6 @@ def list_length(value: Notation, name: str) -> int | None:
     return len(parsed.values) if parsed.kind == "layers" else None
 
 
-def smallest_entry(value: Notation, name: str) -> int:
-    """The lowest number that a notation gives to any layer."""
-    return min(_parse(value, name).values)
-
-
 def pattern_with(num_experts: Notation, given: Mapping[str, int] | None) -> Mapping[str, int] | None:
     """The `num_experts_pattern` that belongs to `num_experts`: the one in its JSON file, or else the given one.
 
