@@ -80,7 +80,7 @@ class TrainOptions(Quantization, TrainingArguments):
     gradient_accumulation_steps: int = option(1, "Batches per optimiser step.")
 
     _adapter: ClassVar = Group("adapter")
-    adapter: str | None = option(None, "Adapter to train further; dropout and router losses may be changed.")
+    adapter: str | None = option(None, "Adapter to train further; dropout, router losses may change.")
     target_modules: str | None = option(
         None, "Linears to adapt, between commas, or all-linear. Default: LLaMA's seven where they exist, else PEFT's."
     )
@@ -96,7 +96,7 @@ class TrainOptions(Quantization, TrainingArguments):
     rank_pattern: dict[str, Any] | str | None = option(None, "Rank by name of module.")
     alpha_pattern: dict[str, Any] | str | None = option(None, "`lora_alpha` by name of module.")
     use_rslora: bool | None = option(None, "Scale by lora_alpha / sqrt(r).", nargs="?", const=True)
-    init_lora_weights: str | None = option(None, "Start of experts: true (default), gaussian, orthogonal, principal.")
+    init_lora_weights: str | None = option(None, "Start: true (default), gaussian, orthogonal or principal.")
 
     _data: ClassVar = Group("data")
     train_split: str = option("train", "Split to train on where the data has several.")
@@ -107,35 +107,35 @@ class TrainOptions(Quantization, TrainingArguments):
     limit: int | None = option(None, "Train on this many samples only, the first ones.")
     eval_limit: int | None = option(None, "Evaluate on this many samples only, the first ones.")
     template: str | None = option(None, "Prompt template, or chat. Default: the task's, else alpaca.")
-    truncation: str = option("error", "What to do with longer samples: error, drop, left or right.")
+    truncation: str = option("error", "Longer samples: error, drop, left or right.")
     train_on_inputs: bool = option(False, "Train on the tokens of the prompt as well.")
     add_eos_token: bool = option(True, "End every sample with the end-of-sequence token.")
 
     _base: ClassVar = Group("base model")
-    dtype: str = option("auto", "Dtype of the frozen base: auto, float32, bfloat16 or float16.")
+    dtype: str = option("auto", "Dtype: auto, float32, bfloat16 or float16.")
     attn_implementation: str | None = option(None, "Attention, such as sdpa, eager or flash_attention_2.")
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
     _run: ClassVar = Group("run")
     max_steps: int = option(-1, "Total steps; -1: given by `num_train_epochs`.")
-    warmup_steps: float = option(0.1, "Steps of warm-up, or below 1 their share of all steps.")
+    warmup_steps: float = option(0.1, "Steps of warm-up, or below 1 a share of all.")
     lr_scheduler_type: SchedulerType | str = option("linear", "Linear, cosine, ...; constant has no warm-up.")
     weight_decay: float = option(0.0, "Weight decay of the optimiser.")
-    loraplus_lr_ratio: float | None = option(None, "LoRA+: learning rate of B, relative to that of the other weights.")
+    loraplus_lr_ratio: float | None = option(None, "LoRA+: learning rate of B / that of the other weights.")
     bf16: bool = option(False, "Mixed precision in bfloat16; on if the base is in it.")
     fp16: bool = option(False, "Mixed precision in float16; on if the base is in it.")
     activation_checkpointing: bool | None = option(
         None, "Less memory, more time; formerly gradient_checkpointing.", nargs="?", const=True
     )
-    torch_compile: bool = option(False, "Compile the step, which takes minutes; see docs/performance.md.")
+    torch_compile: bool = option(False, "Compile the step (takes minutes); see docs/performance.md.")
     use_cpu: bool = option(False, "Train on the CPU, even where there is a GPU.")
     seed: int = option(42, "Seed of all random numbers.")
     overwrite_output_dir: bool = option(False, "Replace an earlier run in the output folder.")
     resume_from_checkpoint: str | None = option(None, "Continue a stopped run: last, or a folder checkpoint-N.")
     logging_strategy: IntervalStrategy | str = option("steps", "When to log: no, steps or epoch.")
-    logging_steps: float = option(10, "Steps between logs, or below 1 their share of all steps.")
+    logging_steps: float = option(10, "Steps between logs, or below 1 a share of all.")
     logging_nan_inf_filter: bool = option(False, "Hide NaN and infinite losses; if false they stop the run.")
-    expert_telemetry: bool = option(True, "Record the use of experts in routing.jsonl and the log.")
+    expert_telemetry: bool = option(True, "Record experts' use in routing.jsonl and log.")
     report_to: None | str | list[str] = option("none", "Trackers between commas, such as tensorboard.")  # noqa: RUF036
     eval_strategy: str = option("epoch", "When to evaluate the loss: no, steps or epoch.")
     eval_steps: float | None = option(None, "Steps between evaluations. Default: `logging_steps`.")
@@ -143,7 +143,7 @@ class TrainOptions(Quantization, TrainingArguments):
     save_strategy: str = option("epoch", "When to save: no, steps, epoch or best.")
     save_steps: float = option(500, "Steps between checkpoints; see docs/training.md.")
     save_total_limit: int | None = option(3, "Checkpoints to keep, including the best one.")
-    load_best_model_at_end: bool = option(True, "Keep the weights with the lowest evaluation loss.")
+    load_best_model_at_end: bool = option(True, "Keep the weights of lowest evaluation loss.")
     push_to_hub: bool = option(False, "Upload the finished run to the Hub.")
     hub_strategy: str = option("end", "Only end: the finished run is uploaded once.")
 
