@@ -91,15 +91,9 @@ def test_percent_signs_are_escaped_for_argparse(options):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_of_mola_is_listed_once(command, help_of):
-    assert sorted(listed(help_of(command, "--help"))) == sorted(
-        {*own_options(options_class(command)), "config", "help"}
-    )
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_all_lists_every_option_in_the_same_order(command, help_of):
+def test_every_option_is_listed_once_those_of_mola_first(command, help_of):
     short, everything = listed(help_of(command, "--help")), listed(help_of(command, "--help", "all"))
+    assert sorted(short) == sorted({*own_options(options_class(command)), "config", "help"})
     assert everything[: len(short)] == short
     names = {each.name for each in fields(options_class(command)) if each.init}
     assert sorted(everything) == sorted({*names, "config", "help"})
@@ -143,12 +137,11 @@ def test_a_line_shows_flag_value_text_and_default(help_of):
     assert "~20%" in said("train", "--use_liger_kernel", "all")[1]
 
 
-@pytest.mark.parametrize("columns", [80, 0, 1])
-def test_narrow_terminals(columns, help_of):
-    assert listed(help_of("train", "--help", columns=columns)) == listed(help_of("train", "--help"))
+def test_narrow_terminals(help_of):
+    assert listed(help_of("train", "--help", columns=1)) == listed(help_of("train", "--help"))
 
 
-@pytest.mark.parametrize("words", [["--help", "al"], ["--help=al"], ["-h", "everything"]])
+@pytest.mark.parametrize("words", [["--help", "al"], ["--help=al"]])
 def test_an_unknown_word_is_refused_with_the_choices(words, capsys):
     assert main(["train", *words]) == 2
     captured = capsys.readouterr()

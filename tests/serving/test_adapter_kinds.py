@@ -98,9 +98,19 @@ def answers(http, wanted):
         return {key: future.result() for key, future in found.items()}
 
 
-@pytest.mark.parametrize("is_reversed", [False, *slow(True)])
-@pytest.mark.parametrize("modules", [["lm_head"], ["norm"]])
-@pytest.mark.parametrize("kind", [mixture, *slow(lora)])
+@pytest.fixture(scope="module")
+def plain_dir(endless_model_dir, tmp_path_factory):
+    return trained(endless_model_dir, tmp_path_factory.mktemp("plain") / "plain", mixture(), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules", "is_reversed"),
+    [
+        (mixture, ["lm_head"], False),
+        *slow((mixture, ["norm"], False), (mixture, ["lm_head"], True), (lora, ["lm_head"], False)),
+        *slow((lora, ["norm"], False), (lora, ["norm"], True)),
+    ],
+)
 def test_adapter_with_modules_to_save_beside_one_without(kind, modules, is_reversed, endless_model_dir, tmp_path):
     folders = {
         "plain": trained(endless_model_dir, tmp_path / "plain", kind(), 0),
@@ -114,39 +124,30 @@ def test_adapter_with_modules_to_save_beside_one_without(kind, modules, is_rever
         assert answers(http, wanted) == wanted
 
 
-@pytest.mark.parametrize("modules", [*slow(["lm_head"]), ["norm"]])
-@pytest.mark.parametrize("kind", [mixture, *slow(lora)])
-def test_adapter_with_modules_to_save_is_loaded_at_run_time(kind, modules, endless_model_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "modules"), [(mixture, ["norm"]), *slow((mixture, ["lm_head"]), (lora, ["norm"]), (lora, ["lm_head"]))]
+)
+def test_adapter_with_modules_to_save_is_loaded_once_no_answers_are_mixed(kind, modules, endless_model_dir, tmp_path):
     first = {"plain": trained(endless_model_dir, tmp_path / "plain", kind(), 0)}
     second = {"whole": trained(endless_model_dir, tmp_path / "whole", kind(modules_to_save=modules), 1)}
     wanted = expected(endless_model_dir, first | second)
-    with server(endless_model_dir, first, adapter_root=str(tmp_path)) as url, client(url) as http:
-        load(http, "whole", "whole", 200)
-        assert answers(http, wanted) == wanted
-
-
-def test_adapter_that_prevents_mixing_is_refused_while_answers_are_mixed(endless_model_dir, tmp_path):
-    first = {"plain": trained(endless_model_dir, tmp_path / "plain", mixture(), 0)}
-    trained(endless_model_dir, tmp_path / "whole", mixture(modules_to_save=["norm"]), 1)
     long = {"prompt": PROMPTS[0], "max_tokens": 400, "stream": True}
     with server(endless_model_dir, first, adapter_root=str(tmp_path)) as url, contextlib.ExitStack() as stack:
-        texts = []
+        streams = []
         for name in (endless_model_dir.name, "plain"):
             http = stack.enter_context(client(url))
-            lines = stack.enter_context(
-                http.stream("POST", "/v1/completions", json=long | {"model": name})
-            ).iter_lines()
-            texts.append([next(lines)])
+            body = long | {"model": name}
+            lines = stack.enter_context(http.stream("POST", "/v1/completions", json=body)).iter_lines()
+            next(lines)
             stack.callback(lines.close)
-            texts[-1].append(lines)
+            streams.append(lines)
         http = stack.enter_context(client(url))
-        assert (
-            "has `modules_to_save`, answers may have to take turns"
-            in load(http, "whole", "whole", 409)["error"]["message"]
-        )
-        for head, lines in texts:
-            assert [line for line in (head, *lines) if line][-1] == "data: [DONE]"
+        refused = load(http, "whole", "whole", 409)["error"]["message"]
+        assert "has `modules_to_save`, answers may have to take turns" in refused
+        for lines in streams:
+            assert [line for line in lines if line][-1] == "data: [DONE]"
         load(http, "whole", "whole", 200)
+        assert answers(http, wanted) == wanted
 
 
 def test_loading_trained_tokens_does_not_change_other_adapters(tied_dir, tmp_path):
@@ -165,9 +166,9 @@ def load(http, name, path, status):
     return answer.json()
 
 
-def test_chats_use_the_template_beside_each_adapter(endless_model_dir, tmp_path, caplog):
+def test_chats_use_the_template_beside_each_adapter(plain_dir, endless_model_dir, tmp_path, caplog):
     """TRL saves it there. The tiny model has none."""
-    folders = {name: trained(endless_model_dir, tmp_path / name, mixture(), seed) for seed, name in enumerate("abcd")}
+    folders = {name: str(shutil.copytree(plain_dir, tmp_path / name)) for name in "abcd"}
     template = "{{ bos_token }}{% for message in messages %}<{{ message.content }}>{% endfor %}"
     (tmp_path / "a" / "chat_template.jinja").write_text(template, encoding="utf-8")
     # Its own end token, which its template writes and which ends its answers.
@@ -222,11 +223,9 @@ def test_initialisation_from_the_base_weights_changes_the_base_model():
     assert changes_base({"peft_type": "LORA", "kasa_config": None, "init_lora_weights": True, "bias": "none"}) is None
 
 
-def test_failed_loads_leave_no_adapter(endless_model_dir, tmp_path):
-    trained(endless_model_dir, tmp_path / "unknown", lora(), 0)
-    path = tmp_path / "unknown" / "adapter_config.json"
+def test_failed_loads_leave_no_adapter(plain_dir, endless_model_dir, tmp_path):
+    path = shutil.copytree(plain_dir, tmp_path / "unknown") / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "FOO"}))
-    trained(endless_model_dir, tmp_path / "plain", lora(), 0)
     with server(endless_model_dir, {}, adapter_root=str(tmp_path)) as url, client(url) as http:
         assert "the installed PEFT knows" in load(http, "x", "unknown", 400)["error"]["message"]
         assert "below the server's" in load(http, "x", ".", 400)["error"]["message"]
@@ -238,7 +237,7 @@ def test_cancelled_requests_leave_the_queue_while_another_is_answered(endless_mo
 
     def forget(self, request, forget=RequestQueue._forget):
         forget(self, request)
-        left.append(len(self._new_rows))
+        left.append(len(request.rows))
 
     monkeypatch.setattr(RequestQueue, "_forget", forget)
     body = {"model": endless_model_dir.name, "prompt": "x", "max_tokens": 500}
@@ -271,22 +270,17 @@ def test_after_a_failure_of_the_engine_every_request_gets_an_error(endless_model
         assert http.get("/health").status_code == 500
 
 
-def test_tokens_without_an_embedding_are_refused(endless_model_dir, tmp_path):
+def test_tokens_without_an_embedding_and_messages_that_the_template_refuses(endless_model_dir, tmp_path):
     base = shutil.copytree(endless_model_dir, tmp_path / "grown")
     own = PreTrainedTokenizerFast.from_pretrained(base)
     own.add_tokens(["<new>"])
     own.save_pretrained(base)
-    with server(base, {}) as url, client(url) as http:
-        answer = http.post("/v1/completions", json={"model": "grown", "prompt": "a<new>"})
-    assert answer.status_code == 400
-    assert "258" in answer.json()["error"]["message"]
-
-
-def test_messages_that_the_chat_template_refuses(endless_model_dir, tmp_path):
-    base = shutil.copytree(endless_model_dir, tmp_path / "strict")
     (base / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}", encoding="utf-8")
-    messages = [{"role": "user", "content": "x"}]
     with server(base, {}) as url, client(url) as http:
-        answer = http.post("/v1/chat/completions", json={"model": "strict", "messages": messages})
-    assert answer.status_code == 400
-    assert "roles must alternate" in answer.json()["error"]["message"]
+        for path, body, message in (
+            ("completions", {"prompt": "a<new>"}, "258"),
+            ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "roles must alternate"),
+        ):
+            answer = http.post(f"/v1/{path}", json={"model": "grown", **body})
+            assert answer.status_code == 400
+            assert message in answer.json()["error"]["message"]

@@ -25,6 +25,7 @@ from mola.errors import MolaError  # noqa: E402
 from mola.options.parsing import parse  # noqa: E402
 from mola.serving.serve import ServeOptions, adapter_folders, main, running_server  # noqa: E402
 
+from ..grids import slow  # noqa: E402
 from ..ports import free_port  # noqa: E402
 from ..waiting import PATIENCE, wait_until  # noqa: E402
 
@@ -68,8 +69,16 @@ def health(url):
         return {"running": 0, "waiting": 0}
 
 
-def test_base_without_chat_template_points_at_completions(options):
-    with running_server(options) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+@pytest.fixture(scope="module")
+def single_url(endless_model_dir):
+    """A server that answers one request after the other and lets two wait."""
+    fields = {"dtype": "float32", "device": "cpu", "max_batch_size": 1, "max_waiting": 2}
+    with running_server(ServeOptions(base_model=str(endless_model_dir), port=0, **fields)) as url:
+        yield url
+
+
+def test_base_without_chat_template_points_at_completions(single_url):
+    with openai.OpenAI(base_url=f"{single_url}/v1", api_key="any", max_retries=0) as client:
         with pytest.raises(openai.BadRequestError, match="chat template for `messages`.*/v1/completions"):
             client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}])
         assert client.completions.create(model="tiny", prompt="x", max_tokens=2).choices[0].text
@@ -97,21 +106,26 @@ def test_max_batch_total_tokens_needs_a_batch(options):
         pass
 
 
-def test_a_full_queue_refuses_requests_until_there_is_room(options):
-    options.max_waiting = 1
-    with running_server(options) as url, Client(base_url=url) as http, Client(base_url=url) as second:
-        with http.stream("POST", "/v1/completions", json=LONG) as running:
-            lines = running.iter_lines()  # keep a reference: httpx closes a connection without one
-            next(lines)
-            with second.stream("POST", "/v1/completions", json=LONG):  # headers come, text has to wait
-                assert health(url) == {"status": "ok", "running": 1, "waiting": 1}
-                refused = post(f"{url}/v1/completions", json=LONG)
-                assert refused.status_code == 429
-                assert refused.json()["error"]["code"] == "queue_full"
-                assert int(refused.headers["Retry-After"]) >= 1
-                assert post(f"{url}/v1/completions", json=LONG).status_code == 429
-        wait_until(lambda: health(url) == {"status": "ok", "running": 0, "waiting": 0})
-        assert post(f"{url}/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
+def test_a_full_queue_refuses_requests_until_there_is_room(single_url):
+    url = single_url
+    with contextlib.ExitStack() as stack:
+        for number in range(3):
+            http = stack.enter_context(Client(base_url=url))
+            running = stack.enter_context(http.stream("POST", "/v1/completions", json=LONG))
+            if number == 0:
+                lines = running.iter_lines()  # keep a reference: httpx closes a connection without one
+                next(lines)  # of the waiting ones only the headers come
+        assert health(url) == {"status": "ok", "running": 1, "waiting": 2}
+        metrics = get(f"{url}/metrics").text
+        found = re.findall(r"^mola_(?:batch_size|requests_running|requests_waiting) (.+)$", metrics, re.M)
+        assert found == ["1.0", "1.0", "2.0"]
+        refused = post(f"{url}/v1/completions", json=LONG)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert post(f"{url}/v1/completions", json=LONG).status_code == 429
+    wait_until(lambda: health(url) == {"status": "ok", "running": 0, "waiting": 0})
+    assert post(f"{url}/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
 
 
 def test_more_connections_than_allowed_are_answered_with_503(options):
@@ -121,14 +135,14 @@ def test_more_connections_than_allowed_are_answered_with_503(options):
         assert second.get("/health").status_code == 503
 
 
-def test_lack_of_memory_ends_one_request_only(options, monkeypatch):
-    with running_server(options) as url:
-        with monkeypatch.context() as patch:
-            patch.setattr("mola.generation.predicting.generate_batch", lambda *_, **__: torch.empty(1 << 50))
-            answer = post(f"{url}/v1/completions", json=LONG | {"stream": False})
-        assert answer.status_code == 503
-        assert "memory" in answer.json()["error"]["message"]
-        assert post(f"{url}/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
+def test_lack_of_memory_ends_one_request_only(single_url, monkeypatch):
+    ask = partial(post, f"{single_url}/v1/completions")
+    with monkeypatch.context() as patch:
+        patch.setattr("mola.generation.predicting.generate_batch", lambda *_, **__: torch.empty(1 << 50))
+        answer = ask(json=LONG | {"stream": False})
+    assert answer.status_code == 503
+    assert "memory" in answer.json()["error"]["message"]
+    assert ask(json=LONG | {"max_tokens": 1}).status_code == 200
 
 
 def run_main_and_stop(options, sign, num_streams, max_tokens, times=1):
@@ -160,7 +174,7 @@ def run_main_and_stop(options, sign, num_streams, max_tokens, times=1):
     return main(options), wait()
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sign", [signal.SIGTERM, *slow(signal.SIGINT)])
 def test_signals_let_the_running_answer_finish(sign, options):
     options.port, options.shutdown_timeout = free_port(), 300
     before = signal.getsignal(sign)
@@ -272,9 +286,9 @@ def test_token_of_the_environment(options, monkeypatch):
 
 
 @pytest.mark.parametrize(("api_key", "warns"), [(None, True), ("token", False)])
-def test_an_open_address_without_token_gives_a_warning(api_key, warns, options, caplog):
-    options.host, options.api_key = "0.0.0.0", api_key
-    with running_server(options):
+def test_an_open_address_without_token_gives_a_warning(api_key, warns, options, no_weights_dir, caplog):
+    options.host, options.api_key, options.base_model = "0.0.0.0", api_key, str(no_weights_dir)
+    with pytest.raises(MolaError), running_server(options):  # the warning comes before the weights are read
         pass
     assert ("Anyone who reaches 0.0.0.0" in caplog.text) == warns
 
@@ -301,11 +315,3 @@ def test_adapters_are_named_by_hand_or_after_their_folder(options, tmp_path):
 def test_options_do_not_show_the_token(options):
     options.api_key = "a-secret-token"
     assert "a-secret-token" not in repr(options)
-
-
-def test_metrics_count_an_answer_of_the_single_engine(options):
-    with running_server(options) as url, Client().stream("POST", f"{url}/v1/completions", json=LONG) as response:
-        lines = response.iter_lines()  # held, or the connection is closed
-        next(lines)
-        text = get(f"{url}/metrics").text
-    assert re.findall(r"^mola_(?:batch_size|requests_running) (.+)$", text, re.M) == ["1.0", "1.0"]

@@ -205,23 +205,17 @@ def write_folder(folder: Path, option: str = "output_dir", *, replaces: bool = T
                     f"`{option}` must be new or empty: another program has written to {str(folder)!r} since this "
                     "command began. Choose another folder."
                 )
-            _replace_folder(temporary, folder, old)
+            if folder.exists():  # a folder with files cannot be overwritten
+                os.replace(folder, old)
+            try:
+                os.replace(temporary, folder)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, folder)
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _replace_folder(new: Path, folder: Path, old: Path) -> None:
-    """Rename `new` to `folder`; an existing folder becomes `old`, because a folder with files cannot be overwritten."""
-    if not folder.exists():
-        os.replace(new, folder)
-        return
-    os.replace(folder, old)
-    try:
-        os.replace(new, folder)
-    except BaseException:
-        os.replace(old, folder)
-        raise
 
 
 def write_new_folder(option: str, folder: Path) -> contextlib.AbstractContextManager[Path]:

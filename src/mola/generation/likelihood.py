@@ -13,6 +13,7 @@ from mola.generation.predicting import (
     encode_prompts,
     last_positions,
     left_pad,
+    num_embeddings,
     pad_token_id,
 )
 
@@ -110,7 +111,7 @@ def _last_log_probabilities(
     model: Any, tokenizer: PreTrainedTokenizerBase, contexts: Sequence[Sequence[int]], count: int
 ) -> torch.Tensor:
     """Log-probabilities of the next token at the last `count` positions: `(len(contexts), count, vocabulary)`."""
-    check_token_ids(model, contexts)
+    check_token_ids(num_embeddings(model), contexts)
     ids, mask = left_pad(contexts, pad_token_id(tokenizer), device_of(model))
     # Padding must not count in the positions of learned position embeddings.
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)

@@ -149,13 +149,17 @@ def num_embeddings(model: Any) -> int | None:
     return getattr(embeddings, "num_embeddings", None)
 
 
-def check_token_ids(model: Any, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse tokens that the model has no embedding for. On a GPU such tokens would end the process.
+def check_token_ids(known: int | None, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse tokens without an embedding. On a GPU such tokens would end the process.
+
+    Args:
+        known: the model's `num_embeddings`.
+        prompts: token ids of each prompt.
 
     Raises:
         MolaError: a prompt has a token without an embedding.
     """
-    known, highest = num_embeddings(model), max(map(max, prompts))
+    highest = max(map(max, prompts))
     if known is not None and highest >= known:
         raise MolaError(
             f"`prompt` must have tokens that the model knows: one has the id {highest}, the model has {known}. Leave "
@@ -267,7 +271,7 @@ def generate_batch(
         use_cache=may_use_cache(model),
         **decoding,
     )
-    check_token_ids(model, prompts)
+    check_token_ids(num_embeddings(model), prompts)
     ids, mask = left_pad(prompts, pad_token_id(tokenizer), device_of(model))
     arguments: dict[str, Any] = {"logits_processor": LogitsProcessorList([nan_check, *(logits_processor or ())])}
     takes_indices = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters

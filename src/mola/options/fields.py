@@ -82,11 +82,17 @@ def parse_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str,
     Raises:
         MolaError: the value is not a mapping with text keys, or a key occurs twice.
     """
+
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if (key := first_repeated(key for key, _ in pairs)) is not None:
+            raise MolaError(f"`{name}` holds the key {key!r} twice. Keep one of them.")
+        return dict(pairs)
+
     if value is None:
         return {}
     if isinstance(value, str):
         try:
-            value = json.loads(value, object_pairs_hook=lambda pairs: _distinct_pairs(name, pairs))
+            value = json.loads(value, object_pairs_hook=to_dict)
         except json.JSONDecodeError as error:
             raise MolaError(
                 f'`{name}` must be a mapping; on the command line as JSON, such as \'{{"key": "value"}}\': got '
@@ -95,12 +101,6 @@ def parse_mapping(name: str, value: Mapping[str, Any] | str | None) -> dict[str,
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise MolaError(f"`{name}` must be a mapping with text keys: got {value!r}.")
     return dict(value)
-
-
-def _distinct_pairs(name: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if (key := first_repeated(key for key, _ in pairs)) is not None:
-        raise MolaError(f"`{name}` holds the key {key!r} twice. Keep one of them.")
-    return dict(pairs)
 
 
 def parse_named_mappings(name: str, value: Mapping[str, Any] | str | None, example: str) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from starlette.concurrency import run_in_threadpool
 from mola._compat import set_adapter_to_infer
 from mola.generation.batching.forward import Adapters, is_activated_lora
 from mola.models.adapters import attach, changes_base, check_adapter
+from mola.models.loading import check_adapter_fits
+from mola.models.options import ModelOptions
 from mola.models.prompts import own_chat
 from mola.serving.jobs import JobMaker
 from mola.serving.request_queue import RequestQueue
@@ -27,22 +29,17 @@ class AdapterLoader:
 
     Args:
         root: folder below which adapters may be loaded; None if clients may not load any.
+        base: options of the base model, which adapters must fit.
         jobs: holds the adapters' names and chat formats.
         queue: the queue that owns the model.
         adapters: the model's adapters.
-        check_fits: raises a `MolaError` if the adapter in a folder does not fit the base model.
     """
 
     def __init__(
-        self,
-        root: str | None,
-        jobs: JobMaker,
-        queue: RequestQueue,
-        adapters: Adapters,
-        check_fits: Callable[[str], object],
+        self, root: str | None, base: ModelOptions, jobs: JobMaker, queue: RequestQueue, adapters: Adapters
     ) -> None:
         self._root = None if root is None else Path(root).resolve()
-        self._jobs, self._queue, self._adapters, self._check_fits = jobs, queue, adapters, check_fits
+        self._base, self._jobs, self._queue, self._adapters = base, jobs, queue, adapters
         self._num_loaded = 0
         self._loading = asyncio.Lock()  # two loads at once could choose the same name
 
@@ -56,13 +53,18 @@ class AdapterLoader:
         """
         folder = self._folder(path)
         async with self._loading:
-            self._check_name(name, in_place)
+            replaced = self._jobs.adapters.get(name)
+            if name in self._jobs.adapters and replaced is None:
+                raise _wrong_name(f"`lora_name` {name!r} is the name of the base model. Pass a different name.")
+            if replaced is not None and not in_place:
+                advice = "Pass a different name, or `load_inplace` true to replace the adapter."
+                raise _wrong_name(f"`lora_name` {name!r} is taken. {advice}")
             config = await run_in_threadpool(_check_loadable, folder)
             chat = await run_in_threadpool(own_chat, folder)
             self._num_loaded += 1
             inner_name = f"loaded{self._num_loaded}"  # names in requests may have dots, PEFT's may not
             await self._queue.call(functools.partial(self._attach, inner_name, folder, config))
-            replaced = self._jobs.adapters.get(name)
+            replaced = self._jobs.adapters.get(name)  # a client may have unloaded it meanwhile
             if chat is not None:
                 self._jobs.chats[inner_name] = chat
             self._jobs.adapters[name] = inner_name
@@ -78,29 +80,13 @@ class AdapterLoader:
         self._allowed_root()
         inner_name = self._jobs.adapter(name)
         if inner_name is None:
-            raise RequestError(
-                400, f"`lora_name` {name!r} is the base model, which cannot be unloaded.", param="lora_name"
-            )
+            raise _wrong_name(f"`lora_name` {name!r} is the base model, which cannot be unloaded.")
         del self._jobs.adapters[name]
         await self._remove(inner_name)
 
     async def _remove(self, inner_name: str) -> None:
         await self._queue.remove(inner_name)
         self._jobs.chats.pop(inner_name, None)
-
-    def _check_name(self, name: str, in_place: bool) -> None:
-        if name not in self._jobs.adapters:
-            return
-        if self._jobs.adapters[name] is None:
-            raise RequestError(
-                400, f"`lora_name` {name!r} is the name of the base model. Pass a different name.", param="lora_name"
-            )
-        if not in_place:
-            raise RequestError(
-                400,
-                f"`lora_name` {name!r} is taken. Pass a different name, or `load_inplace` true to replace the adapter.",
-                param="lora_name",
-            )
 
     def _allowed_root(self) -> Path:
         if self._root is None:
@@ -117,18 +103,17 @@ class AdapterLoader:
         except (OSError, ValueError, RuntimeError):  # null characters, links in a circle
             folder = root
         if folder == root or not folder.is_relative_to(root):
-            raise RequestError(
-                400, "`lora_path` must be a folder below the server's `--adapter_root`.", param="lora_path"
-            )
+            raise _wrong_folder("`lora_path` must be a folder below the server's `--adapter_root`.")
         return os.fspath(folder)
 
     def _attach(self, inner_name: str, folder: str, config: Mapping[str, Any]) -> None:
         """Load an adapter into the model; runs on the engine's thread.
 
-        `check_fits` runs on this thread, too: it builds a model without weights, for which Transformers changes the
-        default dtype of all threads.
+        `check_adapter_fits` runs on this thread, too: it builds a model without weights, for which Transformers changes
+        the default dtype of all threads.
         """
-        self._check_fits(folder)
+        base = self._base
+        check_adapter_fits(base.base_model, folder, base.trust_remote_code, base.gguf_file)
         setting = next((name for name in _MAY_PREVENT_MIXING if config.get(name)), None)
         if setting is not None and self._queue.is_mixed:
             raise RequestError(
@@ -150,22 +135,26 @@ class AdapterLoader:
         self._adapters.model = model.requires_grad_(False).eval()
 
 
+def _wrong_name(message: str) -> RequestError:
+    return RequestError(400, message, param="lora_name")
+
+
+def _wrong_folder(message: str) -> RequestError:
+    return RequestError(400, message, param="lora_path")
+
+
 def _check_loadable(folder: str) -> Mapping[str, Any]:
     """Check that an adapter can be loaded into a running server; return its configuration."""
     config = check_adapter(folder)
     if (reason := changes_base(config)) is not None:
-        raise RequestError(
-            400,
+        raise _wrong_folder(
             f"this adapter {reason}, which would change the base model for all other adapters. Serve it alone, with "
-            "`--adapter`.",
-            param="lora_path",
+            "`--adapter`."
         )
     settings = PeftConfig.from_pretrained(folder)
     if settings.is_prompt_learning or is_activated_lora(settings):
-        raise RequestError(
-            400,
+        raise _wrong_folder(
             "an adapter that puts tokens before the prompt, or begins at certain tokens of the prompt, cannot be "
-            "loaded into a running server. Name it in `--adapter`.",
-            param="lora_path",
+            "loaded into a running server. Name it in `--adapter`."
         )
     return config

@@ -73,7 +73,7 @@ def build_app(
     ) -> Response:
         queue.check_room()
         queued = queue.submit(await make_jobs(body), body.model, is_streamed=bool(body.stream))
-        metrics.prompt_tokens.inc(_count_prompt_tokens(queued))
+        metrics.prompt_tokens.inc(queued.num_prompt_tokens)
         if body.stream:
             return _EventStream(queued, _write_events(queued, answer_format, body.wants_usage()))
         return await _answer_whole(request, queued, answer_format)
@@ -147,18 +147,12 @@ async def _write_events(
         yield _event(error.body())
         return
     if with_usage:
-        yield _event(answer_format.usage_chunk(count_usage(_count_prompt_tokens(queued), num_tokens)))
+        yield _event(answer_format.usage_chunk(count_usage(queued.num_prompt_tokens, num_tokens)))
     yield "data: [DONE]\n\n"
 
 
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
-
-
-def _count_prompt_tokens(queued: QueuedRequest) -> int:
-    """Number of tokens in all prompts. A prompt with several answers counts once."""
-    prompts = {id(job.prompt): job.prompt for job in queued.jobs}
-    return sum(map(len, prompts.values()))
 
 
 async def _answer_whole(
@@ -180,7 +174,7 @@ async def _answer_whole(
         queued.cancel()
         collecting.cancel()
         leaving.cancel()
-    usage = count_usage(_count_prompt_tokens(queued), sum(piece.num_tokens for piece in pieces))
+    usage = count_usage(queued.num_prompt_tokens, sum(piece.num_tokens for piece in pieces))
     return JSONResponse(answer_format.whole(pieces, usage))
 
 

@@ -26,17 +26,13 @@ _MISSING: Any = object()
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for."""
+    """What one request may ask for; None for no limit."""
 
     max_tokens: int  # tokens in one answer
     max_choices: int  # answers to one request: prompts times `n`
-    max_positions: int | None  # longest sequence of the model; None for no limit
-    max_total_tokens: int | None = (
-        None  # prompt and answer together, limited by the size of the cache; None for no limit
-    )
-    num_embeddings: int | None = (
-        None  # token ids from this number on have no embedding; None if the number is not known
-    )
+    max_positions: int | None  # longest sequence of the model
+    max_total_tokens: int | None = None  # prompt and answer together, limited by the size of the cache
+    num_embeddings: int | None = None  # token ids from this number on have no embedding
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,7 @@ class JobMaker:
         stops = [*request.stops(), *self._own_ends(adapter, isinstance(request, ChatRequest))]
         jobs: list[Job] = []
         for prompt in self._encode(request, adapter):
-            self._check_token_ids(prompt)
+            predicting.check_token_ids(self._limits.num_embeddings, [prompt])
             decoding = settings | {"max_new_tokens": self._num_new_tokens(request, len(prompt))}
             for _ in range(request.n or 1):
                 sampling = Sampling(
@@ -127,14 +123,6 @@ class JobMaker:
                 jobs.append(Job(adapter, prompt, sampling, stops))
         return jobs
 
-    def _check_token_ids(self, ids: Sequence[int]) -> None:
-        # On a GPU a token without an embedding would end the process, and with it the answers of all other clients.
-        known = self._limits.num_embeddings
-        if known is not None and max(ids) >= known:
-            raise RequestError(
-                400, f"the text has a token that the model does not know: id {max(ids)} of {known}. Leave it out."
-            )
-
     def _own_ends(self, adapter: str | None, is_chat: bool) -> list[str]:
         """Tokens that end an answer besides the base model's: the adapter's end token, and the end of a chat's turn."""
         chat = None if adapter is None else self.chats.get(adapter)
@@ -142,12 +130,12 @@ class JobMaker:
         return list(dict.fromkeys([*ends, *(self._turn_ends(chat) if is_chat else [])]))
 
     def _find_turn_ends(self, chat: Chat | None) -> list[str]:
-        """A list with the token that ends an answer in the chat template; an empty list if it cannot be found."""
+        """The token that ends an answer in the chat template, in a list; the list is empty if it cannot be found."""
         try:
             ids = get_template(CHAT, self._tokenizer, *(chat or ())).ending(self._tokenizer)[:1]
         except MolaError:  # there is no chat template, or it refuses the conversation that shows the end
             return []
-        return [str(self._tokenizer.convert_ids_to_tokens(token_id)) for token_id in ids]
+        return list(self._tokenizer.convert_ids_to_tokens(ids))
 
     def _encode(self, request: ChatRequest | CompletionRequest, adapter: str | None) -> list[list[int]]:
         """Token ids of each prompt."""
@@ -156,11 +144,9 @@ class JobMaker:
             return predicting.encode_prompts(self._tokenizer, request.prompts())
         chat = None if adapter is None else self.chats.get(adapter)
         if not (chat or self._tokenizer.chat_template):
+            problem = "neither the base model nor the adapter has a chat template for `messages`"
             raise RequestError(
-                400,
-                "neither the base model nor the adapter has a chat template for `messages`. Send the text itself as "
-                "`prompt` to /v1/completions.",
-                param="messages",
+                400, f"{problem}. Send the text itself as `prompt` to /v1/completions.", param="messages"
             )
         messages = [message.for_template() for message in request.messages]
         _check_unicode(message["content"] for message in messages)
@@ -170,9 +156,8 @@ class JobMaker:
         try:
             text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template)
         except TemplateError as error:
-            raise RequestError(
-                400, f"`messages` do not fit the model's chat template: {error}", param="messages"
-            ) from None
+            message = f"`messages` do not fit the model's chat template: {error}"
+            raise RequestError(400, message, param="messages") from None
         # The template writes the begin token itself, if the model needs one.
         ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:
@@ -187,11 +172,8 @@ class JobMaker:
         """
         asked, limits = request.num_new_tokens(), self._limits
         if asked is not None and asked > limits.max_tokens:
-            raise RequestError(
-                400,
-                f"`max_tokens` must be at most {limits.max_tokens} on this server: got {asked}.",
-                param="max_tokens",
-            )
+            message = f"`max_tokens` must be at most {limits.max_tokens} on this server: got {asked}."
+            raise RequestError(400, message, param="max_tokens")
         longest, limit = limits.max_positions, f"the model's {limits.max_positions} positions"
         if limits.max_total_tokens is not None and (longest is None or limits.max_total_tokens < longest):
             longest = limits.max_total_tokens

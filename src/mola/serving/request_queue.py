@@ -1,13 +1,12 @@
 """The queue of requests. Requests are served in the order of their arrival, by an engine on a thread of its own."""
 
 import asyncio
-import functools
 import logging
 import math
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 from mola.generation import predicting
@@ -23,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_GUESS = 1.0  # seconds per request, until the first request was measured
 _OLD_WEIGHT = 0.8  # weight of the earlier requests in the running mean of the seconds per request
+_REMOVAL_PAUSE = 0.02  # seconds between two checks whether an adapter is still in use
 
 
 class QueuedRequest:
@@ -39,7 +39,10 @@ class QueuedRequest:
         self, jobs: Sequence[Job], model: str, is_streamed: bool, on_end: Callable[["QueuedRequest"], None]
     ) -> None:
         self.jobs, self.model, self.is_streamed = jobs, model, is_streamed
-        self.is_cancelled = threading.Event()
+        # A prompt with several answers counts once.
+        self.num_prompt_tokens = sum(map(len, {id(job.prompt): job.prompt for job in jobs}.values()))
+        self.rows: list[Row] = []  # the engine's form of the jobs; empty once the request has ended
+        self.is_cancelled = False
         self.submitted = time.monotonic()
         self.started: float | None = None  # when the first of its answers left the queue
         self.num_open = len(jobs)  # answers that have not ended
@@ -68,22 +71,20 @@ class QueuedRequest:
         """
         if error is not None:
             self._pieces.put_nowait(error)
-        self.is_cancelled.set()
+        self.is_cancelled = True
         self._on_end(self)
 
     def add_piece(self, piece: AnswerPiece | RequestError) -> None:
         """Hand a piece to the event loop; called on the engine's thread."""
         if isinstance(piece, RequestError):
-            self.is_cancelled.set()  # ends the remaining answers of this request, too
+            self.is_cancelled = True  # ends the remaining answers of this request, too
         elif piece.finish_reason is not None:
             self.num_open -= 1  # must happen before the event loop sees the piece
-        self._call_on_loop(self._pieces.put_nowait, piece)
-        if self.is_cancelled.is_set() or not self.num_open:
-            self._call_on_loop(self._on_end, self)
-
-    def _call_on_loop(self, function: Callable[..., object], *arguments: object) -> None:
-        if not self._loop.is_closed():  # a second Ctrl-C closes the loop
-            self._loop.call_soon_threadsafe(function, *arguments)
+        if self._loop.is_closed():  # a second Ctrl-C closes the loop
+            return
+        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+        if self.is_cancelled or not self.num_open:
+            self._loop.call_soon_threadsafe(self._on_end, self)
 
 
 class _AnswerListener:
@@ -96,7 +97,7 @@ class _AnswerListener:
         self._writer = StreamWriter(decoder, send, request.jobs[choice].stops)
 
     def is_cancelled(self) -> bool:
-        return self._request.is_cancelled.is_set()
+        return self._request.is_cancelled
 
     def on_start(self) -> None:
         if self._request.started is None:
@@ -114,8 +115,7 @@ class _AnswerListener:
     def on_end(self) -> None:
         finish_reason = self._writer.finish()
         text = "" if self._request.is_streamed else self._writer.text
-        num_tokens = len(self._writer.token_ids)
-        self._request.add_piece(AnswerPiece(self._choice, text, finish_reason, num_tokens, self._take_logprobs()))
+        self._send(text, finish_reason, len(self._writer.token_ids))
 
     def on_error(self, error: Exception) -> None:
         answer = to_request_error(error)
@@ -123,12 +123,9 @@ class _AnswerListener:
             logger.error("A request failed.", exc_info=error)
         self._request.add_piece(answer)
 
-    def _send(self, text: str) -> None:
-        self._request.add_piece(AnswerPiece(self._choice, text, logprobs=self._take_logprobs()))
-
-    def _take_logprobs(self) -> list[TokenLogprobs]:
+    def _send(self, text: str, finish_reason: str | None = None, num_tokens: int = 0) -> None:
         logprobs, self._logprobs = self._logprobs, []
-        return logprobs
+        self._request.add_piece(AnswerPiece(self._choice, text, finish_reason, num_tokens, logprobs))
 
 
 class RequestQueue:
@@ -158,12 +155,12 @@ class RequestQueue:
         self._requests: dict[QueuedRequest, None] = {}  # an ordered set
         self._mean_seconds = _FIRST_GUESS
         self._is_stopping = self._is_closed = self._is_broken = False
-        self._changed = threading.Condition()  # guards the three fields below
-        self._new_rows: list[Row] = []
-        self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
-        self._removals: dict[str, Future[None]] = {}  # adapters to remove
-        self._thread = threading.Thread(target=self._work, name="mola-generate", daemon=True)
-        self._thread.start()
+        # Only this thread uses the model. It runs what it is given in order, and each engine step plans the next one,
+        # so new rows and changes of the model come between two steps.
+        self._thread = ThreadPoolExecutor(1, "mola-generate")
+        self._inference = ExitStack()
+        self._thread.submit(self._inference.enter_context, predicting.inference_state(adapters.model)).result()
+        self._inference.callback(adapters.restore)
 
     def counts(self) -> dict[str, int]:
         """Numbers of running and waiting requests."""
@@ -183,14 +180,11 @@ class RequestQueue:
         """
         self.check_room()
         request = QueuedRequest(jobs, model, is_streamed, self._forget)
-        self._requests[request] = None
-        rows = []
         for choice, job in enumerate(jobs):
             listener = _AnswerListener(request, choice, self._decoder, self._metrics)
-            rows.append(Row(job.adapter, job.prompt, job.sampling, listener))
-        with self._changed:
-            self._new_rows += rows
-            self._changed.notify()
+            request.rows.append(Row(job.adapter, job.prompt, job.sampling, listener))
+        self._requests[request] = None
+        self._thread.submit(self._add, request.rows)
         if self._is_broken:  # the engine failed after `check_room`
             request.add_piece(_broken_error())
         return request
@@ -200,44 +194,36 @@ class RequestQueue:
         if self._is_stopping:
             raise _stopping_error()
         self.check_alive()
-        if len(self._requests) < self._max_requests:
-            return
-        raise RequestError(
-            429,
-            f"This server accepts {self._max_requests} requests at a time, running or waiting. Try again later.",
-            code="queue_full",
-            headers={"Retry-After": str(max(1, math.ceil(self._mean_seconds)))},
-        )
+        if len(self._requests) >= self._max_requests:
+            raise RequestError(
+                429,
+                f"This server accepts {self._max_requests} requests at a time, running or waiting. Try again later.",
+                code="queue_full",
+                headers={"Retry-After": str(max(1, math.ceil(self._mean_seconds)))},
+            )
+
+    def check_alive(self) -> None:
+        """Raise a `RequestError` if the engine has failed."""
+        if self._is_broken:
+            raise _broken_error()
 
     @property
     def is_mixed(self) -> bool:
         """Whether answers with different adapters are being generated; valid inside a function of `call`."""
         return self._engine.is_mixed
 
-    def check_alive(self) -> None:
-        """Raise a `RequestError` if the engine's thread has failed."""
-        if self._is_broken:
-            raise _broken_error()
-
     async def call(self, function: Callable[[], Any]) -> Any:
         """Run a function that changes the model on the engine's thread, between two tokens."""
         self.check_alive()
-        future: Future[Any] = Future()
-        with self._changed:
-            self._calls.append((function, future))
-            self._changed.notify()
-        self.check_alive()  # if the thread failed in between, it would never run the function
-        return await asyncio.wrap_future(future)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._change_model, function)
 
     async def remove(self, adapter: str) -> None:
         """Remove an adapter from the model as soon as no answer uses it. The caller submits no more answers with it."""
-        self.check_alive()
-        future: Future[None] = Future()
-        with self._changed:
-            self._removals[adapter] = future
-            self._changed.notify()
-        self.check_alive()
-        await asyncio.wrap_future(future)
+        loop = asyncio.get_running_loop()
+        while await loop.run_in_executor(self._thread, self._engine.uses, adapter):
+            self.check_alive()
+            await asyncio.sleep(_REMOVAL_PAUSE)
+        await self.call(lambda: self._adapters.delete(adapter))
 
     def stop(self) -> None:
         """Refuse new requests and end the waiting ones with an error. Running requests continue."""
@@ -255,83 +241,56 @@ class RequestQueue:
     def close(self) -> None:
         """End all requests and wait until the engine's thread has ended."""
         for request in list(self._requests):
-            request.is_cancelled.set()
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify()
-        self._thread.join()
+            request.is_cancelled = True
+        self._is_closed = True
+        self._thread.submit(self._inference.close)
+        self._thread.shutdown()
 
     def _forget(self, request: QueuedRequest) -> None:
         """Remove a request that has ended or is cancelled; runs on the event loop."""
         if request not in self._requests:
             return
         del self._requests[request]
-        with self._changed:
-            # `SingleEngine` accepts new rows only between two answers, so cancelled rows would pile up in this list.
-            self._new_rows = [row for row in self._new_rows if not row.listener.is_cancelled()]
-        is_finished = not request.num_open
-        seconds = time.monotonic() - request.submitted
-        self._metrics.request_ended(request.model, "finished" if is_finished else "unfinished", seconds)
+        # `SingleEngine` accepts rows only between two answers. Until then the rows of cancelled requests would pile up.
+        request.rows.clear()
+        now, is_finished = time.monotonic(), not request.num_open
+        self._metrics.request_ended(request.model, "finished" if is_finished else "unfinished", now - request.submitted)
         if request.started is not None and is_finished:
             # Several requests run side by side, so a place becomes free sooner than one request takes.
-            seconds = (time.monotonic() - request.started) / (1 + self.counts()["running"])
+            seconds = (now - request.started) / (1 + self.counts()["running"])
             self._mean_seconds = _OLD_WEIGHT * self._mean_seconds + (1 - _OLD_WEIGHT) * seconds
 
     # The methods below run on the engine's thread.
 
-    def _work(self) -> None:
+    def _add(self, rows: list[Row]) -> None:
+        """Hand new rows to the engine, and start its steps if it was idle."""
+        was_idle = self._engine.is_idle
+        for row in rows:
+            self._engine.add(row)
+        if was_idle and not self._engine.is_idle:
+            self._thread.submit(self._step)
+
+    def _step(self) -> None:
+        """Let the engine do one step, and plan the next one if answers are left."""
+        if self._is_closed:
+            return
         try:
-            with predicting.inference_state(self._adapters.model):
-                while self._take_changes():
-                    if not self._engine.is_idle:
-                        self._engine.step()
-                self._adapters.restore()
+            self._engine.step()
         except Exception as error:
             logger.critical("The engine failed. Restart the server: it can no longer generate answers.", exc_info=error)
             self._is_broken = True
             for request in list(self._requests):
                 request.add_piece(_broken_error())
-        for future in (*(future for _, future in self._calls), *self._removals.values()):
-            future.cancel()
-
-    def _take_changes(self) -> bool:
-        """Hand new rows to the engine, run functions and remove adapters; return False once the queue is closed.
-
-        Sleeps while there is nothing to do.
-        """
-        with self._changed:
-            while not (self._new_rows or self._calls or self._removals or self._is_closed) and self._engine.is_idle:
-                self._changed.wait()
-            rows, self._new_rows = self._new_rows, []
-            calls, self._calls = self._calls, []
-            if self._is_closed:
-                return False
-        for row in rows:
-            self._engine.add(row)
-        for function, future in calls:
-            self._run(function, future)
-        with self._changed:
-            new = {row.adapter for row in self._new_rows}  # rows of requests that arrived while the functions ran
-            unused = [name for name in self._removals if name not in new and not self._engine.uses(name)]
-            removals = {name: self._removals.pop(name) for name in unused}
-        for name, future in removals.items():
-            self._run(functools.partial(self._adapters.delete, name), future)
-        return True
-
-    def _run(self, function: Callable[[], Any], future: Future[Any]) -> None:
-        """Run a function that changes the model, and set the future to its result."""
-        if not future.set_running_or_notify_cancel():  # the client has left
             return
+        if not (self._engine.is_idle or self._is_closed):
+            self._thread.submit(self._step)
+
+    def _change_model(self, function: Callable[[], Any]) -> Any:
         self._adapters.restore()
         try:
-            try:
-                result = function()
-            finally:
-                self._adapters.refresh()
-        except Exception as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
+            return function()
+        finally:
+            self._adapters.refresh()
 
 
 def _broken_error() -> RequestError:

@@ -4,7 +4,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,49 +21,64 @@ _REPLACEMENT = "\ufffd"  # the character that decoding writes for bytes that for
 _MAX_FIELD_NAME = 80  # a message repeats at most this many characters of a client's field name
 
 
-class ChatFormat:
-    """Objects of `/v1/chat/completions` for one request."""
+class _AnswerFormat:
+    """OpenAI's objects for the answers to one request."""
+
+    _id_prefix: ClassVar[str]
+    _object: ClassVar[str]
+    _chunk_object: ClassVar[str]
 
     def __init__(self, model: str, decoder: TokenDecoder) -> None:
         self._decoder = decoder
+        self._common = {"id": f"{self._id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def whole(self, pieces: Sequence[AnswerPiece], usage: dict[str, int]) -> dict[str, Any]:
+        """The object of a request that does not stream: one piece per choice."""
+        choices = [self._choice(piece) for piece in pieces]
+        return self._common | {"object": self._object, "choices": choices, "usage": usage}
+
+    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+        """The last chunk of a stream, for requests with `include_usage`."""
+        return self._common | {"object": self._chunk_object, "choices": [], "usage": usage}
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return self._common | {"object": self._chunk_object, "choices": [choice]}
+
+    def _choice(self, piece: AnswerPiece) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatFormat(_AnswerFormat):
+    """Objects of `/v1/chat/completions` for one request."""
+
+    _id_prefix, _object, _chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, model: str, decoder: TokenDecoder) -> None:
+        super().__init__(model, decoder)
         self._started_choices: set[int] = set()  # choices with a log-probability that was sent
-        self._common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def first_chunks(self, num_choices: int) -> list[dict[str, Any]]:
         """Chunks before the first text, which name the role."""
-        return [self._chunk(choice, {"role": "assistant", "content": ""}, None) for choice in range(num_choices)]
+        return [self._delta(choice, {"role": "assistant", "content": ""}) for choice in range(num_choices)]
 
     def chunks(self, piece: AnswerPiece) -> list[dict[str, Any]]:
         """Chunks of one piece."""
         chunks = []
         if piece.text or piece.logprobs:
-            chunks.append(self._chunk(piece.choice, {"content": piece.text}, None, self._logprobs(piece)))
+            chunks.append(self._delta(piece.choice, {"content": piece.text}, logprobs=self._logprobs(piece)))
         if piece.finish_reason is not None:
-            chunks.append(self._chunk(piece.choice, {}, piece.finish_reason))
+            chunks.append(self._delta(piece.choice, {}, piece.finish_reason))
         return chunks
 
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The last chunk, for requests with `include_usage`."""
-        return self._common | {"object": "chat.completion.chunk", "choices": [], "usage": usage}
-
-    def whole(self, pieces: Sequence[AnswerPiece], usage: dict[str, int]) -> dict[str, Any]:
-        """The object of a request that does not stream: one piece per choice."""
-        choices = [
-            {
-                "index": piece.choice,
-                "message": {"role": "assistant", "content": piece.text},
-                "logprobs": self._logprobs(piece),
-                "finish_reason": piece.finish_reason,
-            }
-            for piece in pieces
-        ]
-        return self._common | {"object": "chat.completion", "choices": choices, "usage": usage}
-
-    def _chunk(
-        self, choice: int, delta: dict[str, str], finish_reason: str | None, logprobs: dict[str, Any] | None = None
+    def _delta(
+        self, choice: int, delta: dict[str, str], finish_reason: str | None = None, logprobs: Any = None
     ) -> dict[str, Any]:
-        choices = [{"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]
-        return self._common | {"object": "chat.completion.chunk", "choices": choices}
+        return self._chunk({"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason})
+
+    def _choice(self, piece: AnswerPiece) -> dict[str, Any]:
+        message = {"role": "assistant", "content": piece.text}
+        logprobs = self._logprobs(piece)
+        return {"index": piece.choice, "message": message, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
     def _logprobs(self, piece: AnswerPiece) -> dict[str, Any] | None:
         if not piece.logprobs:
@@ -81,19 +96,15 @@ class ChatFormat:
         return {"token": text, "logprob": logprob, "bytes": data}
 
 
-class CompletionFormat:
+class CompletionFormat(_AnswerFormat):
     """Objects of `/v1/completions` for one request. Chunks have the form of whole answers."""
 
+    _id_prefix, _object, _chunk_object = "cmpl", "text_completion", "text_completion"
+
     def __init__(self, model: str, decoder: TokenDecoder) -> None:
-        self._decoder = decoder
+        super().__init__(model, decoder)
         self._num_characters: dict[int, int] = {}  # by choice: number of characters of the tokens that were sent
         self._incomplete: dict[int, list[int]] = {}  # by choice: tokens of the last character, if it is not complete
-        self._common = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
 
     def first_chunks(self, num_choices: int) -> list[dict[str, Any]]:
         """No chunks: a stream of completions begins with its text."""
@@ -101,15 +112,7 @@ class CompletionFormat:
 
     def chunks(self, piece: AnswerPiece) -> list[dict[str, Any]]:
         """Chunks of one piece."""
-        return [self._common | {"choices": [self._choice(piece)]}]
-
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The last chunk, for requests with `include_usage`."""
-        return self._common | {"choices": [], "usage": usage}
-
-    def whole(self, pieces: Sequence[AnswerPiece], usage: dict[str, int]) -> dict[str, Any]:
-        """The object of a request that does not stream: one piece per choice."""
-        return self._common | {"choices": [self._choice(piece) for piece in pieces], "usage": usage}
+        return [self._chunk(self._choice(piece))]
 
     def _choice(self, piece: AnswerPiece) -> dict[str, Any]:
         logprobs = self._logprobs(piece) if piece.logprobs else None
@@ -123,10 +126,7 @@ class CompletionFormat:
             texts.append(text)
             offsets.append(self._offset(piece.choice, token.token_id, None if data is None else text))
             top: dict[str, float] = {}
-            for (
-                token_id,
-                value,
-            ) in token.top:  # most probable first: if two tokens have the same text, the first one is kept
+            for token_id, value in token.top:  # of two tokens with the same text, the more probable one is kept
                 top.setdefault(self._decoder.token_text(token_id, is_first)[0], value)
             tops.append(top)
         own = [token.own for token in piece.logprobs]
@@ -189,29 +189,15 @@ class RequestError(HTTPException):
 
     def body(self) -> dict[str, Any]:
         """The error as a JSON object, in the form of OpenAI's servers."""
-        return {
-            "error": {
-                "message": _as_utf8(self.detail),
-                "type": self._type(),
-                "param": self.param and _as_utf8(self.param),
-                "code": self.code,
-            }
-        }
+        types = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = types.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
+        error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
+        # Half surrogate pairs, which JSON allows but UTF-8 does not, are escaped.
+        return {"error": {k: v and v.encode("utf-8", "backslashreplace").decode() for k, v in error.items()}}
 
     def response(self) -> JSONResponse:
         """The error as an HTTP response."""
         return JSONResponse(self.body(), self.status_code, self.headers)
-
-    def _type(self) -> str:
-        if self.status_code >= 500:
-            return "server_error"
-        types = {401: "authentication_error", 429: "rate_limit_error"}
-        return types.get(self.status_code, "invalid_request_error")
-
-
-def _as_utf8(text: str) -> str:
-    """Escape half surrogate pairs, which JSON allows but UTF-8 does not."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def add_error_handlers(app: FastAPI) -> None:

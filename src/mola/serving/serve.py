@@ -18,10 +18,9 @@ from mola.errors import MolaError
 from mola.generation import predicting
 from mola.generation.batching.forward import Adapters
 from mola.models.adapters import changes_base, check_adapter
-from mola.models.loading import check_adapter_fits
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import own_chats, warn_of_unknown_tokens
-from mola.options.fields import START, Group, option
+from mola.options.fields import START, Group, check_positive, option
 
 if TYPE_CHECKING:
     from mola.serving.server import Server
@@ -141,7 +140,8 @@ def _prepared_server(options: ServeOptions) -> Iterator[tuple["Server", Any, str
         )
     from mola.serving.server import bind, is_loopback, url_of
 
-    _check_batch(options)
+    # With sizes below 1 no answer would ever begin.
+    check_positive(max_batch_size=options.max_batch_size, max_batch_prefill_tokens=options.max_batch_prefill_tokens)
     api_key = _api_key(options)
     if options.adapter_root is not None and api_key is None:
         raise MolaError(f"`adapter_root` lets clients change what is served, so it needs a token. Set {_KEY_VARIABLE}.")
@@ -200,20 +200,10 @@ def _load_server(options: ServeOptions, folders: dict[str, str], api_key: str | 
     max_running = options.max_batch_size if max_total_tokens else 1
     queue = RequestQueue(adapters, engine, decoder, max_running, options.max_waiting, metrics)
 
-    def check_fits(folder: str) -> None:
-        check_adapter_fits(options.base_model, folder, options.trust_remote_code, options.gguf_file)
-
-    loader = AdapterLoader(options.adapter_root, jobs, queue, adapters, check_fits)
+    loader = AdapterLoader(options.adapter_root, options, jobs, queue, adapters)
     app = build_app(jobs, queue, loader, decoder, metrics, api_key, options.max_body_bytes)
     greeting = f"Serving {', '.join(names)} on {url}"
     return Server(app, queue, options.max_connections, options.shutdown_timeout, greeting)
-
-
-def _check_batch(options: ServeOptions) -> None:
-    """Refuse sizes below 1, with which no answer would ever begin."""
-    for name in ("max_batch_size", "max_batch_prefill_tokens"):
-        if getattr(options, name) < 1:
-            raise MolaError(f"`{name}` must be at least 1: got {getattr(options, name)}.")
 
 
 def _changes_base_model(options: ServeOptions, folders: dict[str, str]) -> bool:

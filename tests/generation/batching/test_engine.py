@@ -324,13 +324,6 @@ def test_an_adapter_that_was_disabled_stays_frozen(adapted):
     assert not any(parameter.requires_grad for parameter in adapted.parameters())
 
 
-def test_prompt_tuning_is_not_batched(tiny_model):
-    from peft import PromptTuningConfig
-
-    model = get_peft_model(tiny_model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert "before the prompt" in why_not_batched(model)
-
-
 def test_activated_loras_are_not_batched(tiny_model):
     """They look for their invocation tokens in what a forward pass is given: later one token."""
     model = get_peft_model(tiny_model, LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]))

@@ -46,7 +46,11 @@ def test_the_page_begins_with_the_template_of_the_training(options, monkeypatch,
     from mola.serving.demonstration import page
 
     begun = []
-    monkeypatch.setattr(page, "build_page", lambda answerer, text: begun.append(text.template) or closed())
+    monkeypatch.setattr(
+        page,
+        "build_page",
+        lambda answerer, base, template, count: begun.append(template) or SimpleNamespace(close=lambda verbose: None),
+    )
     monkeypatch.setattr(page, "launch", lambda *_: "")
     for asked, template in ((None, "meta"), ("vigogne", "vigogne")):
         Path(options.adapter, "run.json").write_text('{"template": "meta"}', encoding="utf-8")
@@ -58,10 +62,6 @@ def test_the_page_begins_with_the_template_of_the_training(options, monkeypatch,
     assert "password" not in caplog.text
     with running_demo(replace(options, template="meta", host="0.0.0.0")):
         assert "Anyone who reaches 0.0.0.0 can use this page: it asks for no password" in caplog.text
-
-
-def closed():
-    return SimpleNamespace(close=lambda verbose: None)
 
 
 def test_page_without_a_browser(options):

@@ -67,10 +67,10 @@ def running_demo(options: DemoOptions) -> Iterator[str]:
     template_for(template, tokenizer, options.adapter)  # raises before the weights load
     model = model_for(options, options.adapter)
     from mola.serving.demonstration.answering import Answerer
-    from mola.serving.demonstration.page import PageText, build_page, launch
+    from mola.serving.demonstration.page import build_page, launch
 
     answerer = Answerer(model, tokenizer, options.adapter)
-    page = build_page(answerer, PageText(options.base_model, options.adapter, template, options.max_new_tokens))
+    page = build_page(answerer, options.base_model, template, options.max_new_tokens)
     try:
         yield launch(page, options.host, options.port)
     finally:

@@ -1,7 +1,7 @@
 """The page of `mola demo`: prompt, sampling values, both answers side by side, and the experts behind one of them."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 
@@ -18,29 +18,18 @@ _ABOUT_EXPERTS = (
     "expert 1 of one layer has nothing to do with expert 1 of another."
 )
 _NO_ROUTERS = "<p>No module of this adapter has a router: it is no mixture of experts.</p>"
-_FONT, _FONT_MONO = (
-    ["system-ui", "sans-serif"],
-    ["monospace"],
-)  # installed fonts: the page loads none from other servers
+# Installed fonts: the page loads none from other servers.
+_THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 
 
-class PageText(NamedTuple):
-    """Names on the page, and the first values of its controls."""
-
-    base_model: str
-    adapter: str
-    template: str
-    max_new_tokens: int
-
-
-def build_page(answerer: Answerer, text: PageText) -> gr.Blocks:
-    """The page with its controls and their actions."""
+def build_page(answerer: Answerer, base_model: str, template: str, max_new_tokens: int) -> gr.Blocks:
+    """The page with its controls and their actions; the controls begin with this template and `max_new_tokens`."""
     with gr.Blocks(title="mola", analytics_enabled=False) as page:
-        gr.Markdown(f"# mola\nBase model `{text.base_model}`, adapter `{text.adapter}`")
+        gr.Markdown(f"# mola\nBase model `{base_model}`, adapter `{answerer.adapter}`")
         prompt = gr.Textbox(label="Instruction", lines=3, autofocus=True)
         choices = [*template_names(), _NO_TEMPLATE]
-        template = gr.Dropdown(choices, value=text.template, label="Template")
-        sampling = _sampling_controls(text.max_new_tokens)
+        chosen_template = gr.Dropdown(choices, value=template, label="Template")
+        sampling = _sampling_controls(max_new_tokens)
         with gr.Row():
             start, stop = gr.Button("Answer", variant="primary"), gr.Button("Stop")
         with gr.Row():
@@ -60,7 +49,7 @@ def build_page(answerer: Answerer, text: PageText) -> gr.Blocks:
             yield from _answers(answerer, *values)
 
         start.click(lambda: (None, _NO_ANSWER_YET, ""), None, [answer, by_layer, by_token], queue=False)
-        run = start.click(generate, [prompt, template, *sampling], [adapted, plain, answer], concurrency_limit=1)
+        run = start.click(generate, [prompt, chosen_template, *sampling], [adapted, plain, answer], concurrency_limit=1)
         tables = [answer, answer_with_experts, kind, layer, part], [by_layer, by_token]
         find_experts = run.success(
             lambda answer: _find_experts(answerer, answer), [answer], [answer_with_experts, kind, layer]
@@ -74,7 +63,6 @@ def build_page(answerer: Answerer, text: PageText) -> gr.Blocks:
 
 def launch(page: gr.Blocks, host: str, port: int) -> str:
     """Start to serve a page on other threads; returns its address."""
-    theme = gr.themes.Default(font=_FONT, font_mono=_FONT_MONO)
     _, url, _ = page.queue().launch(
         server_name=host,
         server_port=port,
@@ -83,7 +71,7 @@ def launch(page: gr.Blocks, host: str, port: int) -> str:
         quiet=True,
         prevent_thread_lock=True,
         footer_links=[],
-        theme=theme,
+        theme=_THEME,
         ssr_mode=False,
     )
     return url
