@@ -52,9 +52,10 @@ def parse(
             options contradict each other.
         SystemExit: after `--help`.
     """
-    arguments, recipe = _take_config(list(arguments))
+    arguments, types = list(arguments), get_type_hints(options_class)
     if bare_no:
-        arguments = _spell_out_bare_no(arguments, options_class)
+        spelled = {f"--no{name}": f"--{name}=false" for name, kind in types.items() if kind is bool}
+        arguments = [spelled.get(word, word) for word in arguments]
     parser, flags = _make_parser(options_class, prog, summary)
     config = parser.add_argument("--config", metavar="RECIPE.yaml", help="Read options from a YAML file; flags win.")
     flags |= {"--config": config}
@@ -63,8 +64,8 @@ def parse(
         end = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments)) if is_list else 1
         arguments = [f"--{positional}", *arguments[:end], *arguments[end:]]
     _check_words(arguments, flags)
+    recipe = _find_recipe(arguments)
     if recipe is not None:
-        types = get_type_hints(options_class)
         arguments = _flags_of_mapping(read_recipe(recipe), recipe, parser, flags, types) + arguments
     arguments = _expand_home(arguments)
     _, stray = parser.parse_known_args(arguments)
@@ -132,20 +133,15 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
-def _take_config(arguments: list[str]) -> tuple[list[str], str | None]:
-    """The arguments without `--config`, and the path of the recipe, or None."""
+def _find_recipe(arguments: Sequence[str]) -> str | None:
+    """The path after `--config`, or None."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = _raise_error  # type: ignore[method-assign]
     parser.add_argument("--config", action="append", default=[])
-    # Once `--config` is removed, a stray word after its value would become part of a list before `--config`.
-    for place, word in enumerate(arguments):
-        after = place + 2 if word == "--config" else place + 1 if word.startswith("--config=") else len(arguments)
-        if place and after < len(arguments) and not arguments[after].startswith("-"):
-            raise MolaError(_unknown(arguments[after], {}))
-    found, rest = parser.parse_known_args(arguments)
-    if len(found.config) > 1:
-        raise MolaError(f"`--config` must be given once: got {', '.join(found.config)}. Put them into one file.")
-    return rest, next(map(os.path.expanduser, found.config), None)
+    recipes = parser.parse_known_args(arguments)[0].config
+    if len(recipes) > 1:
+        raise MolaError(f"`--config` must be given once: got {', '.join(recipes)}. Put them into one file.")
+    return os.path.expanduser(recipes[0]) if recipes else None
 
 
 def _make_parser(
@@ -176,12 +172,6 @@ _json_mapping.__name__ = "JSON mapping"  # argparse shows the name in messages
 
 def _raise_error(message: str) -> NoReturn:
     raise MolaError(f"{message.rstrip('.')}. Run the command with --help for the list of options.")
-
-
-def _spell_out_bare_no(arguments: Sequence[str], options_class: Any) -> list[str]:
-    switches = [name for name, kind in get_type_hints(options_class).items() if kind is bool]
-    spelled = {f"--no{name}": f"--{name}=false" for name in switches}
-    return [spelled.get(word, word) for word in arguments]
 
 
 def _check_words(arguments: Sequence[str], flags: Mapping[str, Action]) -> None:

@@ -9,7 +9,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import quote
 
@@ -48,9 +48,7 @@ def build_app(
     """The ASGI application; see `RequestMiddleware` for the last two arguments."""
     # No redirects: they would lead to the address that the client wrote as `Host`.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.add_middleware(
-        RequestMiddleware, api_key=api_key, max_body_bytes=max_body_bytes, count_response=metrics.count_response
-    )
+    app.add_middleware(RequestMiddleware, api_key=api_key, max_body_bytes=max_body_bytes, metrics=metrics)
     add_error_handlers(app)
     start = int(time.time())
     tokenizing = asyncio.Lock()
@@ -190,16 +188,11 @@ class RequestMiddleware:
         app: the application.
         api_key: token that clients must send; None if they need none.
         max_body_bytes: size of the largest body.
-        count_response: is called with the status of every response.
+        metrics: counts the responses.
     """
 
-    def __init__(
-        self, app: ASGIApp, api_key: str | None, max_body_bytes: int, count_response: Callable[[int], None]
-    ) -> None:
-        self._app = app
-        self._api_key = api_key
-        self._max_body_bytes = max_body_bytes
-        self._count_response = count_response
+    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int, metrics: Metrics) -> None:
+        self._app, self._api_key, self._max_body_bytes, self._metrics = app, api_key, max_body_bytes, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -220,7 +213,7 @@ class RequestMiddleware:
         try:
             await app(scope, self._limit_body(receive), send_and_note_status)
         finally:
-            self._count_response(status)
+            self._metrics.responses.labels(str(status)).inc()
             # The query and the headers may hold a token, so the log has neither. A path may hold line breaks.
             path = quote(scope["path"][:_MAX_LOGGED_PATH])
             logger.info("%s %s %d %.2f s", scope["method"], path, status, time.monotonic() - start)

@@ -254,7 +254,8 @@ class RequestQueue:
         # `SingleEngine` accepts rows only between two answers. Until then the rows of cancelled requests would pile up.
         request.rows.clear()
         now, is_finished = time.monotonic(), not request.num_open
-        self._metrics.request_ended(request.model, "finished" if is_finished else "unfinished", now - request.submitted)
+        self._metrics.requests.labels(request.model, "finished" if is_finished else "unfinished").inc()
+        self._metrics.request_seconds.observe(now - request.submitted)
         if request.started is not None and is_finished:
             # Several requests run side by side, so a place becomes free sooner than one request takes.
             seconds = (now - request.started) / (1 + self.counts()["running"])
