@@ -2,10 +2,7 @@
 
 import importlib
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -45,7 +42,6 @@ def files(tmp_path_factory):
         "broken.json": '[{"a": 1},\n{"b": }]',
         "broken.jsonl": '{"a": 1}\n{"b": 2}\n{"c"\n',
         "typo.yaml": "learning_rat: 1",
-        "list.yaml": "- learning_rate",
         "broken.yaml": "a: [1\nb: }",
         "twice.yaml": "seed: 1\nseed: 2",
         "dashes.yaml": "learning_rate: 1\nlearning-rate: 2",
@@ -67,21 +63,14 @@ def command(**options) -> list[str]:
 # the message has to say.
 WRONG = [
     ({"num_experts": "2,4,6"}, ["`num_experts`", "3 entries", "4 layers"]),
-    ({"num_experts": "2", "top_k": "3"}, ["`top_k`", "top_k 3", "num_experts 2"]),
     ({"num_experts": "2468", "top_k": "4"}, ["`top_k`", "layer 0"]),
     *(
         ({name: value}, [f"`{name}` must", value])
-        for name in ("r", "top_k", "num_experts")
-        for value in ("0", "-1", "1.5", "many")
+        for name, value in (("r", "0"), ("top_k", "many"), ("num_experts", "1.5"))
     ),
     ({"target_modules": "q_prj"}, ["`target_modules`", "'q_prj'", "'q_proj'", "down_proj"]),
-    ({"target_modules": "q_proj,nosuch"}, ["`target_modules`", "'nosuch'"]),
-    ({"target_modules": r".*nosuch\.(q|v)_proj"}, ["`target_modules`", "nosuch"]),
     ({"modules_to_save": "lm_head,nosuch"}, ["`modules_to_save`", "nosuch", "embed_tokens"]),
-    ({"lora_alpha": 0}, ["`lora_alpha`", "above 0"]),
     ({"lora_dropout": 1.5}, ["`lora_dropout`", "1.5"]),
-    ({"router_aux_loss_coef": -1}, ["`router_aux_loss_coef`"]),
-    ({"router_aux_loss_reduction": "sum"}, ["`router_aux_loss_reduction`", "'sum'", "layer"]),
     ({"data": "{files}/nosuch.json"}, ["`data`", "nosuch.json", "does not exist"]),
     ({"data": None}, ["`data`", "--data"]),
     ({"data": "{files}/broken.json"}, ["broken.json", "line 2"]),
@@ -107,29 +96,24 @@ WRONG = [
     ({"config": "{files}/nosuch.yaml"}, ["`config`", "nosuch.yaml"]),
     ({"config": "{files}"}, ["`config`", "cannot be read"]),
     ({"config": "{files}/broken.yaml"}, ["broken.yaml", "line 1"]),
-    ({"config": "{files}/list.yaml"}, ["must be a mapping", "learning_rate"]),
     ({"config": "{files}/empty.yaml"}, ["must be a mapping", "None"]),
     ({"config": "{files}/twice.yaml"}, ["'seed'", "twice"]),
     ({"config": "{files}/dashes.yaml"}, ["`learning-rate`", "dashes.yaml", "twice"]),
     ({"config": "{files}/no_value.yaml"}, ["`learning_rate`", "needs a value"]),
     ({"adapter": "{files}", "num_experts": 2}, ["`adapter`", "`num_experts`"]),
     ({"adapter": "{files}"}, ["`adapter`", "adapter_config.json"]),
-    ({"adapter": "{files}", "lora_alpha": 8}, ["`adapter`", "`lora_alpha`"]),
     ({"resume_from_checkpoint": "{files}/nosuch"}, ["`resume_from_checkpoint`", "nosuch", "does not exist"]),
     ({"resume_from_checkpoint": "{files}"}, ["`resume_from_checkpoint`", "adapter_config.json"]),
     ({"resume_from_checkpoint": "last"}, ["'last'", "no complete checkpoint"]),
     ({"warmup_steps": 100}, ["`warmup_steps`", "100 steps", "run of 6"]),
     ({"warmup_steps": -1}, ["`warmup_steps`", "-1"]),
     ({"per_device_train_batch_size": 0}, ["`per_device_train_batch_size`", "0"]),
-    ({"per_device_train_batch_size": -2}, ["`per_device_train_batch_size`", "-2"]),
     ({"per_device_eval_batch_size": 0}, ["`per_device_eval_batch_size`", "0"]),
     ({"gradient_accumulation_steps": 0}, ["`gradient_accumulation_steps`", "0"]),
     ({"num_train_epochs": 0}, ["`num_train_epochs`", "0"]),
     ({"max_steps": 0}, ["`max_steps`", "0"]),
-    ({"learning_rate": -1}, ["`learning_rate`", "-1"]),
     ({"learning_rate": "nan"}, ["`learning_rate`", "nan"]),
     ({"logging_steps": "inf"}, ["`logging_steps`", "inf"]),
-    ({"logging_steps": -10}, ["`logging_steps`", "-10"]),
     ({"save_strategy": "steps", "save_steps": 0}, ["`save_steps`", "above 0"]),
     ({"eval_strategy": "steps", "eval_steps": "nan"}, ["`eval_steps`", "nan"]),
     ({"weight_decay": -1}, ["`weight_decay`", "-1"]),
@@ -141,7 +125,6 @@ WRONG = [
     ),
     ({"learning_rate": "fast"}, ["learning_rate", "'fast'"]),
     ({"dtype": "float8"}, ["`dtype`", "'float8'", "bfloat16"]),
-    ({"eval_strategy": "sometimes"}, ["sometimes", "epoch"]),
     ({"save_strategy": "sometimes"}, ["sometimes", "epoch"]),
     ({"save_strategy": "steps"}, ["`load_best_model_at_end`", "epoch", "steps"]),
     ({"save_steps": 2}, ["`save_steps`", "--save_strategy steps"]),
@@ -152,7 +135,6 @@ WRONG = [
     ),
     ({"metric_for_best_model": "accuracy"}, ["`metric_for_best_model`", "'accuracy'"]),
     ({"validation_size": 10}, ["`validation_size`", "10"]),
-    ({"validation_size": 0.99}, ["`validation_size`", "0.99"]),
     ({"validation_size": 1.5}, ["`validation_size`", "1.5"]),
     ({"validation_size": -1}, ["`validation_size`", "-1"]),
     ({"validation_size": 2, "eval_split": "test"}, ["`validation_size`", "2", "`eval_split`", "'test'"]),
@@ -161,7 +143,6 @@ WRONG = [
     ({"lr_scheduler_type": "zigzag"}, ["lr_scheduler_type", "'zigzag'", "cosine"]),
     ({"lr_scheduler_kwargs": '{"a":'}, ["JSON", '{"a":']),
     ({"liger_kernel_config": '{"a":'}, ["--liger_kernel_config", "JSON mapping", '{"a":']),
-    ({"optim": "guess"}, ["optim", "'guess'"]),
     ({"report_to": "nosuch"}, ["`report_to`", "nosuch"]),
     ({"train_on_inputs": "maybe"}, ["train_on_inputs", "maybe"]),
     ({"eval_limit": 0}, ["`eval_limit`", "0"]),
@@ -209,7 +190,6 @@ def test_train_refuses_wrong_input_before_weights_load(changes, parts, files, no
         (["--config", "a.yaml", "--config=b.yaml"], "`--config` must be given once: got a.yaml, b.yaml"),
         (["--learning_r", "1"], "no flag --learning_r."),
         (["--outptu_dir=x"], "no flag --outptu_dir. Did you mean --output_dir"),
-        (["--outptu-dir", "x"], "no flag --outptu-dir. Did you mean --output_dir"),
     ],
 )
 def test_train_refuses_stray_words_and_unknown_flags(words, part, capsys):
@@ -248,21 +228,6 @@ def test_messages_of_libraries_become_one_line(no_weights_dir, files, tmp_path, 
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.slow
-def test_exit_code_of_the_program_is_2_for_wrong_input(files, no_weights_dir, tmp_path):
-    arguments = command(
-        base_model=no_weights_dir, data=files / "prepared.json", output_dir=tmp_path / "run", num_experts="2,4,6"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, "-m", "mola", "train", *arguments], capture_output=True, text=True, env=environment
-    )
-    assert process.returncode == 2
-    assert process.stdout == ""
-    (line,) = process.stderr.splitlines()
-    assert line.startswith("mola train: error: `num_experts`")
-
-
 # ---------------------------------------------------------------------- flags and recipes
 
 
@@ -270,12 +235,10 @@ def parse_train(*arguments: str) -> TrainOptions:
     return parse(TrainOptions, ["--output_dir", "run", "--dtype", "float32", *arguments], prog="mola train")
 
 
-@pytest.mark.parametrize("value", ["false", "False", "no", "0"])
-@pytest.mark.parametrize("form", ["--train_on_inputs={}", "--train-on-inputs={}", "--train_on_inputs {}"])
-def test_false_is_false(form, value):
-    assert parse_train(*form.format(value).split()).train_on_inputs is False
+@pytest.mark.parametrize("words", ["--train_on_inputs=False", "--train-on-inputs=no", "--train_on_inputs 0"])
+def test_false_is_false(words):
+    assert parse_train(*words.split()).train_on_inputs is False
     assert parse_train("--train_on_inputs").train_on_inputs is True
-    assert parse_train(f"--add_eos_token={value}").add_eos_token is False
 
 
 def test_dashes_and_underscores_are_the_same():

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,12 +83,6 @@ def test_program_of_the_user_with_the_name_of_a_script_has_everything(tmp_path):
     program = tmp_path / "mola_training.py"
     program.write_text("import mola\nfrom peft import PeftType\nprint(PeftType('MOLA'))\n", encoding="utf-8")
     assert "MOLA" in run(program).stdout
-
-
-def test_renamed_script_is_still_one(tmp_path, monkeypatch):
-    shutil.copy(ROOT / "scripts" / "mola_training.py", tmp_path / "mine.py")
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "mine.py")])
-    assert is_mola_command()
 
 
 CHECK = """

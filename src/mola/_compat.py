@@ -31,8 +31,7 @@ def own_tokenizers() -> dict[str, Any]:
 
 
 def has_activation_checkpointing() -> bool:
-    """Whether `TrainingArguments` has `activation_checkpointing`: Transformers before 5.21 call it
-    `gradient_checkpointing`."""
+    """Whether `TrainingArguments` has `activation_checkpointing`, as since Transformers 5.21."""
     from transformers import TrainingArguments
 
     return hasattr(TrainingArguments, "activation_checkpointing_kwargs")

@@ -6,6 +6,7 @@ A library must not change the environment and the messages of its host program, 
 import ctypes
 import logging
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -15,7 +16,6 @@ KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"}
 """The effect of `keep_freed_memory` as environment variables, for a process that is yet to be started."""
 SET: list[str] = []
 """Names of the environment variables that `set_up_command` has set."""
-_MALLOPT = {-1: -1, -4: 0}  # M_TRIM_THRESHOLD: never trim; M_MMAP_MAX: no block outside the heap
 _PROGRAMS = ("mola", "mola.exe", "mola-script.py")
 _SCRIPT_LINE = "from mola.cli import run_script"
 
@@ -26,7 +26,7 @@ def is_mola_command() -> bool:
     A script is recognised by its text and not by its name: users have programs with the same names.
     """
     program = Path(sys.argv[0] if sys.argv else "")
-    if program.name == "-m":  # what Python puts there while it imports the package of the module that it will run
+    if program.name == "-m":  # Python is importing the package of the module that it will run
         return "mola" in sys.orig_argv or "mola.cli" in sys.orig_argv
     if program.suffix != ".py" or program.name in _PROGRAMS:
         return program.name in _PROGRAMS
@@ -37,7 +37,7 @@ def is_mola_command() -> bool:
 
 
 def set_up_command() -> None:
-    """Set what makes a mola command faster and quieter; call this before torch is imported.
+    """Make a mola command faster and quieter; call this before torch is imported.
 
     - OpenMP threads wait passively, unless the user has chosen otherwise: a thread that spins at a barrier can make a
       step of one second take a minute when other programs hold the cores.
@@ -62,14 +62,9 @@ def keep_freed_memory() -> bool:
     """
     is_chosen = any(name in os.environ for name in MALLOC_VARIABLES)
     has_other_allocator = "alloc" in os.environ.get("LD_PRELOAD", "")  # such as jemalloc, tcmalloc or mimalloc
-    if is_chosen or has_other_allocator or not _is_glibc():
+    if is_chosen or has_other_allocator or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all(mallopt(name, value) == 1 for name, value in _MALLOPT.items())
-
-
-def _is_glibc() -> bool:
-    try:
-        return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
-    except (AttributeError, ValueError, OSError):  # not Unix, or a different C library
-        return False
+    never_trim = mallopt(-1, -1)  # M_TRIM_THRESHOLD
+    no_block_outside_the_heap = mallopt(-4, 0)  # M_MMAP_MAX
+    return bool(never_trim and no_block_outside_the_heap)

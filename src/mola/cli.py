@@ -1,4 +1,4 @@
-"""`mola <command>`: find the command, parse its options, run it.
+"""`mola <command>`: finds the command in the table `COMMANDS`, parses its options and runs it.
 
 Invalid input and file errors print one line and exit with code 2. Any other exception keeps its traceback.
 """
@@ -9,7 +9,7 @@ import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ _LESS_MEMORY = (
 
 
 class Command(NamedTuple):
-    """Where to find the code of a command, and how to describe it."""
+    """Where the code of a command is, and how the help text describes the command."""
 
     module: str  # its function `main` runs the command
     options: str  # name of the options dataclass in the module
@@ -92,41 +92,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for invalid input, 130 after an interrupt, 141 if the reading end of a pipe was closed.
     """
-    try:
-        return _main(list(sys.argv[1:] if arguments is None else arguments))
-    except BrokenPipeError:
-        return close_output()
-
-
-def _main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_usage(), flush=True)
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
-        print(f"mola {__version__}", flush=True)
-        return 0
-    name, *rest = arguments
-    if name == "with":
-        return _run_with(rest)
-    if name not in COMMANDS:
-        print(f"mola: error: there is no command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    return run(name, rest)
-
-
-def _run_with(arguments: Sequence[str]) -> int:
-    from mola.integrations import with_program
-
-    try:
-        return with_program.main(arguments)
-    except MolaError as error:
-        print(f"mola with: error: {error}", file=sys.stderr)
-        return 2
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in COMMANDS:
+        return run(words[0], words[1:])
+    if words and words[0] == "with":
+        return _exit_code("mola with", lambda: _run_with(words[1:]))
+    return _exit_code("mola", lambda: _print_usage_or_version(words))
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run one command. Returns its exit code, like `main`."""
-    return _run(COMMANDS[name], arguments, f"mola {name}")
+    return _exit_code(f"mola {name}", lambda: _run(COMMANDS[name], arguments, f"mola {name}"))
 
 
 def run_script(module: str, options: str, summary: str, *, bare_no: bool = False) -> int:
@@ -141,29 +117,14 @@ def run_script(module: str, options: str, summary: str, *, bare_no: bool = False
     Returns:
         The exit code, like `main`.
     """
-    return _run(Command(module, options, summary), sys.argv[1:], Path(sys.argv[0]).name, bare_no=bare_no)
+    command, name = Command(module, options, summary), Path(sys.argv[0]).name
+    return _exit_code(name, lambda: _run(command, sys.argv[1:], name, bare_no=bare_no))
 
 
-def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool = False) -> int:
+def _exit_code(name: str, work: Callable[[], int]) -> int:
+    """The exit code that `work` returns, or that of an error, which is printed in one line after the name."""
     try:
-        from mola.options.parsing import parse  # imports Transformers, which the list of commands does not need
-
-        logging.basicConfig(format="%(message)s", stream=sys.stderr)
-        logging.getLogger("mola").setLevel(logging.INFO)
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # like stderr
-        # PEFT reads a property of Transformers by its old name.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        module = importlib.import_module(command.module)
-        options = parse(
-            getattr(module, command.options),
-            arguments,
-            prog=name,
-            summary=command.summary,
-            positional=command.positional,
-            bare_no=bare_no,
-        )
-        with explain_out_of_memory(_LESS_MEMORY):
-            code: int = module.main(options)
+        code = work()
         sys.stdout.flush()  # so that a broken pipe is noticed here
         return code
     except BrokenPipeError:
@@ -176,15 +137,49 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool
         return 130
 
 
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    lines.append(
-        f"  {'with':<{width}}  run a different program (transformers, lm_eval, accelerate ...) with mola registered"
+def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool = False) -> int:
+    from mola.options.parsing import parse  # imports Transformers, which the list of commands does not need
+
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("mola").setLevel(logging.INFO)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # like stderr
+    # PEFT reads a property of Transformers by its old name.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    module = importlib.import_module(command.module)
+    options = parse(
+        getattr(module, command.options),
+        arguments,
+        prog=name,
+        summary=command.summary,
+        positional=command.positional,
+        bare_no=bare_no,
     )
-    return "\n".join(
-        ["usage: mola COMMAND [--config RECIPE.yaml] [--flag value ...]", "", *lines, "", "mola COMMAND --help"]
-    )
+    with explain_out_of_memory(_LESS_MEMORY):
+        code: int = module.main(options)
+    return code
+
+
+def _run_with(arguments: Sequence[str]) -> int:
+    from mola.integrations import with_program
+
+    return with_program.main(arguments)
+
+
+def _print_usage_or_version(words: Sequence[str]) -> int:
+    if words and words[0] == "--version":
+        print(f"mola {__version__}")
+    elif not words or words[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print("usage: mola COMMAND [--config RECIPE.yaml] [--flag value ...]\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<{width}}  {command.summary}")
+        print(
+            f"  {'with':<{width}}  run a different program (transformers, lm_eval, accelerate ...) with mola registered"
+        )
+        print("\nmola COMMAND --help")
+    else:
+        raise MolaError(f"there is no command {words[0]!r}; the commands are {', '.join(COMMANDS)}")
+    return 0 if words else 2
 
 
 if __name__ == "__main__":

@@ -180,26 +180,22 @@ def test_good_targets_pass(targets):
 
 
 def test_missing_names_are_listed_with_close_spellings():
-    with pytest.raises(MolaError) as caught:
-        check_target_modules(tiny_llama(), ["q_proj", " v_proj", "gateproj", "zzz"])
-    assert str(caught.value) == (
-        "`target_modules` must all exist in the model, these do not: ' v_proj' (did you mean 'v_proj'?), "
-        "'gateproj' (did you mean 'gate_proj'?), 'zzz'. Linears of this model: q_proj, k_proj, v_proj, "
-        "o_proj, gate_proj, up_proj, down_proj, lm_head."
+    message = (
+        r"these do not: ' v_proj' \(did you mean 'v_proj'\?\), 'zzz'\. Linears of this model: q_proj, k_proj, v_proj"
     )
+    with pytest.raises(MolaError, match=message):
+        check_target_modules(tiny_llama(), ["q_proj", " v_proj", "zzz"])
 
 
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
         ([], "got an empty list"),
-        (["proj"], "these do not: 'proj'"),
         (["embed_tokens"], "matches 'model.embed_tokens' .Embedding"),
-        (["mlp"], "matches 'model.layers.0.mlp' .LlamaMLP"),
         (["q_proj", "input_layernorm"], "LlamaRMSNorm"),
         (r".*\.x_proj", "matches nothing"),
         (r".*\.0\..*", "matches 'model.layers.0.self_attn' .LlamaAttention"),
-        ("q_proj", r"pass a list: \['q_proj'\]"),
+        ("q_proj", "For module names pass a list"),
         ("(q_proj", "must be a regular expression"),
     ],
 )

@@ -1,6 +1,5 @@
 """The layer against a plain loop over experts, in values and gradients, and what it costs."""
 
-import copy
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,7 @@ from tests.grids import slow
 from .counting import CountOperators
 from .test_routing import sigmoid_router
 
-GRID = [(1, 1), (2, 1), (2, 2), (5, 1), (5, 2), (5, 5)]
+GRID = [(1, 1), (5, 2), (5, 5), *slow((2, 1), (2, 2), (5, 1))]
 TOLERANCES = [(torch.float64, 1e-10, 1e-10), (torch.float32, 1e-5, 1e-5), (torch.bfloat16, 2e-2, 2e-2)]
 
 
@@ -65,7 +64,7 @@ def test_another_router_of_the_table(num_tokens, training, monkeypatch):
 
 @pytest.mark.parametrize(("num_experts", "top_k"), GRID)
 @pytest.mark.parametrize(("dtype", "atol", "rtol"), TOLERANCES)
-@pytest.mark.parametrize("shape", [(2, 8, 16), (3, 7, 16), (5, 16), (16,)])
+@pytest.mark.parametrize("shape", [(3, 7, 16), (16,)])
 def test_equals_the_loop(num_experts, top_k, dtype, atol, rtol, shape):
     layer = make(num_experts, top_k, dtype=dtype)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -128,11 +127,10 @@ def test_another_forward_in_place_of_the_base_layers_is_called():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(5, 16), (2, 5, 16)], ids=str)
-def test_its_output_may_be_changed_in_place(shape, dtype):
+def test_its_output_may_be_changed_in_place(dtype):
     layer = make(dtype=dtype)
     layer.base_layer.requires_grad_(False)
-    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    x = torch.randn(2, 5, 16, dtype=dtype, requires_grad=True)
     (expected,) = torch.autograd.grad((layer(x) * 2).float().sum(), x)
     torch.testing.assert_close(torch.autograd.grad(layer(x).mul_(2).float().sum(), x)[0], expected)
 
@@ -252,18 +250,9 @@ def test_the_counter_notices_a_sync():
     assert counter.syncs
 
 
-def test_deepcopy_is_independent():
-    layer = make()
-    other = copy.deepcopy(layer)
-    with torch.no_grad():
-        other.mola_A["default"].zero_()
-    assert layer.mola_A["default"].any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
-def test_experts_on_a_base_of_8_bits_are_not_rounded_to_it(dtype):
+def test_experts_on_a_base_of_8_bits_are_not_rounded_to_it():
     base = nn.Linear(16, 8, bias=False)
-    base.weight = nn.Parameter(base.weight.detach().to(dtype), requires_grad=False)
+    base.weight = nn.Parameter(base.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     layer = MolaLinear(base, "default", ExpertSettings(3, 2, 2, 16.0))
     for part in (layer.mola_A, layer.mola_B, layer.mola_router):
         assert part["default"].dtype == torch.float32

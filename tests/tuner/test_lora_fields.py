@@ -158,7 +158,7 @@ def test_a_peft_that_ties_nothing_is_refused():
         ({"rank_pattern": [3]}, r"must map names of modules to numbers, .*: got \[3\]"),
         ({"init_lora_weights": "pissa_niter_4"}, "got 'pissa_niter_4'"),
         ({"init_lora_weights": 1}, "got 1"),
-        ({"use_rslora": 1}, "`use_rslora` must be True or False, got 1"),
+        ({"use_rslora": 1}, r"`use_rslora` must be one of \[False, True\], got 1"),
     ],
 )
 def test_impossible_values_are_refused(settings, message):

@@ -340,8 +340,8 @@ def test_trainable_tokens_of_some_adapters(active):
         ([], "Length of `adapter_names` .* got 0 and 3"),
         (["wide"] * 6, "Length of `adapter_names` .* got 6 and 3"),
         (["wide", "typo", "other"], "non-existing adapter.*: other, typo"),
-        ("wide", "must be a list"),
-        (["wide", None, BASE], "must be a list"),
+        ("wide", "non-existing adapter.*: d, e, i, w"),
+        (["wide", None, BASE], "non-existing adapter.*: None"),
     ],
 )
 def test_names_that_do_not_fit_the_batch(model, names, message):

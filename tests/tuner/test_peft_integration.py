@@ -76,12 +76,6 @@ def test_many_experts_everywhere_load_again(base, inputs, tmp_path):
     assert torch.equal(logits(again, inputs), logits(model, inputs))
 
 
-def test_low_cpu_mem_usage(base, inputs, saved):
-    folder, expected = saved
-    model = PeftModel.from_pretrained(clone(base), folder, low_cpu_mem_usage=True)
-    assert torch.equal(logits(model, inputs), expected)
-
-
 def test_low_cpu_mem_usage_rounds_nothing(base, inputs, tmp_path):
     """On a base in half precision, whose dtype PEFT casts to once more after loading."""
     torch.manual_seed(5)
@@ -253,16 +247,6 @@ def test_disable_adapter(base, inputs):
     assert torch.equal(logits(model, inputs), before)
 
 
-def test_every_attention_gives_the_same_logits(base, inputs):
-    model = get_peft_model(clone(base), random_config())
-    found = {}
-    for name in ("eager", "sdpa"):
-        model.base_model.model.set_attn_implementation(name)
-        assert model.config._attn_implementation == name
-        found[name] = logits(model, inputs)[inputs["attention_mask"].bool()]
-    torch.testing.assert_close(found["eager"], found["sdpa"], atol=1e-5, rtol=1e-5)
-
-
 def test_greedy_generation_with_and_without_cache(base, inputs):
     model = get_peft_model(clone(base), random_config()).eval()
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -343,7 +327,7 @@ def test_merging_a_mixture_is_refused_and_changes_nothing(base, inputs):
     assert not any(module.merged for module in model.modules() if isinstance(module, MolaLinear))
 
 
-@pytest.mark.parametrize("name", ["num_experts", "top_k", "r", "lora_alpha"])
+@pytest.mark.parametrize("name", ["num_experts", "lora_alpha"])
 def test_missing_field_in_the_checkpoint(base, saved, name):
     folder, _ = saved
     path = folder / "adapter_config.json"
@@ -418,27 +402,17 @@ def test_mixing_with_another_method_is_refused(base):
     [
         ({"target_modules": ["q_porj"]}, "q_porj.*q_proj"),
         ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
         ({"num_experts": [2, 2, 2]}, "3 entries.*4 layers"),
         ({"num_experts": 2, "top_k": 3}, "top_k"),
-        ({"num_experts": 0}, "num_experts"),
-        ({"r": -1}, "`r` must"),
-        ({"top_k": 0}, "top_k"),
-        ({"lora_alpha": 0}, "lora_alpha"),
-        ({"lora_dropout": 1.0}, "lora_dropout"),
-        ({"router_aux_loss_coef": -1e-3}, "router_aux_loss_coef"),
         ({"router_aux_loss_reduction": "sum"}, "router_aux_loss_reduction"),
         ({"router": "soft"}, r"`router` must be one of \['top_k_softmax'\], got 'soft'"),
         ({"target_modules": [" q_proj"]}, "' q_proj' .did you mean 'q_proj'"),
         ({"bias": "lora_only"}, "bias"),
         ({"init_lora_weights": "zero"}, "`init_lora_weights` must be one of"),
-        ({"target_modules": 7}, "`target_modules` must be a list of module names, or text: got 7"),
+        ({"target_modules": 7}, "`target_modules` must be a list of names: got 7"),
         ({"target_modules": []}, "`target_modules` must be a non-empty list"),
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "need `target_modules` as a list of names"),
-        ({"target_modules": r"model\..*q_proj", "layers_to_transform": [0]}, r"as a list of names, got 'model"),
-        ({"target_modules": "all-linear", "layers_to_transform": [0]}, "as a list of names, got 'all-linear'"),
         ({"target_modules": ["q_proj"], "layers_to_transform": []}, r"non-empty list of layer numbers: got \[\]"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": "3"}, "non-empty list of layer numbers: got '3'"),
         (
             {"target_modules": ["q_proj"], "layers_to_transform": [0, -1]},
             r"non-empty list of layer numbers: got \[0, -1\]",
@@ -505,11 +479,6 @@ def test_the_default_fits_a_model_of_any_depth(num_layers, experts, tmp_path):
     loaded = PeftModel.from_pretrained(tiny_llama(num_layers=num_layers), tmp_path).eval()
     ids = token_batch()["input_ids"]
     assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
-
-
-def test_written_digits_need_a_layer_each():
-    with pytest.raises(MolaError, match=r"4 digits \('2468'\), the model has 2 layers"):
-        get_peft_model(tiny_llama(num_layers=2), MolaConfig(num_experts="2468"))
 
 
 def test_a_number_set_after_construction_is_no_default():

@@ -77,10 +77,10 @@ def assert_same_gradients(ours, expected, tolerance=1e-5):
         assert (ours[name] - gradient).abs().max() / scale < tolerance, name
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize(("padding", "prompt"), [(0, 0), (4, 0), (4, 3)])
-def test_module_reduction_counts_only_positions_that_are_trained(top_k, padding, prompt):
-    model = make(top_k=top_k)
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"num_experts": 4, "top_k": [1, 2, 3, 4]}], ids=str)
+@pytest.mark.parametrize(("padding", "prompt"), [(0, 0), (4, 3)])
+def test_module_reduction_counts_only_positions_with_a_label(options, padding, prompt):
+    model = make(**options)
     batch = token_batch(padding=padding, prompt=prompt)
     model(**batch)
     labels = batch["labels"]
@@ -158,18 +158,6 @@ def test_routers_of_equal_shape_are_one_stack():
     assert counted[0] <= 40 + 2 * 14
 
 
-def test_as_many_experts_but_another_top_k_is_another_stack():
-    config = random_config(num_experts=4, top_k=[1, 2, 3, 4], router_aux_loss_coef=COEF)
-    model = get_peft_model(tiny_llama(), config).train()
-    batch = token_batch()
-    counted = torch.ones_like(batch["labels"], dtype=torch.bool)
-    counted[:, -1] = False
-    terms = reference_terms(model, batch, counted)
-    expected = [reference_balance(logits, module.top_k["default"]) for module, logits in terms]
-    model(**batch)
-    torch.testing.assert_close(model.get_balance_loss(), torch.stack(expected).mean())
-
-
 class Event:
     """Like a CUDA event that has finished when `done` is set."""
 
@@ -215,17 +203,6 @@ def test_labels_that_are_shifted_already_say_which_tokens_count():
     losses._set_masks({"shift_labels": shifted}, has_shifted_labels=True)
     losses._label_mask, found = None, losses._label_mask
     assert torch.equal(found, shifted != -100)
-
-
-def test_tuple_output_and_positional_arguments():
-    model = make()
-    batch = token_batch(padding=3)
-    expected = model(**batch).loss
-    as_tuple = model(**batch, return_dict=False)[0]
-    torch.testing.assert_close(as_tuple, expected)
-    inner = model.base_model.model
-    positional = inner(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
-    torch.testing.assert_close(positional.loss, expected)
 
 
 def test_bare_model_with_an_injected_adapter():
@@ -604,20 +581,16 @@ def test_a_base_in_evaluation_mode_warns_once():
     plain.eval()(**batch)  # has no losses to leave out
 
 
-def test_routers_in_half_precision_warn_in_inference():
-    model = make().to(torch.bfloat16)
-    with torch.no_grad(), pytest.warns(UserWarning, match=r"routers of adapter 'default' are in torch.bfloat16"):
-        model.eval()(**token_batch())
-
-
-def test_routers_trained_in_half_precision_warn_once():
-    model = make(router_aux_loss_coef=0.0).to(torch.bfloat16)
-    with pytest.warns(UserWarning, match=r"The routers of adapter 'default' are trained in torch.bfloat16"):
-        model(**token_batch())
-    with warnings.catch_warnings():
+@pytest.mark.parametrize("training", [True, False])
+def test_routers_in_half_precision_warn_once(training):
+    model, batch = make(router_aux_loss_coef=0.0).train(training), token_batch()
+    with warnings.catch_warnings(), torch.set_grad_enabled(training):
         warnings.simplefilter("error", UserWarning)
-        model(**token_batch())
-        make(router_aux_loss_coef=0.0)(**token_batch())
+        model(**batch)
+        model.to(torch.bfloat16)
+        with pytest.warns(UserWarning, match="The routers of adapter 'default' are in torch.bfloat16"):
+            model(**batch)
+        model(**batch)
 
 
 def test_layer_reduction_pools_routers_with_as_many_experts():
@@ -694,8 +667,14 @@ def test_labels_of_another_length_are_no_mask():
     torch.testing.assert_close(model.get_balance_loss(), reference_balance(logits, 2))
 
 
-@pytest.mark.parametrize("kind", ["dict", "named tuple"])
-def test_losses_are_added_to_any_output_that_names_its_loss(kind):
+def test_positional_arguments_are_read():
+    model, batch = make(), token_batch(padding=3)
+    positional = model.base_model.model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
+    torch.testing.assert_close(positional.loss, model(**batch).loss)
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple", "named tuple"])
+def test_losses_are_added_to_any_output_that_has_a_loss(kind):
     Named = namedtuple("Named", ["loss", "logits"])
 
     class Model(nn.Module):
@@ -706,13 +685,12 @@ def test_losses_are_added_to_any_output_that_names_its_loss(kind):
         def forward(self, x, labels=None):
             logits = self.lin(x)
             output = {"loss": (logits - labels).square().mean(), "logits": logits}
-            return output if kind == "dict" else Named(**output)
+            return {"dict": output, "tuple": tuple(output.values()), "named tuple": Named(**output)}[kind]
 
     torch.manual_seed(0)
     config = MolaConfig(num_experts=4, target_modules=["lin"], router_aux_loss_coef=COEF, init_lora_weights=False)
     model = get_peft_model(Model(), config).train()
     x, labels = torch.randn(2, 3, 8)
     output = model(x, labels=labels)
-    output = output if kind == "dict" else output._asdict()
-    expected = (output["logits"] - labels).square().mean() + COEF * model.get_balance_loss()
-    torch.testing.assert_close(output["loss"], expected)
+    loss, logits = output.values() if kind == "dict" else output
+    torch.testing.assert_close(loss, (logits - labels).square().mean() + COEF * model.get_balance_loss())

@@ -1,6 +1,6 @@
 """What an allocation of experts to layers costs. Pure functions, no torch.
 
-- `check_top_k`, `effective_top_k`, `top_k_of_module`: experts per token, checked against experts per layer.
+- `check_top_k`, `effective_top_k`, `top_k_of_module`: experts used per token, checked against the numbers of experts.
 - `plan_allocation`: parameters, FLOPs and bytes from the shapes of the adapted linears.
 """
 
@@ -17,18 +17,11 @@ from mola.errors import MolaError
 def check_top_k(num_experts: Sequence[int], top_k: Sequence[int]) -> None:
     """Check `1 <= top_k <= num_experts` in every layer.
 
-    A layer with one expert is plain LoRA without a router. It may have a larger `top_k` if `top_k` is the same in
-    all layers, see `effective_top_k`. If `top_k` differs between layers, no layer may have more than `num_experts`.
-
-    Args:
-        num_experts: experts per layer.
-        top_k: experts used per token, per layer.
+    If `top_k` is the same in all layers, it may be larger than 1 in a layer with one expert, see `effective_top_k`.
 
     Raises:
-        MolaError: the lists differ in length, or a layer uses more experts than it has. The message names the
-            first such layer.
+        MolaError: a layer uses more experts than it has, or none.
     """
-    _check_same_length(num_experts, top_k)
     is_uniform = len(set(top_k)) == 1
     for layer_index, (experts, chosen) in enumerate(zip(num_experts, top_k, strict=True)):
         if chosen < 1 or (chosen > experts and not (is_uniform and experts == 1)):
@@ -40,32 +33,16 @@ def check_top_k(num_experts: Sequence[int], top_k: Sequence[int]) -> None:
 
 
 def effective_top_k(num_experts: Sequence[int], top_k: Sequence[int]) -> list[int]:
-    """Experts that each layer uses per token: 1 in a layer with one expert, else `top_k`.
-
-    Args:
-        num_experts: experts per layer.
-        top_k: `top_k` per layer, as configured.
-
-    Returns:
-        One integer per layer.
-
-    Raises:
-        MolaError: for the reasons of `check_top_k`.
-    """
+    """Experts that each layer uses per token: 1 in a layer with one expert, else `top_k`; checked by `check_top_k`."""
     check_top_k(num_experts, top_k)
     return [1 if experts == 1 else chosen for experts, chosen in zip(num_experts, top_k, strict=True)]
 
 
 def top_k_of_module(num_experts: int, top_k: int, module: str) -> int:
-    """Experts that one module uses per token: its layer's `top_k`, or 1 if the module has one expert.
-
-    Args:
-        num_experts: experts of the module, which may differ from those of its layer.
-        top_k: `top_k` of the layer.
-        module: name of the module, for the message.
+    """Experts that one module uses per token: the `top_k` of its layer, or 1 if the module has one expert.
 
     Raises:
-        MolaError: `top_k` is above the number of experts.
+        MolaError: `top_k` is above the module's number of experts.
     """
     if top_k > num_experts > 1:
         raise MolaError(
@@ -87,7 +64,7 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class StackShape:
-    """An adapted parameter that stacks `count` linear maps of one size; for a matrix, `count` is 1."""
+    """An adapted parameter that stacks `count` linear maps of equal size; `count` is 1 for a matrix."""
 
     module: str
     parameter: str
@@ -106,7 +83,7 @@ class StackShape:
 class LayerPlan:
     """Settings and cost of one decoder layer; `plan_allocation` has the formulas.
 
-    `num_experts`, `top_k` and `r` are the numbers for modules that match no key of a pattern.
+    `num_experts`, `top_k` and `r` hold for modules that match no key of a pattern.
     """
 
     layer_index: int
@@ -121,8 +98,15 @@ class LayerPlan:
 
 
 _TOTALS = (
-    *("num_experts", "expert_parameters", "router_parameters", "trainable_parameters", "base_parameters"),
-    *("trainable_share", "flops_per_token", "active_flops_per_token", "adapter_bytes"),
+    "num_experts",
+    "expert_parameters",
+    "router_parameters",
+    "trainable_parameters",
+    "base_parameters",
+    "trainable_share",
+    "flops_per_token",
+    "active_flops_per_token",
+    "adapter_bytes",
 )
 
 
@@ -208,18 +192,18 @@ def plan_allocation(
 ) -> AllocationPlan:
     """Parameters, FLOPs and bytes of an adapter.
 
-    Per adapted linear of a layer with `E` experts of rank `r`:
+    An adapted linear with `E` experts of rank `r`, of which a token uses `K = top_k`, has:
 
-        experts  E * r * (in + out)  parameters
-        routers  E * in              parameters; 0 if E = 1, such a layer has no router
-        forward  2*E*r*(in + out) + 2*E*in  FLOPs per token (the last term only with a router)
-        active   2*K*r*(in + out) + 2*E*in  FLOPs per token, with K = top_k
+        expert_parameters       E * r * (in + out)
+        router_parameters       E * in, or 0 if E = 1: one expert needs no router
+        flops_per_token         2 * (expert_parameters + router_parameters)
+        active_flops_per_token  2 * (K * r * (in + out) + router_parameters)
+
+    `flops_per_token` holds for backends that compute all experts for every token (`dense`), `active_flops_per_token`
+    for backends that compute the chosen experts only (`cpu_train`, `cpu_decode`, `grouped`).
 
     A parameter with `N` stacked experts of the base model adds `N * r * (in + out)` to the experts' parameters. The
     cost of its update does not depend on the number of tokens, so FLOPs per token leave it out.
-
-    `flops_per_token` holds for backends that compute all experts for every token (`dense`), `active_flops_per_token`
-    for those that compute the chosen experts only (`cpu_train`, `cpu_decode`, `grouped`).
 
     Args:
         linears: the adapted linears.
@@ -235,9 +219,8 @@ def plan_allocation(
         The plan, one entry per decoder layer; layers without adapted linears cost nothing.
 
     Raises:
-        MolaError: lists of different lengths, `top_k` above `num_experts`, or a linear outside the layers.
+        MolaError: `top_k` is above `num_experts`, or a linear is outside the layers.
     """
-    _check_same_length(num_experts, r, "r")
     used_top_k = effective_top_k(num_experts, top_k)
     linears, stacks = list(linears), list(stacks)
     linear_names, stack_names = [linear.name for linear in linears], [stack.name for stack in stacks]
@@ -275,19 +258,11 @@ def plan_allocation(
 def _layer_of(adapted: LinearShape | StackShape, num_layers: int) -> int:
     index = adapted.layer_index
     if index is None or index >= num_layers:
-        is_linear = isinstance(adapted, LinearShape)
-        field = "target_modules" if is_linear else "target_parameters"
-        how = r", which may be one regular expression for whole names, such as .*language_model.*\.(q_proj|v_proj)"
+        field, how = "target_parameters", ""
+        if isinstance(adapted, LinearShape):
+            field, how = "target_modules", ", for example with a regular expression for whole names"
         raise MolaError(
-            f"`{field}` must be inside the {num_layers} decoder layers, each with its own "
-            f"number of experts: {adapted.name!r} is not. Leave it out of `{field}`{how if is_linear else ''}."
+            f"`{field}` must be inside the {num_layers} decoder layers, each with its own number of experts: "
+            f"{adapted.name!r} is not. Leave it out of `{field}`{how}."
         )
     return index
-
-
-def _check_same_length(num_experts: Sequence[int], other: Sequence[int], name: str = "top_k") -> None:
-    if len(num_experts) != len(other):
-        raise MolaError(
-            f"`num_experts` and `{name}` must each have one entry per decoder layer: got {len(num_experts)} and "
-            f"{len(other)} entries. Compute both from the same model."
-        )

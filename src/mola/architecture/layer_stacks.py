@@ -1,7 +1,7 @@
-"""In which layer a module is, and how many layers a model has.
+"""Which layer a module belongs to, and how many layers a model has.
 
-- `layer_index`, `count_layers`: position and depth from module names and the model's config.
-- `LayerStacks`: position and depth for a whole model, also if it has an encoder or towers for images or sound.
+- `layer_index`, `count_layers`: layer and depth, from module names and the model's config.
+- `LayerStacks`: the same for a whole model, which may have an encoder, or towers for images or sound.
 - `module_kinds`: names that modules of all layers share.
 """
 
@@ -24,13 +24,9 @@ _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 def layer_index(module_name: str) -> int | None:
-    """Decoder layer of a module: the first dot-separated part of its name that is an integer.
+    """Decoder layer of a module, 0 = nearest the input; None for modules outside the layers.
 
-    Args:
-        module_name: as in `named_modules()`, e.g. "model.layers.3.mlp.experts.0.up_proj" -> 3.
-
-    Returns:
-        The layer, 0 = nearest the input; None for modules outside the layers.
+    The layer is the first integer between dots in the name: 3 for "model.layers.3.mlp.experts.0.up_proj".
     """
     for part in module_name.split("."):
         if re.fullmatch(r"[0-9]{1,5}", part):  # a longer number is not a layer
@@ -42,9 +38,9 @@ def count_layers(model_config: Mapping[str, Any], module_names: Iterable[str]) -
     """Number of decoder layers of a model.
 
     Args:
-        model_config: a Transformers config as a dict. The function reads `num_hidden_layers`, `n_layer` or
-            `num_layers` from it, else from its `text_config`.
-        module_names: names of the model's modules; used when the config has none of these keys.
+        model_config: a Transformers config as a dict, with `num_hidden_layers`, `n_layer` or `num_layers` in it or in
+            its `text_config`.
+        module_names: names of the model's modules; used if the config has none of these keys.
 
     Returns:
         The depth; None if neither the config nor the names show it.
@@ -103,11 +99,7 @@ class LayerStacks:
 
     @classmethod
     def of(cls, model: nn.Module) -> LayerStacks:
-        """Find the layers of a model.
-
-        Args:
-            model: the model with its `config`, if it has one; its weights are not read.
-        """
+        """Find the layers of a model, from its modules and its `config` if it has one; its weights are not read."""
         model_config: Mapping[str, Any] = config_of(model) or {}
         names, lists = [name for name, _ in model.named_modules()], _layer_lists(model)
         if model_config.get("is_encoder_decoder") and (both := _encoder_and_decoder(lists)):
@@ -122,8 +114,8 @@ class LayerStacks:
         depth = count_layers(model_config, names)
         sizes = {*lists.values()}
         if len(sizes) == 1 and depth not in sizes:
-            # ALBERT's config says how often its layers run. The depth is the length of its list: a layer that runs
-            # several times has one number of experts.
+            # ALBERT's config says how often its layers run. Its depth is the length of its list, because a layer that
+            # runs several times has one number of experts.
             within_lists = tuple(f"{name}." for name in lists)
             modules = dict(model.named_modules())
             numbered = [name for name in names if layer_index(name) is not None and is_adaptable(modules[name])]
@@ -139,11 +131,7 @@ class LayerStacks:
         return (self.language_model,) if self.language_model else ()
 
     def index(self, module_name: str) -> int | None:
-        """Layer of a module, 0 = nearest the input; None for modules outside the layers.
-
-        Args:
-            module_name: as in `named_modules()`.
-        """
+        """Layer of a module, 0 = nearest the input; None for modules outside the layers."""
         if self.parts and not module_name.startswith(tuple(f"{part}." for part in self.parts)):
             return None
         if not self.encoder_decoder_names:
@@ -159,11 +147,7 @@ class LayerStacks:
         return index is not None and index < self.num_encoder_layers
 
     def also_excluding_towers(self, exclude_modules: Names | None) -> Names | None:
-        """`exclude_modules` extended by the towers for images or sound; unchanged for a model without towers.
-
-        Args:
-            exclude_modules: names, a regular expression, or None.
-        """
+        """`exclude_modules` extended by the towers for images or sound; unchanged for a model without towers."""
         if not self.parts:
             return exclude_modules
         parts = "|".join(map(re.escape, self.parts))
@@ -176,9 +160,9 @@ class LayerStacks:
 
 
 def _layer_lists(model: nn.Module) -> dict[str, int]:
-    """Name -> length of the lists whose entries contain linears, without lists inside layers.
+    """Name -> length of the lists of layers, which are lists whose entries contain linears. Inner lists do not count.
 
-    Lists whose entries are linears themselves, such as several heads, count only if no list of the first kind exists.
+    Lists whose entries are linears themselves, such as several heads, count only if there are no lists of layers.
     """
     found: dict[str, int] = {}
     lists_of_linears: dict[str, int] = {}
@@ -193,21 +177,21 @@ def _layer_lists(model: nn.Module) -> dict[str, int]:
 
 
 def _encoder_and_decoder(lists: Mapping[str, int]) -> tuple[str, ...]:
-    """Names of the encoder's and of the decoder's list of layers; empty unless both exist.
+    """Names of the encoder's and the decoder's list of layers; empty unless both exist.
 
-    Towers have encoders of their own. The text encoder is the one whose name shares most parts with the decoder's.
+    Towers have encoders too. The text encoder is the encoder whose name has the most first parts in common with the
+    decoder's name.
     """
     encoders, decoders = ([name for name in lists if _role(name) == role] for role in ("encoder", "decoder"))
     if not decoders or not encoders:
         return ()
     decoder = min(decoders, key=lambda name: name.count("."))
-    nearest = max(encoders, key=lambda name: (_shared_parts(name, decoder), -name.count(".")))
-    return nearest, decoder
 
+    def nearness(name: str) -> tuple[int, int]:
+        pairs = zip(name.split("."), decoder.split("."), strict=False)
+        return len([*takewhile(lambda pair: pair[0] == pair[1], pairs)]), -name.count(".")
 
-def _shared_parts(one: str, other: str) -> int:
-    parts = zip(one.split("."), other.split("."), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], parts))
+    return max(encoders, key=nearness), decoder
 
 
 def _role(module_name: str) -> str | None:

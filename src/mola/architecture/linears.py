@@ -35,16 +35,10 @@ _ALL_READ_LINEARS = tuple({end for ends in _READ_LINEARS.values() for end in end
 def is_adaptable(module: nn.Module) -> bool:
     """Whether mola can adapt this module.
 
-    True for `nn.Linear` and its subclasses (bitsandbytes), Transformers' `Conv1D`, and quantised linears
-    that have `in_features` and `out_features`. For a module that a PEFT method already wraps, its
-    base layer decides.
-
-    Args:
-        module: any module of a model.
-
-    Returns:
-        False for embeddings, convolutions, norms, modules that only contain linears, and modules that
-        another adapter trains in full (`modules_to_save`).
+    True for `nn.Linear` and its subclasses (bitsandbytes), Transformers' `Conv1D`, and quantised linears with
+    `in_features` and `out_features`. False for embeddings, convolutions, norms, modules that only contain linears, and
+    modules that an adapter trains in full (`modules_to_save`). A module that a PEFT method already wraps counts by its
+    base layer.
     """
     if isinstance(module, AuxiliaryTrainingWrapper):
         return False
@@ -87,11 +81,7 @@ def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def is_read_without_call(model: nn.Module, name: str) -> bool:
     """Whether a model reads a linear's weight without calling the module, so that experts on it would have no effect.
 
-    The model type is looked up in the configuration of the model and of every module on the way to the linear.
-
-    Args:
-        model: the model.
-        name: the linear's name, as in `named_modules()`.
+    The model type is looked up in the configurations of the model and of all modules around the linear.
     """
     if not name.endswith(_ALL_READ_LINEARS):
         return False

@@ -2,13 +2,12 @@
 
 - Notations: one integer, a list, "2,2,4,4", "2468" (groups of layers), the name of a shape, a JSON file.
 - `resolve_per_layer` needs the depth of the model, `check_notation` does not.
-- `default_num_experts` gives the experts per layer if the user sets nothing, for a model of any depth.
-- `pattern_with` finds the numbers for single modules, which a JSON file may hold beside the numbers of the layers.
+- `default_num_experts`: the experts per layer if the user sets nothing.
+- `pattern_with`: numbers for single modules, which a JSON file may hold beside the numbers of the layers.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,7 @@ LARGEST_PLAIN_NUM_EXPERTS = 256
 Notation: TypeAlias = int | str | Sequence[int]
 
 _NUM_EXPERTS = "num_experts"  # the only field that may be digits or a shape
-_PATTERN = "num_experts_pattern"  # a JSON file for `num_experts` may hold this field too
+_PATTERN = "num_experts_pattern"  # a JSON file for `num_experts` may also hold this field
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _DIGITS = re.compile(r"[0-9]{2,}")
 
@@ -50,23 +49,23 @@ class _Parsed:
 def resolve_per_layer(value: Notation, num_layers: int, name: str) -> list[int]:
     """One integer per decoder layer, lowest layer (nearest the input) first, from any notation.
 
-    For every field: an integer (the same everywhere), a list of `num_layers` integers, "2,2,4,4",
-    "16," (16 everywhere) or the path of a JSON file that holds such a list, bare or under the key `name`.
-    For "num_experts" only: digits such as "2468", one per group of layers, and the names in `SHAPES`.
-    With `L` layers and `G` groups every group has `L // G` layers, and the last `L % G` groups have one more:
-    30 layers in 4 groups are 7, 7, 8, 8. For other fields digits are a number: "16" is 16.
+    Every field may be an integer (for all layers), a list of `num_layers` integers, "2,2,4,4", "16," (16 for all
+    layers) or the path of a JSON file that holds a list of integers, bare or under the key `name`.
+
+    "num_experts" may also be digits such as "2468", one per group of layers, or a name in `SHAPES`. With `L` layers and
+    `G` groups every group has `L // G` layers, and the last `L % G` groups have one more: 30 layers in 4 groups are
+    7, 7, 8, 8. In other fields digits are one number: "16" is 16.
 
     Args:
         value: the notation.
         num_layers: decoder layers of the model.
-        name: field the value is for, e.g. "num_experts", "r" or "top_k"; for messages.
+        name: the field, e.g. "num_experts", "r" or "top_k".
 
     Returns:
         `num_layers` integers, each at least 1.
 
     Raises:
-        MolaError: the notation is unknown, a number is below 1, or the number of entries differs from the number of
-            layers.
+        MolaError: the notation is unknown, a number is below 1, or the entries are not as many as the layers.
     """
     if num_layers < 1:
         raise MolaError(f"`{name}` needs a model with decoder layers: this one has {num_layers}.")
@@ -93,8 +92,8 @@ def default_num_experts(num_layers: int) -> list[int]:
     | 3 | 2, 4, 7 |
     | 4 or more | those of the notation "2468" |
 
-    With fewer layers than digits, each layer gets the rounded-down mean of one or several successive digits; later
-    layers cover one digit more than earlier ones if the digits cannot be dealt evenly.
+    With fewer layers than digits, a layer gets the rounded-down mean of its share of the digits: with two layers,
+    (2 + 4) / 2 and (6 + 8) / 2.
     """
     digits = [int(digit) for digit in DEFAULT_NUM_EXPERTS]
     if num_layers >= len(digits):
@@ -107,11 +106,7 @@ def default_num_experts(num_layers: int) -> list[int]:
 
 
 def check_notation(value: Notation, name: str) -> None:
-    """Check a notation without knowing the depth of the model.
-
-    Args:
-        value: the notation, see `resolve_per_layer`.
-        name: field the value is for.
+    """Check a notation of the field `name` without knowing the depth of the model.
 
     Raises:
         MolaError: the value is of the wrong kind, has a number below 1 or a digit 0, or names an unknown shape or an
@@ -121,13 +116,13 @@ def check_notation(value: Notation, name: str) -> None:
 
 
 def list_length(value: Notation, name: str) -> int | None:
-    """Length of a notation with one entry per decoder layer; None for notations that fit models of several depths."""
+    """Number of entries of a notation with one entry per layer; None for notations that fit models of any depth."""
     parsed = _parse(value, name)
     return len(parsed.values) if parsed.kind == "layers" else None
 
 
 def pattern_with(num_experts: Notation, given: Mapping[str, int] | None) -> Mapping[str, int] | None:
-    """The `num_experts_pattern` that belongs to `num_experts`: the one in its JSON file, or else the given one.
+    """The `num_experts_pattern` in the JSON file that `num_experts` names, or else the given one.
 
     Raises:
         MolaError: both patterns exist and differ.
@@ -168,21 +163,17 @@ def _parse_text(text: str, name: str) -> _Parsed:
     if os.path.isfile(text):
         return _read_file(text, name)
     if name != _NUM_EXPERTS:
-        only = f" Only `{_NUM_EXPERTS}` can be a shape." if shape in SHAPES else ""
-        rule = "an integer, integers between commas or a JSON file"
-        raise MolaError(f"`{name}` must be {rule}, got {text!r}.{only} {_allowed(name)}")
-    close = difflib.get_close_matches(shape, SHAPES, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise MolaError(f"`{name}` must be an integer, integers between commas or a JSON file, got {text!r}.")
     known = ", ".join(f"{key} ({digits})" for key, digits in SHAPES.items())
     raise MolaError(
         f"`{name}` must be an integer, integers between commas, digits, a JSON file or a known shape, "
-        f"got {text!r}.{hint} Known shapes: {known}."
+        f"got {text!r}. Known shapes: {known}."
     )
 
 
 def _parse_commas(text: str, name: str) -> _Parsed:
     items = [item.strip() for item in text.split(",")]
-    if items[-1] == "":  # a comma at the end, as in "16," or "2,4,", only marks a list
+    if items[-1] == "":  # a comma at the end, as in "16," or "2,4,"
         items.pop()
     wrong = [item for item in items if not _INTEGER.fullmatch(item)]
     if wrong:
@@ -265,7 +256,7 @@ def _spread_groups(digits: Sequence[int], num_layers: int) -> list[int]:
 
 
 def _shares(total: int, parts: int) -> list[int]:
-    """Sizes of `parts` parts of `total`, which differ by one at most; the last parts are the larger ones."""
+    """`total` divided into `parts` sizes that differ by one at most, the larger ones last: 30 by 4 is 7, 7, 8, 8."""
     size, remainder = divmod(total, parts)
     return [size + (part >= parts - remainder) for part in range(parts)]
 

@@ -19,13 +19,7 @@ Number = TypeVar("Number")
 
 
 def check_pattern(pattern: Any, name: str, *, is_integer: bool = True, place: str = "") -> None:
-    """Check a pattern without knowing the model.
-
-    Args:
-        pattern: the value of the field; None passes.
-        name: the field, for messages.
-        is_integer: whether the numbers must be integers.
-        place: where the pattern was read from, for messages.
+    """Check the pattern in the field `name` without knowing the model. `place` says in messages where it was read from.
 
     Raises:
         MolaError: the value is not a mapping from regular expressions to positive numbers.

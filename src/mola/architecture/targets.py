@@ -46,20 +46,17 @@ def default_target_modules(
 ) -> list[str]:
     """Names of the linears to adapt when the user gives none.
 
-    These are the names in `LLAMA_LINEARS` that exist in the model, and their fused or split variants. If the
-    model has none of them: PEFT's choice for LoRA and this `model_type`.
+    These are the names in `LLAMA_LINEARS` that exist in the model, and their fused or split variants. A model that has
+    none of them gets PEFT's choice for LoRA and its `model_type`.
 
     Args:
         module_names: names of the model's modules.
         model_type: `config.model_type` of the model.
-        not_linears: names of modules that cannot be adapted. If such a module and a linear have the same name,
-            the name is left out, since a name in `target_modules` stands for all modules of that name.
-
-    Returns:
-        Names for `target_modules`.
+        not_linears: names of modules that cannot be adapted. If such a module and a linear have the same name, the name
+            is left out, because a name in `target_modules` stands for all modules of that name.
 
     Raises:
-        MolaError: there is no default for this architecture; the message lists the names that the model has.
+        MolaError: there is no default for this architecture.
     """
     names = list(module_names)
     leaves = {_last_part(name) for name in names} - {_last_part(name) for name in not_linears}
@@ -81,10 +78,10 @@ def default_target_modules(
 
 
 def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modules: Targets | None = None) -> None:
-    """Check that every name in `target_modules` matches something, and only linears.
+    """Check that every name in `target_modules` matches a module, and only linears.
 
-    A name matches a module of that name and every module whose name ends with "." + name, as in PEFT; a
-    string is a regular expression over the whole name; "all-linear" is every linear except the head.
+    A name matches, as in PEFT, a module of that name and every module whose name ends with "." + name. A string is a
+    regular expression for whole names. "all-linear" is every linear except the head.
 
     Args:
         model: the model to be adapted, or a model that a different PEFT method has already adapted.
@@ -92,17 +89,18 @@ def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modu
         exclude_modules: names or a regular expression of modules that are not adapted.
 
     Raises:
-        MolaError: a name or the expression matches nothing, or matches a module that is not a linear. The message
-            names the linears of this model and close spellings.
+        MolaError: a name or the expression matches nothing, or a module that is not a linear.
     """
-    _check_expressions(target_modules=target_modules, exclude_modules=exclude_modules)
+    for field, value in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+        if isinstance(value, str):
+            _check_expression(field, value)
     modules = dict(original_modules(model))
+    targeted = _select(model, target_modules, exclude_modules)
     if _is_all_linear(target_modules):
-        if not _select(model, target_modules, exclude_modules):
+        if not targeted:
             raise MolaError(f"`target_modules` 'all-linear' finds no linear in this {type(model).__name__}.")
         return
     _check_all_match(model, modules, target_modules)
-    targeted = _select(model, target_modules, exclude_modules)
     if not targeted:
         raise MolaError(
             f"`exclude_modules` must leave something to adapt: {_shown(exclude_modules)} excludes everything "
@@ -113,30 +111,21 @@ def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modu
             raise MolaError(
                 f"`target_modules` must match linears only: {_shown(target_modules)} matches {name!r} "
                 f"({type(base_layer_of(module)).__name__}). Linears of this model: "
-                f"{', '.join(_linear_names(modules))}. From Python, `exclude_modules` can leave out the rest."
+                f"{', '.join(_linear_names(modules))}."
             )
         if is_read_without_call(model, name):
             raise MolaError(
                 f"`target_modules` must not match {name!r}: this model reads its weight in a kernel and does not call "
-                "it, so experts on it would have no effect. Leave it out; from Python, `exclude_modules` can do so."
+                "it, so experts on it would have no effect. Leave it out."
             )
 
 
 def linear_shapes(
     model: nn.Module, target_modules: Targets, exclude_modules: Targets | None = None
 ) -> list[LinearShape]:
-    """Sizes of the targeted linears, in the order of `named_modules()`.
+    """Sizes of the targeted linears, in the order of `named_modules()`. The model may be on the meta device.
 
-    Args:
-        model: the model; its weights are not read, so it may be on the meta device.
-        target_modules: list or set of names, a regular expression, or "all-linear".
-        exclude_modules: names or a regular expression of modules that are not adapted.
-
-    Returns:
-        One entry per targeted linear. Sizes of a `Conv1D`, whose weight is `(in, out)`, are not swapped.
-
-    Raises:
-        MolaError: for the reasons of `check_target_modules`.
+    Arguments and errors are those of `check_target_modules`.
     """
     check_target_modules(model, target_modules, exclude_modules)
     stacks = LayerStacks.of(model)
@@ -149,15 +138,15 @@ def linear_shapes(
 def resolve_target_modules(
     model: nn.Module, stacks: LayerStacks, target_modules: Targets | None, exclude_modules: Targets | None = None
 ) -> tuple[Targets, Targets | None]:
-    """`target_modules` and `exclude_modules` for one model: the default and "all-linear" become names.
+    """`target_modules` and `exclude_modules` for one model: None (the default) and "all-linear" become names.
 
     The default leaves out towers for images or sound.
 
     Args:
         model: the model to be adapted.
         stacks: the layers of the model.
-        target_modules: as in the configuration; None for the default.
-        exclude_modules: as in the configuration.
+        target_modules: as in `MolaConfig`.
+        exclude_modules: as in `MolaConfig`.
 
     Raises:
         MolaError: for the reasons of `default_target_modules` and `check_target_modules`.
@@ -186,7 +175,7 @@ def matches(name: str, targets: Targets) -> bool:
 
 
 def is_transposed(module: nn.Module, weight: torch.Tensor) -> bool:
-    """Whether a module stacks its experts' weights as `(count, in, out)`; others stack them as `(count, out, in)`."""
+    """Whether a module stacks its experts' weights as `(count, in, out)`; False for `(count, out, in)`."""
     return weight.dim() == 3 and bool(getattr(module, "is_transposed", False))
 
 
@@ -198,7 +187,7 @@ def find_stacks(
     Args:
         model: the model; its weights are not read, so it may be on the meta device.
         target_parameters: names. A name matches a parameter of that name, and every one that ends with "." + name.
-        is_target: function from the whole name of a parameter to whether it is adapted; replaces matching by names.
+        is_target: replaces `matches`: whether the parameter with this whole name is adapted.
 
     Raises:
         MolaError: a name matches nothing, a parameter that is not plain, floating-point and of 2 or 3 dimensions, or a
@@ -215,9 +204,8 @@ def find_stacks(
                 known[".".join(name.split(".")[-2:])] = None
             if not (matches(name, target_parameters) if is_target is None else is_target(name)):
                 continue
-            if is_read_without_call(model, module_name) or isinstance(
-                base, nn.Conv1d
-            ):  # mixers read the weights of short convolutions
+            # Mixers read the weights of short convolutions.
+            if is_read_without_call(model, module_name) or isinstance(base, nn.Conv1d):
                 raise MolaError(
                     f"`target_parameters` must not name {name!r}: this model reads it and does not call its "
                     "module, so a LoRA on it would have no effect. Leave it out."
@@ -265,16 +253,13 @@ def _is_all_linear(targets: Targets) -> bool:
     return isinstance(targets, str) and targets.lower() == _ALL_LINEAR
 
 
-def _check_expressions(**fields: Targets | None) -> None:
-    for field, value in fields.items():
-        if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise MolaError(
-                    f"`{field}` as one string must be a regular expression, got {value!r} ({error}). "
-                    "For module names pass a list."
-                ) from error
+def _check_expression(field: str, value: str) -> None:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise MolaError(
+            f"`{field}` as one string must be a regular expression, got {value!r} ({error}). For names pass a list."
+        ) from error
 
 
 def _check_all_match(model: nn.Module, modules: Mapping[str, nn.Module], targets: Targets) -> None:
@@ -283,10 +268,9 @@ def _check_all_match(model: nn.Module, modules: Mapping[str, nn.Module], targets
     listed = f"Linears of this model: {', '.join(linears) or 'none'}."
     if isinstance(targets, str):
         if not any(matches(name, targets) for name in modules):
-            hint = f"For a module name pass a list: [{targets!r}]. " if targets.isidentifier() else ""
             raise MolaError(
                 f"`target_modules` as one string is a regular expression over whole module names: {targets!r} "
-                f"matches nothing. {hint}{listed}"
+                f"matches nothing. For module names pass a list. {listed}"
             )
         return
     if not targets:
@@ -296,14 +280,11 @@ def _check_all_match(model: nn.Module, modules: Mapping[str, nn.Module], targets
         if parameter.dim() == 3 and any(matches(name, [target]) for target in missing):
             raise MolaError(
                 f"`target_modules` must match linears only: {name!r} holds the weights of all {len(parameter)} experts "
-                "of a mixture-of-experts base model in one parameter. `target_parameters` gives each expert one "
-                "LoRA. The model's linears are in its attention and its shared experts."
+                "of a mixture-of-experts base model in one parameter. `target_parameters` gives each expert one LoRA."
             )
     if missing:
-        described = []
-        for name in missing:
-            close = difflib.get_close_matches(name, linears, n=1)
-            described.append(repr(name) + (f" (did you mean {close[0]!r}?)" if close else ""))
+        close = {name: difflib.get_close_matches(name, linears, n=1) for name in missing}
+        described = [f"{name!r} (did you mean {close[name][0]!r}?)" if close[name] else repr(name) for name in missing]
         raise MolaError(f"`target_modules` must all exist in the model, these do not: {', '.join(described)}. {listed}")
 
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
@@ -23,13 +24,16 @@ from mola.files.reading import read_json_object
 from mola.tuner.initialization import check_initialization
 from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS
 
-REDUCTIONS = ("module", "layer")
-_CHOICES = {"router": ROUTERS, "router_aux_loss_reduction": REDUCTIONS, "bias": ("none", "all", "mola_only")}
+_CHOICES: dict[str, Collection[Any]] = {
+    "router": ROUTERS,
+    "router_aux_loss_reduction": ("module", "layer"),
+    "bias": ("none", "all", "mola_only"),
+    "use_rslora": (False, True),
+    "ensure_weight_tying": (False, True),
+}
 _PATTERNS = ("num_experts_pattern", "rank_pattern", "alpha_pattern")
-# These fields define the function an adapter computes, so a saved adapter must contain them.
+# A saved adapter must contain these fields: with other values it computes something else.
 _REQUIRED_WHEN_SAVED = ("r", "num_experts", "top_k", "lora_alpha")
-# Fields that earlier versions had and saved, with the value that has no effect.
-_REMOVED_FIELDS = {"layer_replication": None}
 
 _Class = TypeVar("_Class")
 
@@ -44,7 +48,8 @@ def _refuse_unknown_fields(cls: type[_Class]) -> type[_Class]:
     @functools.wraps(dataclass_init)
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
         known = [field.name for field in fields(cls)]  # type: ignore[arg-type] # a dataclass
-        kwargs = {k: v for k, v in kwargs.items() if k not in _REMOVED_FIELDS or v != _REMOVED_FIELDS[k]}
+        if "layer_replication" in kwargs and kwargs["layer_replication"] is None:
+            del kwargs["layer_replication"]  # a field of earlier versions, which saved it
         unknown = sorted(set(kwargs) - set(known))
         if unknown:
             raise MolaError(
@@ -71,14 +76,13 @@ class MolaConfig(PeftConfig):
 
     Args:
         r (`int | list[int] | str`): rank of each expert; one value, or one per decoder layer (for an encoder-decoder
-            one per layer of the encoder, then of the decoder).
-        num_experts (`int | list[int] | str`): experts per adapted module; one value, one per decoder
-            layer, digits over equal groups of layers ("2468", lowest layers first), a shape of the
-            paper ("inverted_triangle", "triangle", "hourglass", "rectangle", "diamond") or a JSON file.
-            A layer with one expert is plain LoRA and has no router. Default: "2468"; models with one, two or
-            three layers get 5, [3, 7] or [2, 4, 7].
+            one per layer of the encoder, then one per layer of the decoder).
+        num_experts (`int | list[int] | str`): experts per adapted module: one value, one per decoder layer, digits over
+            equal groups of layers ("2468", lowest layers first), a shape of the paper ("inverted_triangle", "triangle",
+            "hourglass", "rectangle", "diamond") or a JSON file. A layer with one expert is plain LoRA and has no
+            router. Default: "2468"; models with one, two or three layers get 5, [3, 7] or [2, 4, 7].
         top_k (`int | list[int] | str`): experts used per token; at most the layer's `num_experts`.
-        lora_alpha (`float`): scale numerator; the update is multiplied by `lora_alpha / r`.
+        lora_alpha (`float`): the experts' output is multiplied by `lora_alpha / r`.
         lora_dropout (`float`): dropout on the input of the experts. The router's input has no dropout.
         target_modules (`list[str] | str`): names of linears to adapt, one name, a regular expression,
             or "all-linear". Default: the seven LLaMA linears if the model has them, else PEFT's choice for
@@ -95,21 +99,22 @@ class MolaConfig(PeftConfig):
         init_lora_weights (`bool | str`): initial values of the experts, see `mola.tuner.initialization`. With True
             (`B` zero), "gaussian", "orthogonal" and "principal" the initial model equals the base model. False draws
             `B` at random, for tests.
-        use_rslora (`bool`): multiply the update by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
+        use_rslora (`bool`): multiply the experts' output by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
         num_experts_pattern (`dict[str, int]`): experts of individual modules, such as `{"mlp.*": 8}`. A key is a
-            regular expression, matched against the end of a module's name from a dot on; the first match counts. Other
-            modules use their layer's `num_experts`. A JSON file given as `num_experts` may contain this pattern.
+            regular expression for a module's whole name or for the end of the name after a dot; the first key that
+            matches counts. Other modules use their layer's `num_experts`. The JSON file of `num_experts` may contain
+            this pattern.
         rank_pattern (`dict[str, int]`): the same for `r`.
         alpha_pattern (`dict[str, float]`): the same for `lora_alpha`.
         trainable_token_indices (`list[int] | dict[str, list[int]]`): tokens whose embeddings are trained, as in PEFT.
         ensure_weight_tying (`bool`): keep tied weights tied when `modules_to_save` or `trainable_token_indices` train
             them, as in PEFT.
         router (`str`): how experts are chosen, a name in `mola.tuner.routing.ROUTERS`.
-        router_aux_loss_coef (`float`): weight of the balance loss, 0 = off. The paper's code uses 1e-3
-            together with the "layer" reduction.
-        router_aux_loss_reduction (`str`): "module" = the mean of one loss per router, excluding padding and
-            ignored positions; "layer" = as in the paper's code: logits pooled per decoder layer, summed
-            over layers, with padding.
+        router_aux_loss_coef (`float`): weight of the balance loss, 0 = off. The paper's code uses 1e-3 with the
+            reduction "layer".
+        router_aux_loss_reduction (`str`): "module" is the mean over routers, and counts neither padding nor tokens
+            without a label. "layer" is the paper's: the routers of a decoder layer are pooled, their losses are summed
+            over layers, and padding counts.
         router_z_loss_coef (`float`): weight of the mean squared log-sum-exp of router logits, 0 = off.
         router_jitter_noise (`float`): in training the router's input is multiplied by uniform noise
             from [1 - noise, 1 + noise]; 0 = off.
@@ -149,10 +154,10 @@ class MolaConfig(PeftConfig):
     base_model_type: str | None = None
     weights_sha256: str | None = None
 
-    has_default_num_experts = False  # not a field: whether the user left `num_experts` out
+    has_default_num_experts = False  # not a field: True if the user left `num_experts` out
 
     def __post_init__(self) -> None:
-        # Set in a saved file, and also if the fields of an existing `MolaConfig` are passed to a new one.
+        # PEFT sets `peft_type` from a saved file; it is also set in copies of an existing configuration.
         is_loaded = self.peft_type is not None
         try:
             super().__post_init__()
@@ -173,8 +178,7 @@ class MolaConfig(PeftConfig):
             setattr(self, name, _plain_pattern(getattr(self, name), name))
         pattern = pattern_with(self.num_experts, self.num_experts_pattern)  # type: ignore[arg-type] # no longer None
         self.num_experts_pattern = dict(pattern) if pattern else self.num_experts_pattern
-        parameters = _name_list(self.target_parameters, "target_parameters")
-        self.target_parameters = sorted(set(parameters)) if parameters else None
+        self.target_parameters = sorted({*(_name_list(self.target_parameters, "target_parameters") or ())}) or None
         self.modules_to_save = _name_list(self.modules_to_save, "modules_to_save")
         self.target_modules = _module_names(self.target_modules, "target_modules")
         self.exclude_modules = _module_names(self.exclude_modules, "exclude_modules")
@@ -186,13 +190,13 @@ class MolaConfig(PeftConfig):
         if missing:
             raise MolaError(
                 f"`adapter_config.json` of a MOLA adapter must contain {list(_REQUIRED_WHEN_SAVED)}: "
-                f"{missing} are missing. Without them a different model would be loaded; restore the file."
+                f"{missing} are missing. Restore the file."
             )
         if self.peft_type != "MOLA":
             raise MolaError(f"`peft_type` must be 'MOLA' for MolaConfig, got {self.peft_type!r}.")
 
     def _read_older_version(self) -> None:
-        # mola fills in these fields when it uses or saves an adapter; a configuration before that has neither.
+        # mola sets one of these two fields when it uses or saves an adapter.
         is_saved = self.base_model_type is not None or self.weights_sha256 is not None
         if is_saved and self.target_parameters and self.target_modules is None:
             self.target_modules = []  # in earlier versions None meant that no linears are adapted
@@ -242,23 +246,20 @@ class MolaConfig(PeftConfig):
 
 
 def _check_values(config: MolaConfig) -> None:
-    def check_number(name: str, is_allowed: Any, rule: str) -> None:
-        value = getattr(config, name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (is_number and is_allowed(value)):
-            raise MolaError(f"`{name}` must be a number {rule}, got {value!r}.")
-
-    check_number("lora_alpha", lambda value: 0 < value < math.inf, "above 0")
-    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-        check_number(name, lambda value: 0 <= value < math.inf, "at least 0")
-    for name in ("lora_dropout", "router_jitter_noise"):
-        check_number(name, lambda value: 0 <= value < 1, "at least 0 and below 1")
-    for name, known in _CHOICES.items():
-        if getattr(config, name) not in tuple(known):
-            raise MolaError(f"`{name}` must be one of {list(known)}, got {getattr(config, name)!r}.")
-    for name in ("use_rslora", "ensure_weight_tying"):
-        if not isinstance(getattr(config, name), bool):
-            raise MolaError(f"`{name}` must be True or False, got {getattr(config, name)!r}.")
+    for names, is_allowed, rule in (
+        (["lora_alpha"], lambda value: 0 < value < math.inf, "above 0"),
+        (["router_aux_loss_coef", "router_z_loss_coef"], lambda value: 0 <= value < math.inf, "at least 0"),
+        (["lora_dropout", "router_jitter_noise"], lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    ):
+        for name in names:
+            value = getattr(config, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (is_number and is_allowed(value)):
+                raise MolaError(f"`{name}` must be a number {rule}, got {value!r}.")
+    for name, allowed in _CHOICES.items():
+        value, choices = getattr(config, name), list(allowed)
+        if value not in choices or not isinstance(value, type(choices[0])):  # 1 is not True
+            raise MolaError(f"`{name}` must be one of {choices}, got {value!r}.")
     check_initialization(config.init_lora_weights)
 
 
@@ -282,22 +283,17 @@ def _name_list(value: Any, field: str) -> list[str] | None:
 
 def _module_names(value: Any, field: str) -> set[str] | str | None:
     """Names as a set, or a regular expression; PEFT would read a single name as an expression."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        is_name = re.fullmatch(r"[A-Za-z0-9_]+", value) is not None
-        return {value} if is_name else value
-    if not isinstance(value, (list, tuple, set)) or not all(isinstance(each, str) and each for each in value):
-        raise MolaError(f"`{field}` must be a list of module names, or text: got {value!r}.")
-    return set(value)
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9_]+", value):
+        return value
+    names = _name_list(value, field)
+    return None if names is None else set(names)
 
 
 def _layer_numbers(value: Any) -> list[int] | int | None:
     if value is None:
         return None
-    numbers = [value] if isinstance(value, Integral) else value
-    is_list = isinstance(numbers, (range, list, tuple, set)) and len(numbers) > 0
-    if not is_list or not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 0 for n in numbers):
+    numbers = [value] if isinstance(value, Integral) else list(value)
+    if not numbers or not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 0 for n in numbers):
         raise MolaError(
             "`layers_to_transform` must be a layer number (from 0) or a non-empty list of layer numbers: got "
             f"{value!r}. Leave it out to adapt all layers."
@@ -313,8 +309,8 @@ def _check_combinations(config: MolaConfig) -> None:
         )
     if config.target_parameters and config.lora_dropout:
         raise MolaError(
-            "`lora_dropout` must be 0 with `target_parameters`, as with LoRA: an update of a weight has no input to "
-            f"drop from, got {config.lora_dropout}."
+            f"`lora_dropout` must be 0 with `target_parameters`, as with LoRA: got {config.lora_dropout}. A weight's "
+            "update has no input to drop from."
         )
     if config.target_parameters and config.init_lora_weights == "principal":
         raise MolaError(

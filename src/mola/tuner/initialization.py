@@ -4,13 +4,13 @@
 | --- | --- | --- |
 | True | uniform within `1 / sqrt(in)` | zero |
 | "gaussian" | normal, standard deviation `1 / r` | zero |
-| "orthogonal" | rows of a random orthogonal matrix | its other rows, so that `B_e A_e = 0` |
+| "orthogonal" | from every second row of a random orthogonal matrix | from its other rows, so that `B_e A_e = 0` |
 | "principal" | right singular vectors of the base weight, the largest dealt in turn to all experts | zero |
 | False | as True | uniform within `1 / sqrt(r)`: the initial model differs from the base model |
 
 "gaussian" and "orthogonal" are PEFT's, applied to every expert. "principal" uses PiSSA's directions (arXiv
-2404.02948) and does not change the base weight. PiSSA subtracts the adapter's product from the base weight; the product
-of a mixture differs from token to token and cannot be subtracted.
+2404.02948) and does not change the base weight: PiSSA subtracts the adapter's product from the base weight, but the
+product of a mixture differs from token to token.
 """
 
 from __future__ import annotations
@@ -36,17 +36,9 @@ def check_initialization(value: Any) -> None:
 
 
 def check_shapes(method: bool | str, num_experts: int, r: int, features: tuple[int, int], module: str) -> None:
-    """Check that a method can initialise experts of these shapes.
+    """Raise MolaError for an odd rank with "orthogonal", or more directions than the weight has with "principal".
 
-    Args:
-        method: one of `INITIALIZATIONS`.
-        num_experts: experts of the module.
-        r: rank of each expert.
-        features: sizes of the module's input and output.
-        module: name of the module, for the message.
-
-    Raises:
-        MolaError: an odd rank with "orthogonal", or more directions than the weight has with "principal".
+    `features` are the sizes of the input and the output of the module.
     """
     if method == "orthogonal" and r % 2:
         raise MolaError(
@@ -56,8 +48,7 @@ def check_shapes(method: bool | str, num_experts: int, r: int, features: tuple[i
     if method == "principal" and num_experts * r > min(features):
         raise MolaError(
             f"`init_lora_weights` 'principal' has at most {min(features)} directions for {module!r}, but {num_experts} "
-            f"experts of rank {r} need {num_experts * r}. Choose fewer experts, a smaller rank or a different "
-            "initialisation."
+            f"experts of rank {r} need {num_experts * r}. Choose fewer experts or a smaller rank."
         )
 
 
@@ -71,18 +62,12 @@ def initialize(
 ) -> None:
     """Fill experts and router of one module with their initial values.
 
-    The router is uniform within `1 / sqrt(in)` (kaiming, a = sqrt 5). For experts see the table above.
-
-    Args:
-        method: one of `INITIALIZATIONS`.
-        experts_A: `(E, r, in)`.
-        experts_B: `(E, r, out)`.
-        router: `(E, in)`; None for one expert.
-        base_layer: the adapted linear.
+    The router is uniform within `1 / sqrt(in)` (kaiming, a = sqrt 5). The table at the top of this module has the
+    experts' values. Shapes: `experts_A` is `(E, r, in)`, `experts_B` is `(E, r, out)`, `router` is `(E, in)`, or None
+    for one expert.
     """
     _, r, in_features = experts_A.shape
-    # kaiming_uniform_ would use r * in as the fan-in of the stack.
-    bound = 1.0 / math.sqrt(in_features)
+    bound = 1.0 / math.sqrt(in_features)  # `kaiming_uniform_` would use r * in as the fan-in of the stack
     experts_B.zero_()
     if method == "gaussian":
         experts_A.normal_(std=1.0 / r)
@@ -102,7 +87,7 @@ def _orthogonal(experts_A: torch.Tensor, experts_B: torch.Tensor) -> None:
     num_experts, r, _ = experts_A.shape
     for expert in range(num_experts):
         rows = torch.linalg.qr(torch.randn(r, r)).Q
-        # A gets every second row of an orthogonal matrix, B gets the others: their product is zero.
+        # The rows of an orthogonal matrix are orthogonal to each other, so the product of the two halves is zero.
         for stack, half in ((experts_A, rows[0::2]), (experts_B, rows[1::2])):
             stack[expert].copy_(half.t() @ torch.randn(r // 2, stack.shape[2]) / 10.0)
 

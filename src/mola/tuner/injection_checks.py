@@ -30,8 +30,8 @@ _RESERVED_NAMES = ("base_model", "model", "mola_A", "mola_B", "mola_router")
 def check_adapter_names(adapter_names: Iterable[str], model: nn.Module) -> None:
     """Refuse adapters with the name of a module, or of a part of a module's path.
 
-    PEFT finds the tensors of an adapter by its name among the parts of their names. With the name of a module it
-    would leave tensors out of the saved file, including tensors of other adapters.
+    PEFT finds an adapter's tensors by the adapter's name among the parts of their names. If a module has the same name,
+    PEFT leaves tensors out of the saved file, including those of other adapters.
     """
     parts = {*_RESERVED_NAMES}
     for name, _ in model.named_modules():
@@ -44,11 +44,7 @@ def check_adapter_names(adapter_names: Iterable[str], model: nn.Module) -> None:
 
 
 def check_base_model(config: MolaConfig, model: nn.Module) -> None:
-    """Refuse base models of a different type than the adapter's, and those that rescale their weights.
-
-    Raises:
-        MolaError: the types differ, or the model rescales its weights in evaluation (RWKV).
-    """
+    """Refuse base models of a different type than the adapter's, and those that rescale their weights."""
     model_config = getattr(model, "config", None)
     model_type = getattr(model_config, "model_type", None)
     if None not in (config.base_model_type, model_type) and config.base_model_type != model_type:
@@ -76,17 +72,8 @@ def check_injection(
 ) -> None:
     """Refuse a configuration that does not fit the model.
 
-    Args:
-        config: the adapter's configuration.
-        modules: the model's modules, by name.
-        adapted: names of the linears that get mixtures.
-        per_layer: the configuration's numbers per layer.
-        layer_stacks: the model's lists of layers.
-        stacked_parameters: the parameters that get LoRAs.
-        is_new: whether the adapter starts with new values; False for a saved one.
-
-    Raises:
-        MolaError: a shape, a pattern or the place of a module does not fit.
+    `adapted` has the names of the linears that get mixtures, and `stacked_parameters` the parameters that get LoRAs.
+    `is_new` is False for a saved adapter.
     """
     for name in adapted:
         settings = per_layer.settings(config, name, layer_stacks.index(name))
@@ -96,23 +83,47 @@ def check_injection(
                 "in full (`modules_to_save`), and neither adapter could be saved. Use `exclude_modules`."
             )
         if is_adaptable(modules[name]):
-            _check_has_weights(name, modules[name])
-            _check_not_tensor_parallel(name, modules[name])
-            if config.init_lora_weights == "principal" and is_new:
-                _check_readable(name, modules[name])
+            _check_has_weights(name, modules[name], "weight")
+            _check_base_layer(name, base_layer_of(modules[name]), config, is_new=is_new)
             features: Any = _get_in_out_features(base_layer_of(modules[name]))
             check_shapes(config.init_lora_weights, settings.num_experts, settings.r, features, name)
     for stack in stacked_parameters:
-        _check_has_weights(stack.module, modules[stack.module], stack.parameter)
         settings = per_layer.settings(config, stack.name, stack.layer_index)
+        _check_has_weights(stack.module, modules[stack.module], stack.parameter)
         check_shapes(config.init_lora_weights, 1, settings.r, (stack.in_features, stack.out_features), stack.name)
-    stack_names = [stack.name for stack in stacked_parameters]
     check_matches(config.num_experts_pattern, adapted, "num_experts_pattern")
     for field in ("rank_pattern", "alpha_pattern"):
-        check_matches(getattr(config, field), [*adapted, *stack_names], field)
+        check_matches(getattr(config, field), [*adapted, *(stack.name for stack in stacked_parameters)], field)
     if is_new and config.layers_to_transform is not None:
         _check_layers_exist(config, modules)
     _check_no_linear_in_stack(adapted, [stack.module for stack in stacked_parameters], modules)
+
+
+def _check_has_weights(name: str, module: nn.Module, parameter: str) -> None:
+    """Raise MolaError for offloaded weights: accelerate restores them for called modules only, not for experts."""
+    weight: Any = getattr(base_layer_of(module), parameter, None)
+    if weight is not None and weight.is_meta and hasattr(module, "_hf_hook"):
+        raise MolaError(
+            f"the base model must not be offloaded: the weights of {name!r} come from the CPU or a disk when it is "
+            "called, which does not work for experts. Load the model without `device_map`, or with a map that fits "
+            "into the devices' memory."
+        )
+
+
+def _check_base_layer(name: str, base: Any, config: MolaConfig, *, is_new: bool) -> None:
+    # Under tensor parallelism each process has only some features, and a router needs all of them.
+    mesh = getattr(getattr(base, "weight", None), "device_mesh", None)
+    mesh_names = (mesh.mesh_dim_names if mesh is not None else None) or ()
+    if getattr(base, "_hf_tp_plan", None) is not None or "tp" in mesh_names:
+        raise MolaError(
+            f"the base model must not be tensor-parallel: the weight of {name!r} is split over processes, and "
+            "experts are not. Load it without `tp_plan`; FSDP2 shards both."
+        )
+    if config.init_lora_weights == "principal" and is_new and not can_unpack_weight(base):
+        raise MolaError(
+            f"`init_lora_weights` 'principal' needs the base's weights: those of {name!r}, a {type(base).__name__}, "
+            "cannot be unpacked. Choose a different initialisation."
+        )
 
 
 def _check_layers_exist(config: MolaConfig, modules: Mapping[str, nn.Module]) -> None:
@@ -136,36 +147,4 @@ def _check_no_linear_in_stack(adapted: Sequence[str], stacked: Sequence[str], mo
         raise MolaError(
             f"`target_modules` and `target_parameters` must not name the same linear, in all adapters of a model: "
             f"{both[0]!r}. Leave it out of one of them, with `exclude_modules` for instance."
-        )
-
-
-def _check_not_tensor_parallel(name: str, module: nn.Module) -> None:
-    """Raise MolaError for a tensor-parallel linear: each process has only some features, and a router needs all."""
-    base: Any = base_layer_of(module)
-    mesh = getattr(getattr(base, "weight", None), "device_mesh", None)
-    names = None if mesh is None else mesh.mesh_dim_names
-    if getattr(base, "_hf_tp_plan", None) is not None or "tp" in (names or ()):
-        raise MolaError(
-            f"the base model must not be tensor-parallel: the weight of {name!r} is split over processes, and "
-            "experts are not. Load it without `tp_plan`; FSDP2 shards both."
-        )
-
-
-def _check_readable(name: str, module: nn.Module) -> None:
-    base = base_layer_of(module)
-    if not can_unpack_weight(base):
-        raise MolaError(
-            f"`init_lora_weights` 'principal' needs the base's weights: those of {name!r}, a {type(base).__name__}, "
-            "cannot be unpacked. Choose a different initialisation."
-        )
-
-
-def _check_has_weights(name: str, module: nn.Module, parameter: str = "weight") -> None:
-    """Raise MolaError for offloaded weights: accelerate restores them for called modules only, not for experts."""
-    weight: Any = getattr(base_layer_of(module), parameter, None)
-    if weight is not None and weight.is_meta and hasattr(module, "_hf_hook"):
-        raise MolaError(
-            f"the base model must not be offloaded: the weights of {name!r} come from the CPU or a disk when it is "
-            "called, which does not work for experts. Load the model without `device_map`, or with a map that fits "
-            "into the devices' memory."
         )

@@ -1,4 +1,8 @@
-"""`MolaLinear`: one linear map with its frozen weight, its router and its LoRA experts."""
+"""`MolaLinear`: one linear map with its frozen weight, its router and its LoRA experts.
+
+The formula is in the docstring of `MolaLinear`. `forward` collects the tensors of one call in `mixture_inputs`, and
+`mola.tuner.kernels.dispatch.mixture` chooses the backend that computes the formula.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,13 @@ from mola.tuner.kernels.api import FrozenLinear, MixtureInputs, MixtureSettings
 from mola.tuner.kernels.dispatch import decode_layer, forget, mixture, register
 from mola.tuner.kernels.tensors import autocast_is_on, has_hooks
 from mola.tuner.merging import SingleExpertMerging
-from mola.tuner.router_statistics import RouterCollector, RouterObserver, RouterOutput
+from mola.tuner.router_statistics import RouterOutput
 from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS, Routing, router_logits
 
 
 @dataclass(frozen=True)
 class ExpertSettings:
-    """Settings of one adapter for one module; fields as in `MolaConfig`, resolved for this module."""
+    """Settings of one adapter for one module: fields of `MolaConfig` with the values for this module."""
 
     r: int
     num_experts: int
@@ -44,9 +48,9 @@ class ExpertSettings:
 
 @contextlib.contextmanager
 def keep_requires_grad(module: nn.Module) -> Iterator[None]:
-    """Restore `requires_grad` of all parameters after the block, which assigns tensors to a `ParameterDict`.
+    """Restore `requires_grad` of all parameters after the block, in which parameters are assigned to a `ParameterDict`.
 
-    A `ParameterDict` makes each assigned tensor a trainable parameter.
+    A `ParameterDict` makes each assigned parameter trainable.
     """
     flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     yield
@@ -56,10 +60,7 @@ def keep_requires_grad(module: nn.Module) -> Iterator[None]:
 
 
 def offloaded_error() -> MolaError:
-    """The error for experts without values.
-
-    accelerate offloaded them, and restores weights only for modules that are called.
-    """
+    """The error for a call of experts that accelerate has offloaded."""
     return MolaError(
         "the experts have no values: the model was offloaded to the CPU or a disk, and accelerate only restores the "
         "weights of modules that are called. Keep the model on its device."
@@ -75,11 +76,11 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         g = softmax over the top_k largest z     zero for the others
         y = x W^T + b + sum_e g_e * (lora_alpha / r) * B_e A_e dropout(x)
 
-    The research code draws one dropout mask per expert. Here the experts of a module share one mask
-    per call, so that one matrix product computes all experts. The router's input has no dropout.
-    With one expert the layer is LoRA and has no router.
+    The router's input has no dropout. The experts of a module share one dropout mask per call, so that one matrix
+    product computes all experts; the research code draws one mask per expert. With one expert the layer is LoRA and has
+    no router.
 
-    Parameters per adapter `a`: `mola_A[a]: (E, r, in)`, `mola_B[a]: (E, r, out)` and, for `E > 1`,
+    Parameters of adapter `a`: `mola_A[a]: (E, r, in)`, `mola_B[a]: (E, r, out)` and, for `E > 1`,
     `mola_router[a]: (E, in)` in float32.
 
     Example:
@@ -90,10 +91,17 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         torch.Size([5, 4])
     """
 
+    # Attributes that PEFT reads: dictionaries with one entry per adapter.
     adapter_layer_names = ("mola_A", "mola_B", "mola_router")
     other_param_names = (
-        *("settings", "scaling", "r", "num_experts", "top_k", "mola_dropout"),
-        *("router_outputs", "router_runs"),
+        "settings",
+        "scaling",
+        "r",
+        "num_experts",
+        "top_k",
+        "mola_dropout",
+        "router_outputs",
+        "router_runs",
     )
     mixed_batch: Any = None  # a `MixedBatch` during calls with `adapter_names`
 
@@ -121,11 +129,11 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.num_experts: dict[str, int] = {}
         self.top_k: dict[str, int] = {}
-        # Router output by adapter, recorded in training forward passes while `router_losses` is collecting.
+        # Router output by adapter, recorded in forward passes in training mode while `router_losses` is collecting.
         self.router_outputs: dict[str, RouterOutput] = {}
-        self.router_runs: dict[str, int] = {}  # number of calls concatenated in each output; 1 if absent
-        self.router_losses: RouterCollector | None = None
-        self.observer: RouterObserver | None = None  # set while `mola.insight` records routers
+        self.router_runs: dict[str, int] = {}  # number of calls whose outputs are concatenated; 1 if absent
+        self.router_losses: Any = None  # the `RouterLosses` of the model
+        self.observer: Any = None  # set while a recorder of `mola.insight` observes this layer
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` switches this off
         self._disable_adapters = False
@@ -153,7 +161,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_settings(self, adapter_name: str, settings: ExpertSettings) -> None:
-        """Replace the settings of an adapter; the caller replaces its weights."""
+        """Replace the settings of an adapter, but not its weights."""
         self.settings[adapter_name] = settings
         self.scaling[adapter_name] = settings.scaling
         self.r[adapter_name] = settings.r
@@ -161,13 +169,13 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.top_k[adapter_name] = settings.top_k
 
     def reset_parameters(self, adapter_name: str) -> None:
-        """Draw new values for experts and router, using the initialisation named by `init_lora_weights`."""
+        """Draw new values for experts and router, with the initialisation that `init_lora_weights` names."""
         method = self.settings[adapter_name].init_lora_weights
         router = self.mola_router.get(adapter_name)
         initialize(method, self.mola_A[adapter_name], self.mola_B[adapter_name], router, self.get_base_layer())
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # Keeps the dtype. PEFT's method casts to the base's dtype, even weights just loaded in float32.
+        # The dtype stays the same. PEFT's method casts to the base's dtype, even weights just loaded in float32.
         dicts = [each for each in (self.mola_A, self.mola_B, self.mola_router) if adapter_name in each]
         originals = [parameters[adapter_name] for parameters in dicts]
         with keep_requires_grad(self):
@@ -176,7 +184,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
                 parameters[adapter_name] = nn.Parameter(original.detach().to(parameters[adapter_name].device))
 
     def _cast_experts(self, adapter_name: str) -> None:
-        """Cast new experts to the base's dtype, as PEFT does, unless the base is quantised. Routers stay in float32."""
+        """Cast new experts to the base's dtype, like PEFT, unless the base is quantised. Routers stay in float32."""
         weight = getattr(self.get_base_layer(), "weight", None)
         if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
             return
@@ -187,7 +195,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     # ------------------------------------------------------------------ forward
 
     def train(self, mode: bool = True) -> MolaLinear:
-        """As `nn.Module.train`. Before training, kernels drop their cached copies of frozen experts."""
+        """Like `nn.Module.train`. Before training, kernels drop their cached copies of frozen experts."""
         if mode:
             forget(self.mola_A.values())
         return super().train(mode)
@@ -202,11 +210,11 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             return self.mixed_batch.forward(self, x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.scaling]
         if len(names) == 1 and not args and not kwargs:
-            # For few tokens without gradients, one native function computes base and experts.
+            # One native function computes base and experts for few tokens without gradients.
             output = decode_layer(self, names[0], x)
             if output is not None:
                 return output
-            # If the base layer is plain and frozen, a backend computes it together with the experts.
+            # A backend computes the base layer together with the experts if the base layer is plain and frozen.
             if not torch.compiler.is_compiling() and (base := self.frozen_linear(x)) is not None:
                 return self.add_experts(names[0], x, base).to(x.dtype)
         result = self.base_layer(x, *args, **kwargs)
@@ -216,10 +224,9 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         return result.to(dtype)
 
     def frozen_linear(self, x: torch.Tensor) -> FrozenLinear | None:
-        """The base layer as tensors for a backend, if it is a plain frozen `nn.Linear` in the dtype of `x`; else None.
+        """Weight and bias of the base layer, if a backend may compute `x W^T + b` without calling the layer; else None.
 
-        None means that the caller must call the base layer, because it has hooks, is trained, needs a cast, or is of a
-        different class.
+        The base layer must be an `nn.Linear` without hooks, frozen, and in the dtype of `x`.
         """
         base: Any = self._modules["base_layer"]
         if type(base) is not nn.Linear or has_hooks(base):
@@ -237,12 +244,12 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         return FrozenLinear(weight, bias)
 
     def add_experts(self, adapter_name: str, x: torch.Tensor, base: torch.Tensor | FrozenLinear) -> torch.Tensor:
-        """Base output plus the update of one adapter, `(..., out)`, in the wider of the two dtypes.
+        """Base output plus the experts' output of one adapter, `(..., out)`, in the wider of the two dtypes.
 
         Args:
             adapter_name: the adapter.
             x: `(..., in)`.
-            base: the base output `(..., out)`, or a frozen base layer, which the backend then computes too.
+            base: the base output `(..., out)`, or a frozen base layer for the backend to compute.
         """
         inputs = self.mixture_inputs(adapter_name, x, base)
         output, logits, expert_indices = mixture(inputs)
@@ -252,7 +259,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
     def mixture_inputs(self, adapter_name: str, x: torch.Tensor, base: torch.Tensor | FrozenLinear) -> MixtureInputs:
         """The inputs of a backend; arguments as in `add_experts`."""
-        # Not by attribute: `__getattr__` takes measurable time when every linear does it for every token.
+        # `_modules` instead of attributes: `__getattr__` takes measurable time for every linear and every token.
         parts: Any = self._modules
         experts_A, experts_B = (_tensor(parts[each], adapter_name) for each in ("mola_A", "mola_B"))
         if experts_A.is_meta and not x.is_meta:
@@ -277,17 +284,16 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         return MixtureInputs(x, result, weight, bias, experts_A, experts_B, router, None, settings)
 
     def _records_router_output(self) -> bool:
-        return self.training and any(
-            each is not None and each.collecting for each in (self.router_losses, self.observer)
-        )
+        recorders = self.router_losses, self.observer
+        return self.training and any(each is not None and each.collecting for each in recorders)
 
     def _record(self, adapter_name: str, output: RouterOutput) -> None:
-        # Statistics are computed after the forward pass, which gradient checkpointing does not recompute.
+        # Statistics of the outputs are computed after the forward pass, so gradient checkpointing does not repeat them.
         if self.observer is not None and self.observer.collecting:
             self.observer.observe(adapter_name, output)
         if self.router_losses is not None and self.router_losses.collecting:
             before = self.router_outputs.get(adapter_name)
-            if before is not None:  # this module has already run in this forward pass
+            if before is not None:  # this module runs several times in this forward pass
                 self.router_runs[adapter_name] = self.router_runs.get(adapter_name, 1) + 1
                 output = RouterOutput(*(torch.cat(parts) for parts in zip(before, output, strict=True)))
             self.router_outputs[adapter_name] = output
@@ -315,8 +321,8 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         return router_logits(x, self.mola_router[adapter_name])
 
     def __getstate__(self) -> dict[str, Any]:
-        # Router outputs cannot be copied: they hold an autograd graph. Collectors hold the whole model; a copied
-        # `RouterLosses` finds the copied layers by itself.
+        # A copy has no router outputs, which hold an autograd graph. `router_losses` and the observer hold the whole
+        # model; a copied `RouterLosses` connects itself to the copied layers.
         return {**self.__dict__, "router_outputs": {}, "router_runs": {}, "observer": None, "router_losses": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -336,4 +342,4 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 def _tensor(module: nn.Module, name: str) -> Any:
     """A parameter of a module, read without `__getattr__`; None if the module has no parameter of this name."""
     found = module._parameters.get(name)
-    return module.__dict__.get(name) if found is None else found  # replicas of nn.DataParallel have plain tensors
+    return module.__dict__.get(name) if found is None else found  # copies by nn.DataParallel have plain tensors

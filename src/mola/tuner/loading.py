@@ -19,12 +19,9 @@ _HOOK_ATTRIBUTE = "_mola_load_hook"
 
 
 def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Compare the tensors of a file with those of the model.
+    """Compare the tensors of a file with those of an adapter in a `PeftModel`, or in a bare model with adapters.
 
-    Args:
-        model: a `PeftModel`, or a bare model with adapters.
-        adapter_name: the adapter to be loaded.
-        state_dict: the tensors of the file, with the adapter's name at the end of their keys.
+    The keys of `state_dict` end with the name of the adapter.
 
     Raises:
         MolaError: a tensor is missing, is not known to the model, has a different shape, or values that are not finite.
@@ -60,7 +57,7 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[
 def check_on_load_state_dict(model: nn.Module) -> None:
     """Compare tensors whenever `load_state_dict` is called: PEFT before 0.21 does not call the method before loading.
 
-    The check covers keys with the prefix of a PeftModel. A second call for the same model does nothing.
+    A second call for the same model does nothing.
     """
     if not hasattr(model, _HOOK_ATTRIBUTE):
         setattr(model, _HOOK_ATTRIBUTE, model.register_load_state_dict_pre_hook(_check_state_dict))

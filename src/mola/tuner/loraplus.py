@@ -35,15 +35,12 @@ def create_loraplus_optimizer(
 
 
 def split_groups(optimizer: Optimizer, model: nn.Module, loraplus_lr_ratio: float) -> Optimizer:
-    """Move every `B` of an optimiser into parameter groups with a higher learning rate; call it before the first step.
+    """Move every `B` of an optimiser into parameter groups with a higher learning rate, before the first step.
 
     Args:
-        optimizer: the optimiser of `model`; it is changed.
+        optimizer: the optimiser of `model`; it is changed and returned.
         model: a model with a mixture.
         loraplus_lr_ratio: learning rate of the new group / learning rate of the old one.
-
-    Returns:
-        The optimiser.
 
     Raises:
         MolaError: the ratio is not above 0, or the optimiser has no trainable `mola_B`.

@@ -18,9 +18,7 @@ from mola.errors import MolaError
 def check_no_shared_weights(model: nn.Module, adapters: Collection[str] | None = None) -> None:
     """Refuse to merge into a weight that two modules share, such as that of a head tied to the embeddings.
 
-    Args:
-        model: a model with adapters of any PEFT method.
-        adapters: names of the adapters to be merged; None for all.
+    The adapters may be of any PEFT method. `adapters` are the names of those to be merged; None means all.
 
     Raises:
         MolaError: the update of one module would also change a second one.

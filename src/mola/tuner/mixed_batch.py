@@ -1,7 +1,7 @@
 """Rows of one batch with different adapters: PEFT's `adapter_names` in `forward` and `generate`.
 
-Rows are sorted by adapter. The base layer computes all of them at once, then each adapter adds its experts to its own
-rows, as it would alone. Only evaluation mode allows this, so no router output is recorded.
+Rows are sorted by adapter. The base layer computes all rows at once. Each adapter adds the output of its experts to its
+own rows. Only evaluation mode allows this, so no router output is recorded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mola.tuner.kernels.gemm import linear
 from mola.tuner.layer import MolaLinear
 from mola.tuner.stacked import StackedParameters
 
-# Modules that PEFT's wrappers of modules trained in full can compute row by row.
+# PEFT's wrapper of a module trained in full can compute these modules row by row.
 _MIXED_BY_PEFT = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BASE = "__base__"  # PEFT's name for rows without an adapter
 
@@ -58,7 +58,7 @@ class MixedBatch:
     def adapters_of_rows(self, num_rows: int) -> list[str]:
         """Adapter of each row of a layer's input.
 
-        The input may have one row per name, or `copies` rows per name, or each token of these as a row of its own.
+        The input may have one row per name, or `copies` rows per name, or each token of these rows as a row of its own.
 
         Raises:
             MolaError: the number of rows is none of these.
@@ -67,24 +67,24 @@ class MixedBatch:
             for rows_per_name in (copies, copies * self._tokens_per_row):
                 if num_rows == rows_per_name * len(self._names):
                     return [name for name in self._names for _ in range(rows_per_name)]
-        raise MolaError(  # here and below in PEFT's words, since programs search for them
+        raise MolaError(  # in PEFT's words, since programs search for them
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(self._names)} and {num_rows} respectively."
         )
 
     def forward(self, layer: MolaLinear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The output of `MolaLinear.forward`, applying to each row its own adapter."""
+        """The output of `MolaLinear.forward`, with each row's own adapter."""
         adapters, sizes, order, original_order = self._row_order(len(x), x.device)
         must_call_base = bool(args or kwargs) or torch.is_grad_enabled() or torch.compiler.is_compiling()
         frozen = None if must_call_base else layer.frozen_linear(x)
         result = layer.base_layer(x, *args, **kwargs) if frozen is None else linear(x, *frozen)
-        # For few tokens, one native function adds the updates of all adapters.
+        # For few tokens, one native function adds the outputs of all adapters.
         table = None if frozen is None else self._row_table(layer, x)
         if table is not None:
             return table.add(result, x)
         if not any(name in layer.scaling for name in adapters):
             return result
-        # For many tokens, each adapter adds its update to its own rows.
+        # For many tokens, each adapter adds its output to its own rows.
         if order is not None:
             x, result = x.index_select(0, order), result.index_select(0, order)
         parts = [
@@ -101,7 +101,7 @@ class MixedBatch:
         return self._row_tables[key]
 
     def _row_order(self, num_rows: int, device: torch.device) -> _RowOrder:
-        # Cached for all layers, since moving the indices to a GPU waits for it.
+        # Cached for all layers, because a GPU waits while the indices are moved to it.
         key = num_rows, device
         if key not in self._row_orders:
             names = self.adapters_of_rows(num_rows)
@@ -115,14 +115,14 @@ class MixedBatch:
 
     def count_tokens(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: note how many tokens a row has."""
-        inputs = [args[0] if args else None, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
+        inputs = [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
         given = next((each for each in inputs if torch.is_tensor(each) and each.dim() > 1), None)
         self._tokens_per_row = 1 if given is None else given.shape[1]
 
     def pass_adapter_names(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Forward pre-hook of PEFT's wrappers of `modules_to_save`: pass each the adapter of every row.
+        """Forward pre-hook of PEFT's wrappers of `modules_to_save`: pass the wrapper the adapter of every row.
 
-        A row whose adapter the wrapper does not have uses the base model's module.
+        Rows whose adapter does not train this module use the base model's module.
         """
         names = self.adapters_of_rows(len(args[0])) if args else self._names
         return args, {**kwargs, "adapter_names": [name if name in module._adapters else BASE for name in names]}
@@ -198,14 +198,11 @@ def why_not_mixed(tuner: Any) -> str | None:
 
 def _check_can_mix(tuner: Any, names: Any, modules: list[nn.Module]) -> None:
     """Raise MolaError if rows cannot have these adapters, in PEFT's words if PEFT has the same error."""
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise MolaError(f"`adapter_names` must be a list with an adapter's name, or {BASE!r}, per row: got {names!r}.")
     if tuner.training:
         raise MolaError("Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first.")
-    unknown = sorted({*names} - {*tuner.peft_config, BASE})
-    if unknown:
+    if unknown := {*names} - {*tuner.peft_config, BASE}:
         raise MolaError(
-            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
+            f"Trying to infer with non-existing adapter(s): {', '.join(sorted(map(str, unknown)))}. "
             f"`adapter_names` may have {', '.join(tuner.peft_config)}, and {BASE} for rows without an adapter."
         )
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in modules):

@@ -1,4 +1,9 @@
-"""`MolaModel`: puts MoLA layers into any PyTorch model, each layer with its own number of experts."""
+"""`MolaModel`: replaces the targeted linears of a model by `MolaLinear`, and saves, loads and merges them with PEFT.
+
+- Injection: `inject_adapter` resolves the configuration for this model, checks it, and replaces the linears.
+- Losses: `get_balance_loss`, `get_router_loss`; `RouterLosses` adds them to the model's loss.
+- PEFT calls the methods with a leading underscore.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,6 @@ from torch import nn
 from mola._compat import asks_before_loading, ties_saved_modules
 from mola.architecture.allocation import StackShape
 from mola.architecture.layer_stacks import LayerStacks, config_of
-from mola.architecture.linears import is_adaptable
 from mola.architecture.targets import find_stacks, resolve_target_modules
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
@@ -32,8 +36,6 @@ from mola.tuner.router_losses import RouterLosses
 from mola.tuner.saved_modules import add_task_heads, resolve_modules_to_save, tie_saved_embeddings
 from mola.tuner.stacked import StackedParameters
 
-_TRL_REFERENCE = "ref"  # name of the adapter that TRL's preference trainers add
-
 
 class MolaModel(BaseTuner):
     """A model whose targeted linears are `MolaLinear` (paper, section 3), and its stacked experts `StackedParameters`.
@@ -42,9 +44,9 @@ class MolaModel(BaseTuner):
     (`adapter_names`), `disable_adapter`, `delete_adapter`, `modules_to_save`, saving and loading. The passed
     configuration is copied, so one object can be used for models of different depth.
 
-    Not supported: merging several experts (their gates depend on the input), `add_weighted_adapter`, and unsloth's
-    merged or GGUF files. These raise an error. PEFT's `hotswap_adapter`, `rescale_adapter_scale` and `PeftMixedModel`
-    accept PEFT's own methods only.
+    Merging several experts (their gates depend on the input), `add_weighted_adapter`, and unsloth's merged or GGUF
+    files raise an error. PEFT's `hotswap_adapter`, `rescale_adapter_scale` and `PeftMixedModel` support PEFT's own
+    methods only.
     """
 
     prefix: str = "mola_"
@@ -53,17 +55,17 @@ class MolaModel(BaseTuner):
 
     @staticmethod
     def get_model_config(model: nn.Module) -> Any:
-        """The base model's configuration as a mapping; PEFT's own method may return None or an object."""
+        """The base model's configuration as a mapping; PEFT's method may return None or an object."""
         return config_of(model) or {"model_type": "custom"}
 
     # ------------------------------------------------------------------ injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter into the model: replace its targeted linears. PEFT calls this for every new or loaded adapter.
+        """Replace the linears that an adapter targets. PEFT calls this for every new or loaded adapter.
 
         Raises:
             MolaError: a target matches nothing, the per-layer numbers do not fit the model, or the installed PEFT
-                lacks what a setting needs. The model is left unchanged.
+                does not support a setting. The model is left unchanged.
         """
         passed = self._passed_config = self.peft_config[adapter_name]
         if not isinstance(passed, MolaConfig):
@@ -72,8 +74,7 @@ class MolaModel(BaseTuner):
                 "one kind, here MOLA."
             )
         _check_peft_version(passed)
-        # An adapter with the name of a module would be saved incompletely. Adapters for inference only are checked when
-        # they are saved.
+        # Adapters for inference only are checked when they are saved, in `_get_adapter_state_dict`.
         if not all(each.inference_mode for each in self.peft_config.values()):
             check_adapter_names(self.peft_config, model)
         check_base_model(passed, model)
@@ -84,7 +85,7 @@ class MolaModel(BaseTuner):
         add_task_heads(model, config, is_new=is_new)
         self._resolve(model, config, is_new=is_new)
         with warnings.catch_warnings():
-            # PEFT compares these keys with linears only; `check_injection` compares them with parameters too.
+            # PEFT compares the keys of patterns with linears only; `check_injection` compares them with parameters too.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -100,7 +101,7 @@ class MolaModel(BaseTuner):
             check_on_load_state_dict(model)
 
     def _resolve(self, model: nn.Module, config: MolaConfig, *, is_new: bool) -> None:
-        """Write the names and numbers for this model into the configuration, and check that they fit the model."""
+        """Write module names and numbers per layer into the configuration, and check that they fit the model."""
         self._layer_stacks = LayerStacks.of(model)
         has_no_linears = config.target_parameters and config.target_modules is not None and not config.target_modules
         if not has_no_linears:
@@ -128,26 +129,26 @@ class MolaModel(BaseTuner):
         )
 
     def _original_of_reference(self, adapter_name: str, passed: MolaConfig) -> str | None:
-        """Name of the adapter in training, if the new adapter is a preference trainer's reference "ref"; else None.
+        """Name of the adapter in training if the new adapter is its reference in TRL's preference training; else None.
 
-        TRL adds "ref" with the configuration object of the adapter in training. It then copies the tensors whose names
-        contain ".default.". Names of mola's tensors end with ".default", so the reference would keep its freshly
-        initialised values.
+        TRL adds the adapter "ref" with the configuration object of the adapter in training, and copies tensors whose
+        names contain ".default.". The names of mola's tensors end with ".default", so TRL copies none of them.
         """
-        others = {name: config for name, config in self.peft_config.items() if name != adapter_name}
-        same = [name for name, config in others.items() if config is passed]
-        return same[0] if same and adapter_name == _TRL_REFERENCE else None
+        if adapter_name != "ref":
+            return None
+        same = [name for name, config in self.peft_config.items() if name != adapter_name and config is passed]
+        return same[0] if same else None
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         with keep_requires_grad(self):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: Any) -> None:
-        # PEFT reads names from the user's object, but the model keeps a copy: update both.
+        # PEFT reads names from the user's configuration, and the model keeps a copy: both are updated.
         tie_saved_embeddings(self.model, (peft_config, self._passed_config), tied_weight_keys)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
-        return peft_config  # `_resolve` has chosen the targets, since it knows the model's modules
+        return peft_config  # `_resolve` has already chosen the targets
 
     def _create_and_replace(
         self,
@@ -160,18 +161,12 @@ class MolaModel(BaseTuner):
         parameter_name: str | None = None,
         **optional_kwargs: Any,
     ) -> None:
-        """PEFT calls this for each targeted module: wrap it or, if it is a `MolaLinear`, add the adapter to it."""
+        """Wrap a targeted linear or, if it is a `MolaLinear`, add the adapter to it."""
         index = self._layer_stacks.index(current_key)
         settings = self._per_layer.settings(peft_config, current_key, index)
         if isinstance(target, MolaLinear):
             target.update_layer(adapter_name, settings, inference_mode=peft_config.inference_mode)
             return
-        if not is_adaptable(target):
-            raise MolaError(
-                f"`target_modules` matches {current_key!r}, a {type(target).__name__}. Only linear maps can be "
-                "adapted (nn.Linear, Conv1D of Transformers, quantised linears); use `modules_to_save` to train "
-                "other modules in full."
-            )
         layer = MolaLinear(target, adapter_name, settings, layer_index=index, inference_mode=peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is trainable only after `set_adapter`
@@ -180,9 +175,9 @@ class MolaModel(BaseTuner):
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        """PEFT calls this for `target_parameters`: wrap their modules, and return the names of the parameters.
+        """Wrap the modules of `target_parameters`, and return the names of the parameters.
 
-        PEFT's method nests one wrapper per parameter. A `StackedParameters` has all parameters of a module.
+        PEFT's method nests one wrapper per parameter. One `StackedParameters` wraps all parameters of a module.
         """
         for stack in self._parameter_stacks:
             target: Any = model.get_submodule(stack.module)
@@ -220,10 +215,7 @@ class MolaModel(BaseTuner):
         super().merge_adapter(adapter_names, safe_merge)
 
     def check_mergeable(self, adapter_names: list[str] | None = None) -> None:
-        """Check all layers before the first one is merged.
-
-        Args:
-            adapter_names: adapters to be merged; the active ones by default.
+        """Check that adapters can be merged in all layers; the active adapters by default.
 
         Raises:
             MolaError: several experts in some layer, a quantised base layer, or a weight that two modules share.
@@ -248,11 +240,7 @@ class MolaModel(BaseTuner):
         return model
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not possible for mixtures: gates of several routers cannot be added.
-
-        Raises:
-            MolaError: always.
-        """
+        """Raise MolaError: the gates of several routers cannot be added."""
         raise MolaError(
             "`add_weighted_adapter` cannot combine mixtures, because each has its own routers. `mola convert --to "
             "lora` turns them into LoRAs, which PEFT can combine, and `mola convert --from lora` turns LoRAs into a "
@@ -260,11 +248,7 @@ class MolaModel(BaseTuner):
         )
 
     def save_pretrained_merged(self, *args: Any, **kwargs: Any) -> None:
-        """Not possible for mixtures. unsloth adds this method to base models; no program could read its file.
-
-        Raises:
-            MolaError: always.
-        """
+        """Raise MolaError: no program could read the file that unsloth, which adds this method, would write."""
         raise MolaError(
             "A merged or GGUF file cannot hold a mixture, because its gates depend on the input: save the adapter with "
             "`save_pretrained`. With one expert everywhere, call `merge_and_unload` first. With several, `mola convert "
@@ -281,12 +265,14 @@ class MolaModel(BaseTuner):
     def get_balance_loss(self, adapter_name: str | None = None) -> torch.Tensor:
         """Balance loss of the last forward pass in training mode, not yet multiplied by its coefficient.
 
-            loss = E * sum_e f_e P_e       of each router, with E experts
+        For a router with `E` experts it is
+
+            loss = E * sum_e f_e P_e
 
         where `f_e` is the share of an expert in all choices, and `P_e` its mean softmax probability (Fedus et al. 2021,
-        equations 4 to 6): 1 when perfectly even, E at most. The reduction "module" counts the tokens that
-        `attention_mask` and `labels` of the call select. "layer" counts all tokens, pools the routers of a layer, and
-        adds 1 for a layer without a router.
+        equations 4 to 6): 1 if all experts are used equally, E at most. With the reduction "module" the tokens count
+        that `attention_mask` and `labels` of the call select. With "layer" all tokens count, the routers of a layer are
+        pooled, and a layer without a router adds 1.
 
         Args:
             adapter_name: default: the first active adapter.
@@ -306,8 +292,8 @@ class MolaModel(BaseTuner):
         """Balance loss and z-loss of the last forward pass, times their coefficients, summed over active adapters.
 
         The z-loss is the mean over tokens and routers of `logsumexp(logits) ** 2` (Zoph et al. 2022, equation 5).
-        Training loops that compute their own loss add it: `loss = loss + model.get_router_loss()`, before any forward
-        pass in eval mode.
+        Training loops that compute their own loss add it with `loss = loss + model.get_router_loss()`, before the next
+        forward pass.
 
         Returns:
             Scalar, float32.
@@ -319,7 +305,7 @@ class MolaModel(BaseTuner):
         return self.get_balance_loss() if loss is None else loss  # `get_balance_loss` raises with the reason
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model, so that its hooks add the router losses; PEFT before 0.21 calls `model.forward`."""
+        """Call the model, so that its hooks add the router losses; PEFT before 0.21 skips the hooks."""
         return self.model(*args, **kwargs)
 
     # ------------------------------------------------------------------ saving and loading
@@ -333,7 +319,7 @@ class MolaModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        # `inject_adapter` allows names of modules for adapters that are only used for inference; saving does not.
+        # `inject_adapter` does not check the names of adapters for inference.
         check_adapter_names(unwanted_adapter_names, model)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 

@@ -29,7 +29,7 @@ class PerLayer:
     def resolve(cls, config: MolaConfig, num_layers: int) -> PerLayer:
         """Resolve the notations for a model, and write the numbers into the configuration.
 
-        The configuration must be saved with numbers: a notation may name a file that does not exist later.
+        The saved configuration holds these numbers, because a notation may name a file that does not exist later.
 
         Raises:
             MolaError: the notations do not fit the number of layers, or each other.
@@ -46,12 +46,7 @@ class PerLayer:
         return numbers
 
     def settings(self, config: MolaConfig, module: str, layer_index: int | None) -> ExpertSettings:
-        """Settings of one adapted module.
-
-        Args:
-            config: the configuration of the adapter.
-            module: name of the module.
-            layer_index: number of the module's layer; None for a module outside the layers.
+        """Settings of one adapted module; `layer_index` is None for a module outside the layers.
 
         Raises:
             MolaError: the module is outside the layers and the layers have different numbers, or `top_k` is above

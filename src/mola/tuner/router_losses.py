@@ -1,9 +1,12 @@
-"""Adds the routers' balance loss and z-loss to the loss that the wrapped model returns.
+"""`RouterLosses`: adds the routers' balance loss and z-loss to the loss that the wrapped model returns.
 
-Layers record their router's output while the model runs forward in training mode. Hooks on the wrapped model clear
-the records before the forward pass, and turn them into a loss after it. The weight of that loss follows the task loss:
-with `num_items_in_batch` (gradient accumulation in the HF Trainer) a micro-batch counts by its share of the tokens,
-otherwise by 1.
+1. Before a forward pass in training mode, a hook on the model clears old records and notes which tokens count.
+2. During the forward pass, each `MolaLinear` records the output of its router.
+3. After the forward pass, a second hook turns the records into a loss and adds it to the model's output.
+
+The formulas of the losses are in `router_statistics`. In gradient accumulation, the Trainer divides the model's loss by
+the tokens of all micro-batches (`num_items_in_batch`). The router losses of a micro-batch are then multiplied by its
+share of these tokens.
 """
 
 from __future__ import annotations
@@ -20,17 +23,10 @@ from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import MolaLinear
 from mola.tuner.log_prob_loss import LikelihoodCheck, add_loss_to_log_probs
-from mola.tuner.router_statistics import (
-    RouterOutput,
-    RouterStatistics,
-    balance_loss,
-    pool,
-    router_statistics,
-    z_loss,
-)
+from mola.tuner.router_statistics import RouterOutput, RouterStatistics, balance_loss, pool, router_statistics, z_loss
 from mola.tuner.router_warnings import RouterWarnings
 
-# Routers whose outputs have the same shape: the decoder layer of each, and their statistics, computed together.
+# Routers with outputs of one shape: the decoder layer of each, and their statistics in one tensor each.
 StatisticsGroup = tuple[list[int | None], RouterStatistics]
 _ATTRIBUTE = "_mola_router_losses"
 # Tasks whose labels stand at the position of their token; labels of causal language models stand one position later.
@@ -63,6 +59,7 @@ class RouterLosses:
         self._warnings = RouterWarnings()
         self._likelihood_check = LikelihoodCheck()
         self._layers: list[MolaLinear] = []
+        self._layers_with_router: dict[str, MolaLinear] = {}  # for each adapter, the first layer where it has a router
         self._layer_stacks = LayerStacks.of(model)
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -76,12 +73,13 @@ class RouterLosses:
 
     @classmethod
     def install(cls, model: nn.Module) -> RouterLosses:
-        """Return the `RouterLosses` of a model, with new hooks if it has none, connected to all its MoLA layers."""
+        """The `RouterLosses` of a model, connected to all its `MolaLinear`; made with new hooks at the first call."""
         losses = getattr(model, _ATTRIBUTE, None)
         if losses is None:
             losses = cls(model)
             setattr(model, _ATTRIBUTE, losses)
         losses._layers = [module for module in model.modules() if isinstance(module, MolaLinear)]
+        losses._layers_with_router = {name: layer for layer in losses._layers[::-1] for name in layer.mola_router}
         for layer in losses._layers:
             layer.router_losses = losses
         return losses
@@ -98,7 +96,7 @@ class RouterLosses:
     # ------------------------------------------------------------------ hooks
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Clear the records of earlier forward passes, and start recording if the model is in training mode."""
+        """Clear old records. In training mode, start recording and note which tokens count."""
         if not module.training:
             # No loop over layers: this runs for each generated token, and a compiler guards all that it reads.
             self.collecting = False
@@ -112,7 +110,9 @@ class RouterLosses:
         configs = [self._config(name) for name in adapters]
         self.collecting = self._has_outputs = any(_has_router_loss(config) for config in configs)
         for name, config in zip(adapters, configs, strict=True):
-            self._warnings.check_routing(name, self._layers, has_balance_loss=config.router_aux_loss_coef > 0)
+            if config.router_aux_loss_coef == 0:
+                self._warnings.check_gradient(name, self._layers)
+            self._warnings.check_precision(name, self._layers_with_router.get(name))
         if self.collecting:
             self._likelihood_check.raise_if_violated()
             if getattr(module, "_is_replica", False):
@@ -128,14 +128,12 @@ class RouterLosses:
 
     def _warn_in_evaluation(self, kwargs: dict[str, Any]) -> None:
         names = self._active_adapters()
-        self._warnings.check_inference_routing(names, self._layers)
-        # Cheap conditions first: this runs for each generated token, usually without gradients.
-        if (
-            torch.is_grad_enabled()
-            and kwargs.get("labels") is not None
-            and any(map(_has_router_loss, map(self._config, names)))
-        ):
-            self._warnings.warn_untrained_experts(self._layers)
+        for name in names:
+            self._warnings.check_precision(name, self._layers_with_router.get(name))
+        # The cheap conditions come first, because this runs for each generated token.
+        computes_loss = torch.is_grad_enabled() and kwargs.get("labels") is not None
+        if computes_loss and any(_has_router_loss(self._config(name)) for name in names):
+            self._warnings.check_training_mode(self._layers)
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Add the router losses of this forward pass to the model's output."""
@@ -155,22 +153,18 @@ class RouterLosses:
         self._attention_mask = self._label_mask = None
         self._has_outputs = False
 
-    # ------------------------------------------------------------------ the loss
+    # ------------------------------------------------------------------ from records to a loss
 
     def weighted_loss(self) -> torch.Tensor | None:
         """Balance loss and z-loss of the last training forward pass, times their coefficients; None without a router.
 
-        The sum over active adapters, a float32 scalar.
+        The losses of the active adapters are added: a float32 scalar.
         """
         terms = [term for name in self._active_adapters() if (term := self._weighted_loss_of(name)) is not None]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
 
     def balance_loss(self, adapter_name: str) -> torch.Tensor:
-        """Balance loss of the last training forward pass, not yet multiplied by its coefficient (scalar, float32).
-
-        Raises:
-            MolaError: there was no training forward pass with a router loss switched on.
-        """
+        """See `MolaModel.get_balance_loss`."""
         groups = self._statistics(adapter_name)
         if not groups:
             raise MolaError(
@@ -207,7 +201,7 @@ class RouterLosses:
         return total + len(single - {layer_index for layer_index, _ in layers})
 
     def _statistics(self, adapter_name: str) -> list[StatisticsGroup]:
-        """Statistics of the routers that ran. Routers whose outputs have the same shape form a group."""
+        """Statistics of the routers that ran, computed together for routers with outputs of one shape."""
         by_key: dict[Any, list[list[tuple[int | None, RouterOutput]]]] = defaultdict(list)
         for layer in self._layers:
             output = layer.router_outputs.get(adapter_name)
@@ -231,7 +225,7 @@ class RouterLosses:
         return groups
 
     def _refuse_reentrant_checkpointing(self, adapter_name: str) -> None:
-        """Raise MolaError if trainable routers have logits without gradient: re-entrant gradient checkpointing."""
+        """Raise MolaError if logits of a trainable router have no gradient, which re-entrant checkpointing causes."""
         trainable_logits = [
             layer.router_outputs[adapter_name].logits
             for layer in self._layers
@@ -244,7 +238,7 @@ class RouterLosses:
                 "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
             )
 
-    # ------------------------------------------------------------------ into the model's output
+    # ------------------------------------------------------------------ from the loss to the model's output
 
     def _attach(self, output: Any, loss: torch.Tensor, inputs: dict[str, Any]) -> Any:
         """The model's output with `loss` added, for every kind of output; warns if the output has no loss."""
@@ -254,14 +248,19 @@ class RouterLosses:
             label_mask = getattr(output, "label_mask", None)
             output.log_probs = add_loss_to_log_probs(log_probs, loss, label_mask, self._likelihood_check)
         weighted = loss * self._share_of_tokens(inputs.get("num_items_in_batch"), loss.device)
-        if torch.is_tensor(getattr(output, "loss", None)) and not isinstance(output, tuple):
-            output.loss = output.loss + weighted.to(output.loss.device)
+
+        def total(task_loss: torch.Tensor) -> torch.Tensor:
+            return task_loss + weighted.to(task_loss.device)
+
+        has_loss = torch.is_tensor(getattr(output, "loss", None))
+        if has_loss and not isinstance(output, tuple):
+            output.loss = total(output.loss)
         elif isinstance(output, dict) and torch.is_tensor(output.get("loss")):
-            output = {**output, "loss": output["loss"] + weighted.to(output["loss"].device)}
-        elif hasattr(output, "_replace") and torch.is_tensor(getattr(output, "loss", None)):
-            output = output._replace(loss=output.loss + weighted.to(output.loss.device))
+            output = {**output, "loss": total(output["loss"])}
+        elif has_loss and hasattr(output, "_replace"):  # a named tuple
+            output = output._replace(loss=total(output.loss))
         elif isinstance(output, tuple) and inputs.get("labels") is not None and torch.is_tensor(output[0]):
-            output = (output[0] + weighted.to(output[0].device), *output[1:])
+            output = (total(output[0]), *output[1:])
         elif not torch.is_tensor(log_probs):
             self._warnings.warn_once(
                 "no loss",
@@ -271,10 +270,7 @@ class RouterLosses:
         return output
 
     def _share_of_tokens(self, num_items: Any, device: torch.device) -> Any:
-        """The share of this micro-batch in the labelled tokens of the whole batch.
-
-        1 if the model's loss is not divided by `num_items_in_batch`.
-        """
+        """This micro-batch's share of all labelled tokens; 1 if the loss is not divided by `num_items_in_batch`."""
         if num_items is None or self._label_mask is None or not self._divides_by_num_items:
             return 1.0
         share = self._label_mask.sum() / num_items
@@ -296,11 +292,11 @@ class RouterLosses:
     def _token_mask(
         self, adapter_name: str, num_tokens: int, layer_index: int | None, runs: int
     ) -> torch.Tensor | None:
-        """The `(num_tokens,)` mask of counted tokens, or None if all count.
+        """The mask `(num_tokens,)` of the tokens of a module that count; None if all count.
 
-        The "layer" reduction counts padding, like the paper's code. A module whose number of tokens differs from the
-        mask's (an expert of a MoE base) counts all of its tokens. A module that runs several times in a forward pass
-        (ALBERT's layers) sees the mask's tokens `runs` times.
+        The "layer" reduction counts padding, like the paper's code. All tokens also count if their number differs from
+        the mask's, as in an expert of a MoE base. A module that runs several times in a forward pass (ALBERT's layers)
+        sees the mask's tokens `runs` times.
         """
         if self._config(adapter_name).router_aux_loss_reduction == "layer":
             return None

@@ -1,12 +1,11 @@
-"""Output of routers in one forward pass, its sums over tokens, and the losses of these sums."""
+"""Balance loss and z-loss: from the outputs of routers to sums over tokens, and from the sums to losses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
 
 class RouterOutput(NamedTuple):
@@ -21,26 +20,8 @@ class RouterOutput(NamedTuple):
     expert_indices: torch.Tensor
 
 
-class RouterCollector(Protocol):
-    """`RouterLosses` as a layer sees it: while `collecting`, layers keep their router's output for it."""
-
-    model: nn.Module
-    collecting: bool
-
-
-class RouterObserver(Protocol):
-    """A recorder of router outputs in training, see `mola.insight`."""
-
-    @property
-    def collecting(self) -> bool:
-        """Whether this forward pass is recorded."""
-
-    def observe(self, adapter_name: str, output: RouterOutput) -> None:
-        """Receive the router's output of one call of a layer."""
-
-
 class RouterStatistics(NamedTuple):
-    """Sums over the counted tokens of one router; sums of several routers with equal `E` may be added.
+    """Sums over the tokens of one router that count; sums of routers with equal numbers of experts may be added.
 
     All are float32. Statistics of `R` routers have a leading dimension `R`.
 
@@ -48,7 +29,7 @@ class RouterStatistics(NamedTuple):
         expert_counts: how often each expert was chosen, `(E,)`, without gradient.
         probability_sum: softmax over all experts, summed over tokens, `(E,)`.
         z_sum: squared log-sum-exp of the logits, summed over tokens, scalar.
-        num_tokens: counted tokens, scalar.
+        num_tokens: number of tokens that count, scalar.
     """
 
     expert_counts: torch.Tensor
@@ -58,7 +39,7 @@ class RouterStatistics(NamedTuple):
 
 
 def router_statistics(output: RouterOutput, token_mask: torch.Tensor | None = None) -> RouterStatistics:
-    """Reduce the output of one router, or of several, to sums over the tokens.
+    """Sums over the tokens of one router or of several routers.
 
     Args:
         output: logits and chosen experts.
@@ -88,10 +69,10 @@ def balance_loss(statistics: RouterStatistics) -> torch.Tensor:
 
         loss = E * sum_e f_e P_e
 
-    with `f_e` the share of all assignments that went to expert `e` (no gradient) and `P_e` its mean
-    probability: 1 when perfectly even, at most E. 0 when no token counts.
+    with `f_e` the share of expert `e` in all choices (no gradient) and `P_e` its mean probability: 1 if all experts are
+    used equally, E at most, and 0 if no token counts.
 
-    Source: Switch Transformers (Fedus et al. 2021), equations 4 to 6, with `top_k` assignments per token.
+    Source: Switch Transformers (Fedus et al. 2021), equations 4 to 6, with `top_k` choices per token.
     """
     num_experts = statistics.expert_counts.shape[-1]
     share = statistics.expert_counts / statistics.expert_counts.sum(-1, keepdim=True).clamp(min=1.0)

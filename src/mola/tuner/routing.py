@@ -1,7 +1,9 @@
-"""From router logits to gates: how experts are chosen, and the gradient of the choice.
+"""From router logits to gates: `top_k_softmax` is the paper's formula.
 
-A router is a function of logits in the table `ROUTERS`. Autograd computes its gradient. The gradient of
-`top_k_softmax`, the only router that native backends compute, is also written out.
+- `router_logits`: the logits `z = x Wr^T`.
+- `top_k_softmax`: chooses experts and computes their gates. `ROUTERS` is the table of such functions.
+- `top_k_softmax_backward`: the gradient, written out for backends with a backward pass of their own. For a different
+  router in the table, `router_backward` uses autograd.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ _FEW_TOKENS = 32  # up to this many tokens one sort is faster than `top_k` passe
 
 
 class Routing(NamedTuple):
-    """Chosen experts of `N` tokens and their gates; shapes are for `(N, E)` logits; transposed for `(E, N)`.
+    """Chosen experts of `N` tokens and their gates. The shapes are those for logits `(N, E)`; `(E, N)` transposes them.
 
     Attributes:
         expert_indices: chosen experts, integers `(N, top_k)`: largest logit first, or in the order of the experts if
@@ -29,7 +31,7 @@ class Routing(NamedTuple):
 
 
 def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Router logits `x Wr^T` in float32 (float64 for float64 input), even under autocast.
+    """Router logits `z = x Wr^T` in float32 (float64 for float64 input), even under autocast.
 
     In bfloat16, rounding would reorder nearly equal logits, and some tokens would be routed to different experts.
 
@@ -50,7 +52,7 @@ def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Te
 
 
 def router_logits_by_expert(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`router_logits` as `(E, N)`, for code that autograd does not record.
+    """`router_logits` as `(E, N)`, for code whose operations autograd does not record.
 
     Args:
         tokens: `(N, in)`.
@@ -99,7 +101,7 @@ def route_all(router: str, logits: torch.Tensor, top_k: int, dim: int) -> tuple[
     """Gates of all experts, in the form of `dense_gates`, and the chosen experts; `router` is a name in `ROUTERS`."""
     expert_indices, gates = routing = ROUTERS[router](logits, top_k, dim)
     num_experts = logits.shape[dim]
-    # The default router returns all experts in their order, so that its gates need no scatter.
+    # If all experts are chosen, the default router returns them in their order, so that no scatter is needed.
     in_order = router == DEFAULT_ROUTER and top_k == num_experts
     return gates if in_order else dense_gates(routing, num_experts, dim), expert_indices
 
@@ -144,9 +146,7 @@ def router_backward(router: str, logits: torch.Tensor, top_k: int, grad_log_gate
         logits = logits.detach().requires_grad_()
         routing = ROUTERS[router](logits, top_k, 0)
     gates, chosen = routing.routing_weights, grad_log_gates.gather(0, routing.expert_indices)
-    grad_gates = torch.where(
-        gates > 0, chosen / gates, 0.0
-    ).detach()  # an expert with gate 0 contributes nothing, so its gradient is 0
+    grad_gates = torch.where(gates > 0, chosen / gates, 0.0).detach()  # an expert with gate 0 contributes nothing
     return torch.autograd.grad(gates, logits, grad_gates)[0]
 
 

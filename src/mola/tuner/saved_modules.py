@@ -23,14 +23,10 @@ _OTHER_HEADS = ("classification_head", "logits_proj")
 
 
 def add_task_heads(model: nn.Module, config: MolaConfig, *, is_new: bool) -> None:
-    """Add the heads of a configuration's task to its `modules_to_save`, since they start with random values.
+    """Add the heads of a task, which start with random values, to the `modules_to_save` of a configuration.
 
-    PEFT adds heads to the configuration that the user passed, which `MolaModel` has already copied.
-
-    Args:
-        model: the base model.
-        config: the model's copy of the configuration; it is changed.
-        is_new: whether the adapter is new; a saved one has all its heads in `modules_to_save`.
+    PEFT adds heads too, but to the configuration that the user passed, and `MolaModel` uses a copy.
+    A saved adapter (`is_new` is False) already has the heads of sequence classifiers.
     """
     heads = _HEADS_OF_TASKS.get(config.task_type, ())
     if config.task_type == "SEQ_CLS" and is_new:
@@ -45,15 +41,10 @@ def resolve_modules_to_save(
 ) -> list[str] | None:
     """`modules_to_save` for one model: names that would also match a part of a `MolaLinear` become whole names.
 
-    A module called `router` is an example: PEFT would match `mola_router` too.
-
-    Args:
-        names: `modules_to_save` of a configuration.
-        modules: the model's modules, by name.
-        is_new: whether the adapter is new; the file of a saved one shows what it has trained.
+    For `router`, as an example, PEFT would also match `mola_router`.
 
     Raises:
-        MolaError: a name matches no module, which PEFT would ignore.
+        MolaError: a name of a new adapter matches no module, which PEFT would ignore.
     """
     if names is None:
         return None
@@ -75,7 +66,7 @@ def resolve_modules_to_save(
 
 
 def trained_in_full(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """Name of the enclosing module that an adapter trains in full; None if no adapter trains one."""
+    """Name of the module around `name` that an adapter trains in full; None if there is no such module."""
     parts = name.split(".")
     parents = (".".join(parts[:count]) for count in range(1, len(parts)))
     return next((each for each in parents if isinstance(modules.get(each), AuxiliaryTrainingWrapper)), None)
@@ -84,10 +75,7 @@ def trained_in_full(name: str, modules: Mapping[str, nn.Module]) -> str | None:
 def tie_saved_embeddings(model: Any, configs: Iterable[Any], tied_weight_keys: Collection[str]) -> None:
     """For `ensure_weight_tying`: train the input embeddings in full, and tie the modules that share their weight.
 
-    Args:
-        model: the base model.
-        configs: configurations of the adapter, which are changed.
-        tied_weight_keys: names of the tied modules, from PEFT.
+    The function changes `configs`. `tied_weight_keys` are the names of the tied modules, from PEFT.
     """
     embedding = model.get_input_embeddings()
     source = next(name for name, module in model.named_modules() if module is embedding)

@@ -18,21 +18,20 @@ from mola.tuner.layer import ExpertSettings, offloaded_error
 
 
 class StackedParameters(nn.Module, BaseTunerLayer):
-    r"""A module whose parameters get an update for the forward pass, like `target_parameters` in PEFT's LoRA.
+    r"""A module that holds the base model's own experts, with one LoRA per expert, like `target_parameters` of PEFT.
 
-    A parameter stacks the weights `W_n` of the base model's own `N` experts. In the forward pass they are
+    A parameter of the module stacks the weights `W_n` of the base model's `N` experts. The forward pass uses
 
         W_n + (lora_alpha / r) * B_n A_n
 
-    The base model's router chooses among them. There is no mixture and no router of mola: all tokens use the same
-    weights.
+    instead of `W_n`. The base model's router chooses among its experts. There is no mixture and no router of mola.
 
     Parameters per adapter `a` and parameter `p`: `mola_A_p[a]: (N, r, in)` and `mola_B_p[a]: (N, r, out)`.
     """
 
     other_param_names = ("settings",)
     cast_input_dtype_enabled = True  # PEFT reads it from every layer
-    mixed_batch: Any = None  # set during calls with `adapter_names`, which no adapter of this module may take part in
+    mixed_batch: Any = None  # set during calls with `adapter_names`, which exclude the adapters of this module
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
@@ -46,7 +45,7 @@ class StackedParameters(nn.Module, BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, stack: StackShape, settings: ExpertSettings, *, inference_mode: bool = False
     ) -> None:
-        """Add the LoRAs of one adapter for one parameter; `settings.num_experts` is 1."""
+        """Add the LoRAs of one adapter for one parameter; the caller sets `num_experts` of the settings to 1."""
         self.settings.setdefault(adapter_name, {})[stack.parameter] = settings
         for part, features in (("A", stack.in_features), ("B", stack.out_features)):
             name = f"mola_{part}_{stack.parameter}"
@@ -58,7 +57,7 @@ class StackedParameters(nn.Module, BaseTunerLayer):
         initialize(settings.init_lora_weights, A, B, None, self.base_layer)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         dtype = getattr(self.base_layer, stack.parameter).dtype
-        for part in "AB":  # PEFT also starts in the base's dtype, and casts later on request
+        for part in "AB":  # like PEFT, which casts to float32 later
             factors = getattr(self, f"mola_{part}_{stack.parameter}")
             factors[adapter_name] = nn.Parameter(factors[adapter_name].detach().to(dtype))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -82,30 +81,27 @@ class StackedParameters(nn.Module, BaseTunerLayer):
         """Call the module with its parameters changed by the active adapters."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        weights: dict[str, torch.Tensor] = {}
-        if not (self.disable_adapters or self.merged or self.mixed_batch is not None):
-            self._check_not_offloaded()
-            for name in self.active_adapters:
-                weights |= self._updated(name, weights)
-        if not weights:
+        is_off = self.disable_adapters or self.merged or self.mixed_batch is not None
+        names = [] if is_off else [name for name in self.active_adapters if name in self.settings]
+        if not names:
             return self.base_layer(*args, **kwargs)
+        # accelerate's hook would replace the updated weights by those of the base, without an error.
+        if hasattr(self.base_layer, "_hf_hook") and any(each.is_meta for each in self.parameters()):
+            raise offloaded_error()
+        weights: dict[str, torch.Tensor] = {}
+        for name in names:
+            weights |= self._updated(name, weights)
         return torch.func.functional_call(self.base_layer, weights, args, kwargs, tie_weights=False)
 
-    def _check_not_offloaded(self) -> None:
-        # accelerate's hook would replace the updated weights by those of the base, without an error.
-        is_active = any(name in self.settings for name in self.active_adapters)
-        if is_active and hasattr(self.base_layer, "_hf_hook") and any(each.is_meta for each in self.parameters()):
-            raise offloaded_error()
-
     def _updated(self, adapter_name: str, weights: dict[str, torch.Tensor], sign: int = 1) -> dict[str, torch.Tensor]:
-        """Parameters with the update of one adapter added to `weights`, or to the base's if `weights` lacks them."""
+        """The parameters of one adapter plus its update; parameters that `weights` lacks are the base's."""
         updated = {}
         for parameter, settings in self.settings.get(adapter_name, {}).items():
             weight = weights.get(parameter, getattr(self.base_layer, parameter))
             A, B = (factor.to(weight.dtype) for factor in self._factors(adapter_name, parameter))
             left, right = (A, B) if is_transposed(self.base_layer, weight) else (B, A)
             stack = weight.view(len(A), left.shape[2], right.shape[2])
-            # Autocast would change the dtype of the product.
+            # Without autocast, which would change the dtype of the product.
             with contextlib.nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
                 update = torch.baddbmm(stack, left.transpose(1, 2), right, alpha=sign * settings.scaling)
             updated[parameter] = update.view_as(weight)
@@ -118,7 +114,7 @@ class StackedParameters(nn.Module, BaseTunerLayer):
         """Add the updates of adapters to the base's parameters.
 
         Raises:
-            MolaError: `safe_merge`, and a merged parameter is not finite.
+            MolaError: with `safe_merge`, a merged parameter is not finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.settings:
