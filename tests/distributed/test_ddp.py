@@ -3,13 +3,8 @@
 import json
 import re
 import shutil
-import time
-from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
-from accelerate import PartialState
-from transformers import TrainingArguments
 
 from .conftest import assert_same_run, goes_on_from, record, weights_of
 
@@ -146,24 +141,6 @@ def test_wrong_input_ends_all_processes_and_earlier_runs_stay(processes, flags, 
         assert processes.run(arguments=flags(folder, **options)) == [2, 2], processes.output
         assert all("mola train: error: " in text and field in text for text in processes.output)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-
-
-def note_order(index: int, folder: str, error: str | None) -> None:
-    options = TrainingArguments(output_dir=folder, use_cpu=True, report_to="none")
-    with pytest.raises(RuntimeError, match=error) if error else nullcontext(), options.main_process_first(local=False):
-        assert (Path(folder) / "0").exists() is (index == 1)
-        if index == 0:
-            time.sleep(0.3)
-        (Path(folder) / str(index)).touch()
-        if error:
-            raise RuntimeError(error)
-    PartialState().wait_for_everyone()
-    assert (Path(folder) / "1").exists()
-
-
-@pytest.mark.parametrize("error", [None, "as wrong in one process as in the others"])
-def test_main_process_goes_first(processes, tmp_path, error):
-    processes.call(note_order, folder=str(tmp_path), error=error)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ def test_base_model_folder_without_config_is_refused(tmp_path):
 
 def test_adapter_given_as_base_model_is_named_as_such(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(MolaError, match="Pass it as `adapter`"):
+    with pytest.raises(MolaError, match="pass it as `adapter`"):
         check_base_model(tmp_path)
 
 

@@ -4,7 +4,6 @@ import shutil
 import pytest
 
 from mola.errors import MolaError
-from mola.models.gguf import tokenizer_arguments
 from mola.models.tokenizer import load_tokenizer, own_tokenizer
 
 
@@ -30,11 +29,15 @@ def test_a_padding_token_without_an_embedding_is_not_used(tiny_model_dir, tmp_pa
     assert "the padding token 258, which the model does not know" in caplog.text
 
 
-def test_a_tokenizer_config_alone_is_no_tokenizer(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert tokenizer_arguments(str(tmp_path), "model.gguf") == {"gguf_file": "model.gguf"}
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert tokenizer_arguments(str(tmp_path), "model.gguf") == {}
+def test_a_tokenizer_config_alone_is_no_tokenizer(tmp_path, monkeypatch):
+    files = []
+    monkeypatch.setattr(
+        "mola.models.tokenizer.AutoTokenizer.from_pretrained", lambda *_, **given: files.append(given.get("gguf_file"))
+    )
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+        own_tokenizer(str(tmp_path), gguf_file="model.gguf")
+    assert files == ["model.gguf", None]
 
 
 def test_folder_without_tokenizer_is_refused(tmp_path):

@@ -64,7 +64,7 @@ def load(folder, kind, family):
 @pytest.mark.parametrize("family", NOT_PACKED)
 def test_models_that_would_stay_as_they_are_are_refused(family, tmp_path):
     build(family).save_pretrained(tmp_path)
-    with pytest.raises(MolaError, match="`base_model`.*class of their own"):
+    with pytest.raises(MolaError, match="`base_model`.*cannot be quantised"):
         load_model(tmp_path, quantization=KINDS["nf4"], dtype="float32", device="cpu")
 
 

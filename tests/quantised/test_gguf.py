@@ -170,9 +170,8 @@ def test_an_allocation_by_weights_is_that_of_the_folder_with_the_same_weights(ex
     assert len(set(found["exact"]["num_experts"])) > 1
 
 
-@pytest.mark.parametrize("method", ["gradient", "activation"])
-def test_an_allocation_by_data_is_refused(method, folder, sample, capsys):
+def test_an_allocation_by_data_is_refused(folder, sample, capsys):
     data = ["--task=scienceqa", f"--data={sample / 'train.json'}"]
-    words = [f"--method={method}", "--budget=14", f"--base_model={folder}", f"--gguf_file={NAME}"]
+    words = ["--method=gradient", "--budget=14", f"--base_model={folder}", f"--gguf_file={NAME}"]
     assert main(["allocate", *words, *data]) == 2
     assert "`gguf_file` cannot be used with `method`" in capsys.readouterr().err

@@ -1,11 +1,9 @@
-"""`mola serve` and `mola demo` on a packed base."""
+"""`mola serve` on a packed base."""
 
 import pytest
 
 from mola import generate_text, load_model, load_tokenizer
-from mola.errors import MolaError
 from mola.models.quantization import Quantization
-from mola.serving.demonstration.demo import DemoOptions, running_demo
 from mola.serving.serve import ServeOptions, running_server
 from tests.waiting import PATIENCE
 
@@ -26,13 +24,3 @@ def test_the_server_answers_as_the_packed_base_does(blocks_dir, bitsandbytes):
         request = {"model": "base", "prompt": "The cat", "max_tokens": 8}
         response = httpx.post(f"{url}/v1/completions", json=request, timeout=PATIENCE)
     assert response.json()["choices"][0]["text"] == expected
-
-
-@pytest.mark.parametrize(("kind", "run"), [(ServeOptions, running_server), (DemoOptions, running_demo)])
-def test_contradictions_end_before_weights(no_weights, kind, run, bitsandbytes):
-    if kind is DemoOptions:
-        pytest.importorskip("gradio", reason="needs gradio")
-    options = kind(str(no_weights), adapter=[] if kind is ServeOptions else "nowhere", device="cpu")
-    options.load_in_4bit = options.load_in_8bit = True
-    with pytest.raises(MolaError, match="load_in_8bit.*load_in_4bit|load_in_4bit.*load_in_8bit"), run(options):
-        pass

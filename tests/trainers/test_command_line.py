@@ -58,19 +58,9 @@ def test_an_unknown_key_is_named(trl, tmp_path):
     from mola.integrations.trl_command import main
 
     (tmp_path / "recipe.yaml").write_text("lora_rank: 4\n", encoding="utf-8")
+    words = ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "no"]
     with pytest.raises(ValueError, match="lora_rank"):
-        main(
-            [
-                "sft",
-                "--config",
-                str(tmp_path / "recipe.yaml"),
-                "--output_dir",
-                str(tmp_path),
-                "--use_cpu",
-                "--bf16",
-                "no",
-            ]
-        )
+        main(["sft", *words])
 
 
 def test_flags_that_mixtures_do_not_have_are_an_error(trl):

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 
 from mola import MolaError, MolaLinear
+from tests.grids import slow
 from tests.versions import needs
 
 from .conftest import assert_only_the_adapter_was_trained_and_saved, assistant, frozen, losses, settings, user
@@ -38,7 +39,7 @@ def make(trl, chat_tokenizer, base_and_config, tmp_path):
     return build
 
 
-@pytest.mark.parametrize("start", ["config", "ready"])
+@pytest.mark.parametrize("start", [*slow("config"), "ready"])
 def test_loss_falls_and_only_the_adapter_is_trained_and_saved(make, tmp_path, start):
     trainer = make(start)
     assert ("ref" in trainer.model.peft_config) is (start == "ready")
@@ -60,7 +61,7 @@ def test_reference_is_what_the_adapter_started_from(make, start, new):
     assert entry["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["router_aux_loss_coef", pytest.param("router_z_loss_coef", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loss", ["router_aux_loss_coef", *slow("router_z_loss_coef")])
 @IN_ONE
 def test_router_losses_are_refused(make, loss):
     with pytest.raises(MolaError, match="`router_aux_loss_coef` and `router_z_loss_coef` must be 0"):

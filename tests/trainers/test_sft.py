@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from mola.insight.telemetry import ExpertTelemetry
+from tests.grids import slow
 
 from .conftest import (
     KeepGradients,
@@ -51,11 +52,10 @@ def make(trl, chat_tokenizer, base_and_config, tmp_path):
     return build
 
 
-SLOW_BFD = pytest.param("config", "bfd", marks=pytest.mark.slow)
 PACKING = {"no": {}, "wrapped": {"packing": True, "packing_strategy": "wrapped"}, "bfd": {"packing": True}}
 
 
-@pytest.mark.parametrize(("start", "packing"), [("config", "no"), ("ready", "wrapped"), SLOW_BFD])
+@pytest.mark.parametrize(("start", "packing"), [("config", "no"), *slow(("ready", "wrapped"), ("config", "bfd"))])
 def test_loss_falls_and_only_the_adapter_is_trained_and_saved(make, tmp_path, start, packing):
     trainer = make(start, adapter=ROUTER_LOSSES, **PACKING[packing])
     before = frozen(trainer.model)
@@ -64,7 +64,7 @@ def test_loss_falls_and_only_the_adapter_is_trained_and_saved(make, tmp_path, st
     assert_only_the_adapter_was_trained_and_saved(trainer, before, tmp_path / "saved")
 
 
-@pytest.mark.parametrize("packing", ["no", pytest.param("wrapped", marks=pytest.mark.slow), "bfd"])
+@pytest.mark.parametrize("packing", [*slow("no", "wrapped"), "bfd"])
 def test_router_losses_reach_the_gradients(make, packing):
     """Those of a step are the gradients of the model's own loss, which contains them, on the same batch."""
     keep = KeepGradients()
@@ -90,7 +90,7 @@ def test_router_losses_reach_the_gradients(make, packing):
     assert any((expected["with"][name] - expected["without"][name]).abs().max() > 1e-3 for name in routers)
 
 
-@pytest.mark.parametrize("packing", ["no", "bfd"])
+@pytest.mark.parametrize("packing", [*slow("no"), "bfd"])
 def test_telemetry_counts_every_token_once(make, tmp_path, packing):
     trainer = make("config", max_steps=4, logging_steps=2, gradient_accumulation_steps=2, **PACKING[packing])
     batches = []

@@ -47,6 +47,8 @@ def test_no_padding_position_is_trained(flags, tmp_path, tiny_model_dir, rows_fi
     assert main(flags(train_on_inputs="true", learning_rate=1e-30, **options, **NO_EVALUATION)) == 0
     expected = evaluation_loss(tmp_path / "run", tiny_model_dir, rows_file, slice(None), train_on_inputs=True)
     assert losses(tmp_path / "run")[1] == pytest.approx(expected, rel=1e-5)
+    encoded = read_record(tmp_path / "run")["data"]["train"]
+    assert encoded["trained_tokens"] == encoded["tokens"]
 
 
 @pytest.mark.slow
@@ -127,16 +129,17 @@ def test_reentrant_checkpointing_with_a_balance_loss_is_refused(flags, error_lin
     assert "use_reentrant" in line
 
 
+ADAMW = {"weight_decay": 0.1, "optim": "adamw_torch", "lr_scheduler_type": "cosine_with_min_lr"}
+SGD = {"train_sampling_strategy": "group_by_length", "report_to": "none", "optim": "sgd", "max_steps": 2}
+BY_STEPS = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "validation_size": 2}
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "optim": "adamw_torch", "max_steps": 2},
-        {"train_sampling_strategy": "group_by_length", "report_to": "none", "optim": "sgd", "max_steps": 2},
-        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr": 1e-5}', "max_grad_norm": 0},
-        {"target_modules": r".*self_attn\.(q|v)_proj", "modules_to_save": "lm_head", "max_steps": 2},
-        *slow(
-            {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "validation_size": 2}
-        ),
+        {**ADAMW, "lr_scheduler_kwargs": '{"min_lr": 1e-5}', "max_grad_norm": 0, "max_steps": 2},
+        {**SGD, "target_modules": r".*self_attn\.(q|v)_proj", "modules_to_save": "lm_head"},
+        *slow(BY_STEPS),
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -148,11 +151,6 @@ def test_options_of_the_trainer_and_of_peft_work(flags, tmp_path, options):
     wanted = {name: json.loads(value) if str(value).startswith("{") else value for name, value in options.items()}
     found = {name: trained_with[name] for name in wanted}
     assert found == wanted | ({"report_to": []} if "report_to" in wanted else {})
-
-
-def test_modules_to_save_are_saved(flags, tmp_path):
-    assert main(flags(modules_to_save="lm_head", max_steps=2, **NO_EVALUATION)) == 0
-    assert any("lm_head" in name for name in load_file(tmp_path / "run" / WEIGHTS))
 
 
 def test_modules_to_save_of_a_base_in_half_precision_are_trained_in_float32(flags, tmp_path):
@@ -168,6 +166,13 @@ def test_modules_to_save_of_a_base_in_half_precision_are_trained_in_float32(flag
     (head,) = (tensor for name, tensor in load_file(tmp_path / "run" / WEIGHTS).items() if "lm_head" in name)
     assert head.dtype is torch.float32
     assert not torch.equal(head, head.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", [None, "eager"])
+def test_attention_is_the_one_asked_for_else_the_models(name, tiny_model_dir, tmp_path):
+    more = {"dtype": "float32", "attn_implementation": name}
+    options = TrainOptions(base_model=str(tiny_model_dir), output_dir=str(tmp_path), **more)
+    assert build_model(options, base_config(options)).config._attn_implementation == (name or "sdpa")
 
 
 def test_base_model_for_fsdp_is_loaded_into_cpu_memory(tiny_model_dir, rows_file, monkeypatch):
@@ -193,10 +198,9 @@ def test_what_fsdp_cannot_shard_is_refused(monkeypatch):
 
 
 def test_train_on_inputs_given_as_false_is_false(flags, tmp_path):
-    for name, value in (("no", "false"), ("yes", "true")):
-        assert main(flags(tmp_path / name, train_on_inputs=value, max_steps=2, **NO_EVALUATION)) == 0
-    trained = {name: read_record(tmp_path / name)["data"]["train"] for name in ("no", "yes")}
-    assert trained["no"]["trained_tokens"] < trained["yes"]["trained_tokens"] == trained["yes"]["tokens"]
+    assert main(flags(train_on_inputs="false", max_steps=2, **NO_EVALUATION)) == 0
+    encoded = read_record(tmp_path / "run")["data"]["train"]
+    assert encoded["trained_tokens"] < encoded["tokens"]
 
 
 @pytest.mark.parametrize(

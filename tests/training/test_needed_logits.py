@@ -37,8 +37,7 @@ def test_every_trained_token_is_there_once(trained):
         assert torch.equal(column, labels[:, place + 1])
 
 
-@pytest.mark.parametrize("reduction", ["module", "layer"])
-@pytest.mark.parametrize("num_items", [None, 11])
+@pytest.mark.parametrize(("num_items", "reduction"), [(None, "module"), (11, "layer")])
 def test_losses_and_gradients_are_the_same(num_items, reduction):
     settings = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1, "router_aux_loss_reduction": reduction}
     model = get_peft_model(tiny_llama(), random_config(**settings)).train()
@@ -67,17 +66,18 @@ def test_models_with_needed_logits(options):
     assert computes_needed_logits(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)), options())
 
 
-@pytest.mark.parametrize("setting", [{"label_smoothing_factor": 0.1}, {"use_liger_kernel": True}])
-def test_options_that_need_all_logits(setting, options, caplog):
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` reads them"),
+        ({"use_liger_kernel": True}, "`use_liger_kernel` reads them"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches cuts a batch"),
+    ],
+)
+def test_options_that_need_all_logits(setting, reason, options, caplog):
     with caplog.at_level("INFO"):
         assert not computes_needed_logits(tiny_llama(), options(**setting))
-    assert f"`{next(iter(setting))}` reads them" in caplog.text
-
-
-def test_dispatched_batches_need_all_logits(options, caplog):
-    with caplog.at_level("INFO"):
-        assert not computes_needed_logits(tiny_llama(), options(accelerator_config={"dispatch_batches": True}))
-    assert "dispatch_batches cuts a batch" in caplog.text
+    assert reason in caplog.text
 
 
 def test_models_without_needed_logits(options, caplog):

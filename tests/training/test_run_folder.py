@@ -1,7 +1,6 @@
 """The folder that a run leaves behind, what was trained and drawn, and that it repeats."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -15,10 +14,11 @@ from mola.evaluation.evaluate import EvaluateOptions
 from mola.models.devices import resolve_device, resolve_dtype
 from mola.training.model import base_config, build_model
 from mola.training.run_folder import locked
+from tests.grids import slow
 from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", *slow("bfloat16")])
 def test_run_folder_is_complete_and_loads_everywhere(flags, tmp_path, tiny_model_dir, dtype):
     assert main(flags(dtype=dtype, num_experts="1224", r="2", top_k="2")) == 0
     folder = tmp_path / "run"
@@ -106,12 +106,10 @@ def test_training_and_evaluation_choose_the_same_dtype(tmp_path):
     assert options.base_dtype == str(chosen).removeprefix("torch.")
 
 
-def test_same_seed_gives_the_same_weights_and_another_seed_does_not(flags, tmp_path):
-    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
-        assert main(flags(tmp_path / name, seed=seed, lora_dropout=0.1, num_train_epochs=1, **NO_EVALUATION)) == 0
+def test_same_seed_gives_the_same_weights(flags, tmp_path):
+    for name in ("a", "b"):
+        assert main(flags(tmp_path / name, seed=7, lora_dropout=0.1, num_train_epochs=1, **NO_EVALUATION)) == 0
     assert_same_weights(tmp_path / "a", tmp_path / "b")
-    first, other = load_file(tmp_path / "a" / WEIGHTS), load_file(tmp_path / "c" / WEIGHTS)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 def test_options_of_the_caller_stay_as_they_are(tiny_model_dir, rows_file, tmp_path):
@@ -140,11 +138,3 @@ def test_two_runs_cannot_share_a_folder(flags, tmp_path, error_line):
     assert main(flags(max_steps=1, warmup_steps=0, **NO_EVALUATION)) == 0
     with locked(folder):  # nothing stays behind
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
-
-
-def test_a_tokenizer_of_another_program_is_not_overwritten(flags, tmp_path, tiny_model_dir, capsys):
-    base = shutil.copytree(tiny_model_dir, tmp_path / "run")
-    tokenizer = (base / "tokenizer.json").read_bytes()
-    assert main([*flags(), "--overwrite_output_dir"]) == 2
-    assert "holds 'tokenizer.json' but no run.json" in capsys.readouterr().err
-    assert (base / "tokenizer.json").read_bytes() == tokenizer

@@ -69,22 +69,10 @@ def test_a_batch_size_is_looked_for_in_one_process_only(options_of, monkeypatch)
         options_of(auto_find_batch_size=True)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "reason"),
-    [
-        ({"lr_scheduler_type": "cosin"}, "cosin"),
-        ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance has no seed"),
-        ({"optim": "galore_adamw", "optim_target_modules": "all-linear"}, "projects the gradients of linear layers"),
-        ({"metric_for_best_model": "accuracy"}, "`metric_for_best_model` must be eval_loss"),
-        ({"bf16_full_eval": True}, "would round the weights that are saved"),
-    ],
-    ids=str,
-)
-def test_options_that_the_trainer_would_not_carry_out(wrong, reason, options_of):
-    if not hasattr(TrainOptions, next(iter(wrong))):
-        pytest.skip(f"this version of Transformers has no {next(iter(wrong))}")
-    with pytest.raises(MolaError, match=reason):
-        options_of(**wrong)
+@pytest.mark.skipif(not hasattr(TrainOptions, "train_sampling_strategy"), reason="this Transformers has no such option")
+def test_an_order_of_samples_that_no_resumed_run_could_repeat_is_refused(options_of):
+    with pytest.raises(MolaError, match="batch_rebalance has no seed"):
+        options_of(train_sampling_strategy="batch_rebalance")
 
 
 def test_resumed_run_has_the_intervals_of_its_new_options(tmp_path):
@@ -178,7 +166,7 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch):
     assert interruption.signal_number == 15
 
 
-@pytest.mark.parametrize(("cutoff_len", "multiple"), [(96, 8), (97, None), (100, None)])
+@pytest.mark.parametrize(("cutoff_len", "multiple"), [(96, 8), (97, None)])
 def test_padding_ends_at_the_last_position(cutoff_len, multiple):
     model = SimpleNamespace(config=GPT2Config(n_positions=100))
     assert _padding(SimpleNamespace(cutoff_len=cutoff_len), model) == multiple
@@ -188,8 +176,8 @@ def test_padding_ends_at_the_last_position(cutoff_len, multiple):
 def test_the_last_step_of_a_run_is_evaluated_though_a_signal_came(step, is_evaluated):
     interruption = Interruption()
     interruption.signal_number = 15
-    state = TrainerState(epoch=step / 10, global_step=step, max_steps=15)
-    control = interruption.on_epoch_end(SimpleNamespace(), state, TrainerControl(should_evaluate=True))
+    state, control = TrainerState(epoch=step / 10, global_step=step, max_steps=15), TrainerControl(should_evaluate=True)
+    interruption.on_epoch_end(SimpleNamespace(), state, control)
     assert control.should_evaluate is is_evaluated
 
 

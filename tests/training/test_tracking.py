@@ -14,46 +14,17 @@ from mola.cli import main
 from mola.options.parsing import parse
 from mola.training import train
 from mola.training.train import TrainOptions
+from tests.training.runs import NO_EVALUATION
 
 # Their packages warn about each other.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
-@pytest.fixture(scope="module")
-def rows_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "rows.json"
-    rows = [
-        {"id": str(i), "instruction": f"Say {i}", "input": "", "output": f"Answer: {'ABC'[i % 3]}."} for i in range(8)
-    ]
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
-def flags(tiny_model_dir, rows_file, tmp_path):
-    """Command line of three steps in `tmp_path/run`."""
-
-    def build(**options):
-        settings = {
-            "base_model": tiny_model_dir,
-            "data": rows_file,
-            "output_dir": tmp_path / "run",
-            "dtype": "float32",
-            "num_experts": "2222",
-            "r": 2,
-            "logging_steps": 1,
-            "per_device_train_batch_size": 2,
-            "max_steps": 3,
-            "warmup_steps": 0,
-            "eval_strategy": "no",
-            "save_strategy": "no",
-            "disable_tqdm": "true",
-            "use_cpu": "true",
-            **options,
-        }
-        return ["train", *(f"--{name}={value}" for name, value in settings.items())]
-
-    return build
+def flags(flags):
+    """Command line of three steps without an evaluation, in `tmp_path/run`."""
+    settings = {"max_steps": 3, "warmup_steps": 0, "use_cpu": "true", **NO_EVALUATION}
+    return lambda **options: flags(**{**settings, **options})
 
 
 class RouterValue(TrainerCallback):

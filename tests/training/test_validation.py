@@ -51,20 +51,15 @@ def test_saved_weights_are_those_of_the_lowest_evaluation_loss(
     assert evaluation_loss(folder, tiny_model_dir, data, slice(None)) == pytest.approx(final, rel=1e-5)
 
 
-def test_evaluation_can_be_switched_off_although_there_is_a_validation_split(flags, tmp_path):
-    options = {"train_size": 8, "validation_size": 4, "test_size": 4}
-    prepare(PrepareOptions("sample", str(tmp_path / "data"), **options))
-    assert main(flags(data=tmp_path / "data" / "dataset.hf", num_train_epochs=1, **NO_EVALUATION)) == 0
+def test_evaluation_can_be_switched_off_although_there_is_a_validation_split(flags, rows_file, tmp_path, caplog):
+    prepare(PrepareOptions("sample", str(tmp_path / "data"), train_size=8, validation_size=4, test_size=4))
+    unused = {"eval_data": rows_file, "eval_split": "dev", "eval_limit": 2, "eval_steps": 2}
+    assert main(flags(data=tmp_path / "data" / "dataset.hf", num_train_epochs=1, **unused, **NO_EVALUATION)) == 0
     record = read_record(tmp_path / "run")
     assert record["data"].keys() == {"train"}
     assert "eval_loss" not in record["metrics"]
-
-
-@pytest.mark.parametrize("name", ["validation_size", *slow("eval_data", "eval_limit", "eval_steps"), "eval_split"])
-def test_unused_evaluation_options_are_warned_of(name, flags, rows_file, caplog):
-    value = {"validation_size": 2, "eval_data": rows_file, "eval_limit": 2, "eval_steps": 2, "eval_split": "dev"}[name]
-    assert main(flags(**{name: value}, num_train_epochs=1, **NO_EVALUATION)) == 0
-    assert f"`{name}` is not used, since `eval_strategy` is no" in caplog.text
+    for name in unused:
+        assert f"`{name}` is not used, since `eval_strategy` is no" in caplog.text
 
 
 def test_evaluation_samples_that_are_trained_on_are_counted(flags, rows_file, tmp_path, caplog):
@@ -78,12 +73,13 @@ def test_evaluation_samples_that_are_trained_on_are_counted(flags, rows_file, tm
 def test_splits_and_limits_are_those_asked_for(flags, tmp_path, caplog):
     prepare(PrepareOptions("sample", str(tmp_path / "data"), train_size=8, validation_size=4, test_size=6))
     named = {"data": "dataset.hf", "train_split": "test", "eval_split": "train", "eval_limit": 3}
-    taken = {"data": "train.json", "validation_size": 4, "eval_limit": 2}
+    taken = {"data": "train.json", "validation_size": 0.5, "eval_limit": 2}
     for name, options, totals in (("named", named, [6, 3]), ("taken", taken, [4, 2])):
         options["data"] = tmp_path / "data" / options["data"]
         assert main(flags(tmp_path / name, num_train_epochs=1, warmup_steps=0, **options)) == 0
-        found = read_record(tmp_path / name)["data"]
-        assert [found[part]["total"] for part in ("train", "evaluation")] == totals
+        record = read_record(tmp_path / name)
+        assert [record["data"][part]["total"] for part in ("train", "evaluation")] == totals
+        assert record["data_fingerprints"]["train"] != record["data_fingerprints"]["evaluation"]
     assert "`eval_limit` 2 leaves 2 samples that `validation_size` takes out" in caplog.text
 
 
@@ -121,13 +117,6 @@ def test_validation_split_is_evaluated_at_the_interval_asked_for(flags, tmp_path
     assert [record["data"][name]["kept"] for name in ("train", "evaluation")] == [8, 4]
     evaluated = [entry["step"] for entry in read_metrics(tmp_path / "run") if "eval_loss" in entry]
     assert evaluated == [2, 4, 4]  # the last one is that of the weights that were kept
-
-
-def test_validation_size_takes_rows_away_from_training(flags, tmp_path):
-    assert main(flags(validation_size=0.25, num_train_epochs=1)) == 0
-    record = read_record(tmp_path / "run")
-    assert [record["data"][name]["total"] for name in ("train", "evaluation")] == [7, 3]
-    assert record["data_fingerprints"]["train"] != record["data_fingerprints"]["evaluation"]
 
 
 def test_base_model_too_large_for_memory_names_remedies(flags, monkeypatch, error_line):

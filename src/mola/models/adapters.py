@@ -44,32 +44,25 @@ def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     """
     folder = Path(adapter)
     path = folder / "adapter_config.json"
-    if not os.path.isfile(path):
+    if not os.path.isfile(path):  # unlike `Path.is_file`, False for a name that no file can have
         missing = "no adapter_config.json in it" if os.path.isdir(folder) else "no such folder"
+        name = folder.as_posix()
+        is_hub_name = name.count("/") == 1 and not (os.path.exists(folder) or name.startswith((".", "/")))
+        hint = f" If it is on the Hub, fetch it first: hf download {name} --local-dir {folder.name}"
         raise MolaError(
             f"`adapter` must be a folder that holds an adapter: {str(folder)!r}, {missing}. "
-            f"Pass the folder that training or `mola convert` wrote.{_hub_hint(folder)}"
+            f"Pass the folder that training or `mola convert` wrote.{hint if is_hub_name else ''}"
         )
     config = read_settings(folder)
-    if "peft_type" not in config:
-        raise MolaError(f"`adapter` must be an adapter of PEFT: {path} has no `peft_type`.")
-    hint = conversion_hint(config, str(folder))
-    if hint:
-        raise MolaError(f"`adapter` must be in PEFT's format: {hint}")
-    if str(config["peft_type"]) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if conversion := conversion_hint(config, str(folder)):
+        raise MolaError(f"`adapter` must be in PEFT's format: {conversion}")
+    if str(config.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise MolaError(
             f"`adapter` must be of a method that the installed PEFT knows: {path} has `peft_type` "
-            f"{config['peft_type']!r}. Update PEFT, or install the package that brings this method."
+            f"{config.get('peft_type')!r}. Update PEFT, or install the package that brings this method."
         )
     read_tensors(folder)  # finds damaged weights before a base model is loaded
     return config
-
-
-def _hub_hint(folder: Path) -> str:
-    name = folder.as_posix()
-    is_path = folder.is_absolute() or name.startswith(".") or os.path.exists(folder)
-    is_hub_name = name.count("/") == 1 and not is_path
-    return f" If it is on the Hub, fetch it first: hf download {name} --local-dir {folder.name}" if is_hub_name else ""
 
 
 def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, torch.Tensor]) -> PeftModel:
@@ -101,13 +94,10 @@ def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, tor
 
 
 def check_lora(folder: Path, model_on_meta: nn.Module, *, all_names: bool = True) -> None:
-    """Check that a LoRA of PEFT fits a model; needs no weights of the model.
+    """Check that a LoRA of PEFT fits a model; puts the LoRA into the model, whose weights it does not need.
 
-    Args:
-        folder: the adapter's folder.
-        model_on_meta: the adapter's base model, without weights; the LoRA is put into it.
-        all_names: also raise for a tensor that is missing or unknown. Pass False if PEFT may rename tensors while it
-            loads them.
+    `all_names` also raises for a tensor that is missing or unknown. Pass False if PEFT may rename tensors while it
+    loads them.
 
     Raises:
         MolaError: the configuration is wrong, or a tensor has a different shape.
@@ -115,11 +105,11 @@ def check_lora(folder: Path, model_on_meta: nn.Module, *, all_names: bool = True
     tensors = {name: each for name, each in read_tensors(folder).items() if "lora_" in name}
     expected = get_peft_model_state_dict(put_lora_into(model_on_meta, folder), save_embedding_layers=False)
     shapes = {name: tuple(each.shape) for name, each in expected.items() if "lora_" in name}
-    names = both = shapes.keys() & tensors.keys()
-    if all_names:  # except tensors of a base model's own experts, which PEFT renames while it loads them
-        names = {name for name in shapes.keys() | tensors.keys() if name in both or ".experts." not in name}
-    for name in sorted(names):
-        check_shape(tensors.get(name), shapes.get(name), name, folder)
+    for name in sorted(shapes.keys() | tensors.keys()):
+        is_in_both = name in shapes and name in tensors
+        # PEFT renames the tensors of a base model's own experts while it loads them.
+        if is_in_both or (all_names and ".experts." not in name):
+            check_shape(tensors.get(name), shapes.get(name), name, folder)
 
 
 def put_lora_into(model_on_meta: nn.Module, folder: Path) -> Any:
@@ -161,11 +151,7 @@ _INITIALISED_FROM_BASE = ("pissa", "olora", "corda", "loftq")  # these change th
 def changes_base(config: Mapping[str, Any]) -> str | None:
     """The change to the base model that remains when an adapter is switched off; None if nothing remains.
 
-    Args:
-        config: the content of the adapter's `adapter_config.json`.
-
-    Returns:
-        The change as a predicate, such as "trained the base model's biases".
+    The change is a predicate such as "trained the base model's biases"; `config` is the adapter's configuration.
     """
     initialisation = str(config.get("init_lora_weights")).lower()
     if config.get("peft_type") == "LORA" and initialisation.startswith(_INITIALISED_FROM_BASE):
@@ -202,7 +188,7 @@ def warn_other_base(
 ) -> None:
     """Warn if an adapter was trained on a base model with a different name."""
     recorded = config.get("base_model_name_or_path")
-    if recorded and isinstance(recorded, str) and model_name(recorded) != model_name(base_model):
+    if recorded and model_name(str(recorded)) != model_name(base_model):
         logger.warning(
             "The adapter %s was trained on %s, `base_model` is %s: results are meaningful only if these are "
             "the same weights.",
@@ -212,6 +198,21 @@ def warn_other_base(
         )
 
 
+@contextmanager
+def adapter_errors(folder: str) -> Iterator[None]:
+    """Turn errors of PEFT while it loads the adapter in `folder` into errors that name the folder.
+
+    Raises:
+        MolaError: the adapter does not fit the base model; lack of memory is raised unchanged.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if memory_error_reason(error):
+            raise
+        raise MolaError(f"`adapter` does not fit the base model: {folder!r}: {error}") from error
+
+
 def attach(model: Any, name: str, folder: str) -> PeftModel:
     """Load one adapter into a model, and check that every tensor of the adapter was used.
 
@@ -219,8 +220,29 @@ def attach(model: Any, name: str, folder: str) -> PeftModel:
         MolaError: the adapter does not fit. A base model without adapters is left unchanged; from a model that already
             has adapters, the caller must delete the new one.
     """
+    # PEFT itself would read the tensors onto the first GPU, wherever the model is.
+    device = next((each.device for each in model.parameters() if not each.is_meta), torch.device("cpu"))
+    settings: Any = {"adapter_name": name, "autocast_adapter_dtype": False, "torch_device": str(device)}
     with nullcontext() if isinstance(model, PeftModel) else _unchanged_on_error(model):
-        return _attach(model, name, folder)
+        with adapter_errors(folder), warnings.catch_warnings():
+            # Missing tensors raise below, so PEFT's own warning would only repeat it.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            if not isinstance(model, PeftModel):
+                model = PeftModel.from_pretrained(model, folder, **settings)
+            # For a first adapter this reads the file again: `from_pretrained` does not return which tensors it used.
+            result = model.load_adapter(folder, **settings)
+        config = model.peft_config[name]
+        missing = [key for key in _keys_of(name, config.peft_type, result.missing_keys) if _SHARED not in key]
+        # The virtual tokens of prompt learning have no key in the model.
+        virtual = ["prompt_embeddings"] if config.is_prompt_learning else []
+        unused = [key for key in result.unexpected_keys if key not in virtual]
+        for problem, keys in (("missing", missing), ("not used by it", unused)):
+            if keys:
+                raise MolaError(
+                    f"`adapter` does not match its configuration: {folder!r} has {len(keys)} tensors {problem}, "
+                    f"such as {keys[0]!r}. Pass the base model it was trained on, or save the adapter again."
+                )
+        return model
 
 
 @contextmanager
@@ -238,42 +260,6 @@ def _unchanged_on_error(base: Any) -> Iterator[None]:
         for name in set(vars(base)) - attributes:
             delattr(base, name)
         raise
-
-
-def _attach(model: Any, name: str, folder: str) -> PeftModel:
-    try:
-        with warnings.catch_warnings():
-            # Missing tensors raise below, so PEFT's own warning would only repeat it.
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            # PEFT itself would read the tensors onto the first GPU, wherever the model is.
-            settings: Any = {
-                "adapter_name": name,
-                "autocast_adapter_dtype": False,
-                "torch_device": str(_device_of(model)),
-            }
-            if not isinstance(model, PeftModel):
-                model = PeftModel.from_pretrained(model, folder, **settings)
-            # For a first adapter this reads the file again: `from_pretrained` does not return which tensors it used.
-            result = model.load_adapter(folder, **settings)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        if memory_error_reason(error):
-            raise
-        raise MolaError(f"`adapter` does not fit the base model: {folder!r}: {error}") from error
-    config = model.peft_config[name]
-    missing = [key for key in _keys_of(name, config.peft_type, result.missing_keys) if _SHARED not in key]
-    # The virtual tokens of prompt learning have no key in the model.
-    unused = [key for key in result.unexpected_keys if not (config.is_prompt_learning and key == "prompt_embeddings")]
-    for problem, keys in (("missing", missing), ("not used by it", unused)):
-        if keys:
-            raise MolaError(
-                f"`adapter` does not match its configuration: {folder!r} has {len(keys)} tensors {problem}, "
-                f"such as {keys[0]!r}. Pass the base model it was trained on, or save the adapter again."
-            )
-    return model
-
-
-def _device_of(model: Any) -> torch.device:
-    return next((each.device for each in model.parameters() if not each.is_meta), torch.device("cpu"))
 
 
 def _keys_of(name: str, peft_type: Any, keys: list[str]) -> list[str]:

@@ -1,5 +1,9 @@
-"""Checks that a folder holds a base model, and reads the model's configuration, before weights are loaded."""
+"""Finds a base model, reads its configuration and identifies its weights, before the weights are loaded."""
 
+import copy
+import functools
+import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -7,19 +11,17 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mola.errors import MolaError
-from mola.models.gguf import check_gguf_file, read_gguf_config
+from mola.files.digests import file_sha256
 
-_WANTED = "Pass a folder with config.json, a config.json file, or a name on the hub."
+_WEIGHTS_ENDINGS = (".safetensors", ".bin", ".gguf")
 
 
 def check_base_model(base_model: str | os.PathLike[str], gguf_file: str | None = None) -> None:
-    """Check that a folder holds a base model. A hub id passes.
-
-    Args:
-        base_model: folder or hub id.
-        gguf_file: GGUF file in that folder, or None for a folder with `config.json`.
+    """Check that a folder holds a base model: `config.json`, or the GGUF file if there is one. A hub id passes.
 
     Raises:
         MolaError: the path does not exist, is a file, or is a folder without `config.json` or the GGUF file.
@@ -29,23 +31,32 @@ def check_base_model(base_model: str | os.PathLike[str], gguf_file: str | None =
         raise MolaError("`base_model` must name a model: got an empty text. Pass a folder or a hub id.")
     path = Path(name)
     if os.path.isdir(path):
-        check_gguf_file(path, gguf_file)
-        if gguf_file is not None or (path / "config.json").is_file():
-            return
-        if (path / "adapter_config.json").is_file():
-            raise MolaError(
-                f"`base_model` must hold a whole model: folder {name!r} has no config.json but "
-                "an adapter. Pass it as `adapter` and its base model as `base_model`."
-            )
-        raise MolaError(
-            f"`base_model` must hold a model: folder {name!r} has no config.json. "
-            "Pass a folder written by save_pretrained or a hub id."
-        )
-    if os.path.exists(path):
+        _check_folder(path, gguf_file)
+    elif os.path.exists(path):
         raise MolaError(f"`base_model` must be a folder or a hub id: {name!r} is a file. Pass its folder.")
     # A hub id is `name` or `owner/name`; anything else can only have been meant as a path.
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or path.suffix == ".json":
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or path.suffix == ".json":
         raise MolaError(f"`base_model` names a folder that does not exist: {name!r}. Check the path.")
+
+
+def _check_folder(folder: Path, gguf_file: str | None) -> None:
+    gguf_files = sorted(file.name for file in folder.glob("*.gguf"))
+    if gguf_file is not None:
+        if not os.path.isfile(folder / gguf_file):
+            raise MolaError(
+                f"`gguf_file` must be a file in `base_model`: {gguf_file!r} is not in {str(folder)!r}. "
+                f"GGUF files in this folder: {', '.join(gguf_files) or 'none'}."
+            )
+    elif not (folder / "config.json").is_file():
+        cure = "Pass a folder written by save_pretrained or a hub id."
+        if gguf_files:
+            cure = (
+                f"It has GGUF files: {', '.join(gguf_files)}. Pass one of them as well: --gguf_file {gguf_files[0]}. "
+                "Commands without this option need a model that was saved as safetensors."
+            )
+        elif (folder / "adapter_config.json").is_file():
+            cure = "It holds an adapter: pass it as `adapter`, and its base model as `base_model`."
+        raise MolaError(f"`base_model` must hold a model: folder {str(folder)!r} has no config.json. {cure}")
 
 
 def read_config(base_model: str, trust_remote_code: bool = False, gguf_file: str | None = None) -> PretrainedConfig:
@@ -61,14 +72,28 @@ def read_config(base_model: str, trust_remote_code: bool = False, gguf_file: str
     """
     try:
         if gguf_file is not None:
-            return read_gguf_config(base_model, gguf_file)
+            file = Path(base_model) / gguf_file
+            changed = file.stat().st_mtime_ns if file.is_file() else None
+            return copy.deepcopy(_read_gguf_config(base_model, gguf_file, changed))
         # Explicit False: with None Transformers would ask on the terminal.
         return AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, AttributeError, ImportError, RecursionError, StrictDataclassError) as error:
         check_own_code(base_model, error)
         raise MolaError(
-            f"`base_model` has no readable configuration: {base_model!r} ({one_line(error)}). {_WANTED}"
+            f"`base_model` has no readable configuration: {base_model!r} ({one_line(error)}). "
+            "Pass a folder with config.json, a config.json file, or a name on the hub."
         ) from error
+
+
+@functools.lru_cache(maxsize=4)
+def _read_gguf_config(base_model: str, gguf_file: str, changed: int | None) -> PretrainedConfig:
+    """The configuration in a GGUF file. Reading takes seconds, so it is kept until the time `changed` differs."""
+    try:
+        return AutoConfig.from_pretrained(base_model, gguf_file=gguf_file)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # the reader raises many kinds of errors for damaged files
+        raise ValueError(f"{gguf_file} is damaged ({type(error).__name__}: {error})") from error
 
 
 def model_name(base_model: str | os.PathLike[str]) -> str:
@@ -86,16 +111,31 @@ def load_config(
 ) -> PretrainedConfig:
     """Check that a base model exists, and read its configuration; loads no weights.
 
-    Args:
-        base_model: folder or hub id.
-        trust_remote_code: run code shipped with the model.
-        gguf_file: GGUF file in that folder; None if the model is not in a GGUF file.
-
     Raises:
         MolaError: see `check_base_model` and `read_config`.
     """
     check_base_model(base_model, gguf_file)
     return read_config(os.fspath(base_model), trust_remote_code, gguf_file)
+
+
+def weights_identity(base_model: str | os.PathLike[str]) -> str:
+    """Identify the weights of a base model, whatever its name is.
+
+    Returns:
+        The sha256 of a folder's weight files, "" if there are none; for a model on the hub its name and commit.
+    """
+    folder = Path(base_model)
+    if not folder.is_dir():
+        return f"{base_model}@{extract_commit_hash(cached_file(str(base_model), CONFIG_NAME), None)}"
+    files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS_ENDINGS and path.is_file())
+    digests = {path.name: _cached_sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest() if files else ""
+
+
+@functools.cache
+def _cached_sha256(path: Path, size: int, changed: int) -> str:
+    """The sha256 of a file, read again only if its size or the time of its last change differs."""
+    return file_sha256(path)
 
 
 def max_positions(config: Any) -> int | None:

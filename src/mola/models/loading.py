@@ -101,7 +101,9 @@ def load_model(
     name = os.fspath(base_model)
     adapters = as_mapping(adapter)
     configs = {adapter_name: check_adapter(folder) for adapter_name, folder in adapters.items()}
-    _check_one_method(configs)
+    methods = {adapter_name: each["peft_type"] for adapter_name, each in configs.items()}
+    if len({*methods.values()}) > 1:
+        raise MolaError(f"`adapter` must be of one method: got {methods}. Load each method into its own model.")
     target = resolve_device(device)
     torch_dtype, reason = resolve_dtype(dtype, target)
     quantization = quantization or Quantization()
@@ -138,24 +140,15 @@ def load_model(
 def _load_base(name: str, arguments: Mapping[str, Any]) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(name, **arguments)
-    except (OSError, ImportError, ValueError) as error:
-        if isinstance(error, MolaError):
-            raise
-        raise MolaError(f"`base_model` cannot be loaded: {name!r}: {error}") from error
-    except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+    except MolaError:
+        raise
+    except (OSError, ImportError, ValueError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
         if memory_error_reason(error):
             raise
-        raise MolaError(
-            f"`base_model` cannot be loaded: {name!r}: {error}. Its weights may be damaged, cut off or made for a "
-            "different configuration: copy the model again."
-        ) from error
-
-
-def _check_one_method(configs: Mapping[str, Mapping[str, Any]]) -> None:
-    methods = {name: config["peft_type"] for name, config in configs.items()}
-    if len(set(methods.values())) > 1:
-        found = ", ".join(f"{name!r} is {method}" for name, method in methods.items())
-        raise MolaError(f"`adapter` must be of one method: {found}. Load each method into its own model.")
+        hint = ""
+        if not isinstance(error, (OSError, ImportError, ValueError)):
+            hint = ". Its weights may be damaged or made for a different configuration: copy the model again."
+        raise MolaError(f"`base_model` cannot be loaded: {name!r}: {error}{hint}") from error
 
 
 def _check_base_has_no_adapter(base_model: str | os.PathLike[str], adapters: Mapping[str, Any]) -> None:

@@ -161,8 +161,7 @@ def use_chat(tokenizer: Any, chat: Chat) -> None:
 def own_chats(folders: Mapping[str, str]) -> dict[str, Chat]:
     """The chat templates of adapters that have their own; warns of adapters that were not trained on chats.
 
-    Args:
-        folders: name of the adapter -> its folder.
+    `folders` maps the name of an adapter to its folder.
     """
     found = {}
     for name, folder in folders.items():

@@ -28,9 +28,6 @@ from mola.options.fields import Group, option
 
 logger = logging.getLogger(__name__)
 
-_QUANT_TYPES = ("nf4", "fp4")
-_TESTED_METHODS = ("bitsandbytes",)  # other methods are used with a warning
-
 GGUF_HELP = "GGUF file in the folder `base_model`; loading unpacks it."
 
 
@@ -74,32 +71,25 @@ def check_quantization(quantization: Quantization, device: torch.device, dtype: 
     if quantization.gguf_file is not None and quantization.on_loading:
         raise MolaError(
             f"`gguf_file` ({quantization.gguf_file!r}) is unpacked while it loads and cannot be combined with "
-            f"`{quantization.asked}`. Load it once, write it with save_pretrained, and pass that folder with "
-            f"`{quantization.asked}`."
+            f"`{quantization.asked}`. Load it once, write it with save_pretrained, and pass that folder."
         )
-    _check_4bit_options(quantization, dtype)
-    if quantization.on_loading:
-        _check_environment(f"`{quantization.asked}`", {quantization.asked: True}, device)
-
-
-def _check_4bit_options(quantization: Quantization, dtype: torch.dtype) -> None:
     given = [name for name in QUANTIZATION_OPTIONS if name.startswith("bnb_4bit") and getattr(quantization, name)]
     if given and not quantization.load_in_4bit:
-        name, value = given[0], getattr(quantization, given[0])
         raise MolaError(
-            f"`{name}` ({value}) has no effect without `load_in_4bit`. Pass --load_in_4bit as well, or leave it out."
+            f"`{given[0]}` ({getattr(quantization, given[0])}) has no effect without `load_in_4bit`. Pass "
+            "--load_in_4bit as well, or leave it out."
         )
-    quant_type = quantization.bnb_4bit_quant_type
-    if quant_type is not None and quant_type not in _QUANT_TYPES:
-        raise MolaError(f"`bnb_4bit_quant_type` must be one of {', '.join(_QUANT_TYPES)}: got {quant_type!r}.")
-    compute = quantization.bnb_4bit_compute_dtype
-    if compute is not None and compute not in DTYPES:
-        raise MolaError(f"`bnb_4bit_compute_dtype` must be one of {', '.join(DTYPES)}: got {compute!r}.")
-    if compute == "float16" and dtype == torch.bfloat16:
+    for name, allowed in (("bnb_4bit_quant_type", ("nf4", "fp4")), ("bnb_4bit_compute_dtype", DTYPES)):
+        value = getattr(quantization, name)
+        if value is not None and value not in allowed:
+            raise MolaError(f"`{name}` must be one of {', '.join(allowed)}: got {value!r}.")
+    if quantization.bnb_4bit_compute_dtype == "float16" and dtype == torch.bfloat16:
         raise MolaError(
             "`bnb_4bit_compute_dtype` float16 cannot hold the range of a bfloat16 base: large values would become "
             "infinite. Pass --bnb_4bit_compute_dtype bfloat16, or --dtype float16."
         )
+    if quantization.on_loading:
+        _check_environment(f"`{quantization.asked}`", {quantization.asked: True}, device)
 
 
 def check_mixed_precision(quantization: Quantization, mixed: torch.dtype | None) -> None:
@@ -108,8 +98,8 @@ def check_mixed_precision(quantization: Quantization, mixed: torch.dtype | None)
     if compute is not None and mixed is not None and DTYPES[compute] != mixed:
         name = str(mixed).removeprefix("torch.")
         raise MolaError(
-            f"`bnb_4bit_compute_dtype` {compute} would have no effect: training runs in mixed precision of {name}, "
-            f"and so do 4-bit layers. Pass --bnb_4bit_compute_dtype {name} or leave it out, or pass --dtype float32."
+            f"`bnb_4bit_compute_dtype` {compute} would have no effect: 4-bit layers follow the mixed precision of "
+            f"{name}. Pass --bnb_4bit_compute_dtype {name} or leave it out, or pass --dtype float32."
         )
 
 
@@ -142,7 +132,7 @@ def check_quantized_base(
             f"`base_model` {base_model!r} is quantised with {method}, which Transformers cannot train through. "
             "Pass unquantised weights, with --load_in_4bit or --load_in_8bit for less memory."
         )
-    if method not in _TESTED_METHODS:
+    if method != "bitsandbytes":
         logger.warning("mola was not tested on base models quantised with %s.", method)
 
 
@@ -198,8 +188,8 @@ def check_packable(model: Any, base_model: str, modules_to_save: Iterable[str] =
     names = [name for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D) and m is not head]
     if not names:
         raise MolaError(
-            f"`base_model` {base_model!r} cannot be quantised: all linears of its {type(model).__name__} have a "
-            "class of their own, and Transformers does not pack these. Load it without quantisation."
+            f"`base_model` {base_model!r} cannot be quantised: Transformers packs no linear of a "
+            f"{type(model).__name__}. Load it without quantisation."
         )
     for wanted in modules_to_save:
         if any(f".{name}".endswith(f".{wanted}") for name in names):
@@ -215,7 +205,10 @@ def finish_loading(model: Any) -> None:
         size = weight_bytes(model) / 2**20
         logger.info("The base has %s parameters in %.1f MiB.", f"{model.num_parameters():,}", size)
     for layer in _layers_of_4bits(model):
-        if not _may_repack(layer):
+        # The CPU kernel, for which bitsandbytes repacks a weight, needs whole blocks and bfloat16.
+        block = layer.weight.quant_state.blocksize
+        fits = layer.in_features % block == 0 and layer.out_features % 32 == 0
+        if not fits or layer.compute_dtype != torch.bfloat16:
             layer.support_avx512bf16_for_cpu = False
     if getattr(model, "is_loaded_in_8bit", False):
         logger.info("8-bit layers round their input to float16 (bitsandbytes).")
@@ -227,13 +220,6 @@ def finish_loading(model: Any) -> None:
 
 def _is_no_cast_message(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
-
-
-def _may_repack(layer: Any) -> bool:
-    """Whether bitsandbytes may repack a weight for its CPU kernel, which needs whole blocks and bfloat16."""
-    block = layer.weight.quant_state.blocksize
-    fits = layer.in_features % block == 0 and layer.out_features % 32 == 0
-    return fits and layer.compute_dtype == torch.bfloat16
 
 
 def _layers_of_4bits(model: nn.Module) -> Iterator[Any]:
@@ -263,13 +249,8 @@ def prepare_for_training(model: Any, checkpointing: bool = False, checkpointing_
     A base model's own experts that are stacked in one parameter are not packed and keep their dtype: in float32 they
     would take more memory than the unquantised model.
 
-    Args:
-        model: base model, before adapters are added and before the first forward pass.
-        checkpointing: whether activations are recomputed.
-        checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`.
-
-    Returns:
-        The same model.
+    It must run before adapters are added and before the first forward pass. With `checkpointing` activations are
+    computed again in the backward pass, by `torch.utils.checkpoint.checkpoint` with `checkpointing_kwargs`.
 
     Raises:
         MolaError: the model's weights were already repacked for inference.

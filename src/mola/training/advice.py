@@ -26,24 +26,17 @@ def failures_explained(options: TrainOptions) -> Iterator[None]:
     with (
         explain_out_of_memory(f"{memory_advice(options)} {resuming}"),
         explain_write_errors("`output_dir`", f"{room} {resuming}"),
-        _lost_process_explained(),
     ):
-        yield
-
-
-@contextlib.contextmanager
-def _lost_process_explained() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        reason = lost_process_reason(error)
-        if reason is None:
-            raise
-        raise MolaError(
-            f"another process of this run has ended, or does not answer: {reason}. Its own output, or the system's "
-            "log, may say why. Start all processes again with the same command: resume from the last complete "
-            "checkpoint with --resume_from_checkpoint last, or start over with --overwrite_output_dir if there is none."
-        ) from error
+        try:
+            yield
+        except Exception as error:
+            reason = lost_process_reason(error)
+            if reason is None:
+                raise
+            raise MolaError(
+                f"another process of this run has ended, or does not answer: {reason}. Its own output, or the system's "
+                f"log, may say why. Start all processes again with the same command. {resuming}"
+            ) from error
 
 
 def loading_advice(options: TrainOptions) -> str:
@@ -80,11 +73,6 @@ def loss_gap_advice(options: TrainOptions, state: TrainerState, metrics: Mapping
     The training loss is the mean of the log entries in the last tenth of the steps up to these weights: the last
     entry alone can be one lucky batch.
 
-    Args:
-        options: of the run.
-        state: the trainer's state at the end of the run.
-        metrics: of the run, with the `eval_loss` of the saved weights if it was measured.
-
     Returns:
         The line, or None if the losses are close or one of them is missing.
     """
@@ -92,9 +80,8 @@ def loss_gap_advice(options: TrainOptions, state: TrainerState, metrics: Mapping
     if options.load_best_model_at_end and state.best_model_checkpoint is not None:
         step = state.best_global_step or step
     logged = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
-    logged = [entry for entry in logged if entry[0] <= step] or logged[
-        :1
-    ]  # if the weights are older than the first entry, use this entry
+    # If the weights are older than the first entry, use this entry.
+    logged = [entry for entry in logged if entry[0] <= step] or logged[:1]
     if not logged or "eval_loss" not in metrics:
         return None
     eval_loss = metrics["eval_loss"]

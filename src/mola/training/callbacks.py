@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
-import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,6 @@ from mola.files.atomic import append_lines, atomic_write_text
 from mola.files.reading import select_lines
 from mola.training.checkpoints import newest_complete
 from mola.training.distributed import gathered
-
-logger = logging.getLogger(__name__)
 
 _EPOCH_TOLERANCE = 1e-6  # far below one step of the longest epoch, far above rounding
 
@@ -42,17 +38,21 @@ class MetricsFile(TrainerCallback):
         self.path = path
         self._earlier_path = path if checkpoint is None else checkpoint.parent / path.name
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Drop lines that the resumed part of the run will write again."""
-        if state.is_world_process_zero:
-            lines = select_lines(self._earlier_path, _written_by(state.global_step)) if state.global_step else []
-            atomic_write_text(self.path, "".join(line + "\n" for line in lines))
+        if not state.is_world_process_zero:
+            return
+        has_ended = False
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
+        def is_kept(entry: dict[str, Any]) -> bool:
+            nonlocal has_ended
+            has_ended = has_ended or "train_loss" in entry  # the summary; only an evaluation may follow it
+            return not has_ended and entry["step"] <= state.global_step
+
+        lines = select_lines(self._earlier_path, is_kept) if state.global_step else []
+        atomic_write_text(self.path, "".join(line + "\n" for line in lines))
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write one line. JSON has no NaN, so numbers that are not finite become null."""
         if state.is_world_process_zero and logs:
             entry = {"step": state.global_step, "epoch": state.epoch, **logs}
@@ -61,21 +61,6 @@ class MetricsFile(TrainerCallback):
                 for key, value in entry.items()
             }
             append_lines(self.path, [json.dumps(entry, allow_nan=False)])
-
-
-def _written_by(step: int) -> Callable[[dict[str, Any]], bool]:
-    """A function that returns whether a line was written up to step `step`.
-
-    It returns False for the summary of a run that ended, and for the evaluation after the summary.
-    """
-    ended = False
-
-    def keep(entry: dict[str, Any]) -> bool:
-        nonlocal ended
-        ended = ended or "train_loss" in entry
-        return not ended and entry["step"] <= step
-
-    return keep
 
 
 class TrainingClock(TrainerCallback, ExportableState):
@@ -94,9 +79,7 @@ class TrainingClock(TrainerCallback, ExportableState):
         """What a checkpoint stores: the arguments of a clock that continues from now."""
         return {"args": {"seconds": self.seconds}, "attributes": {}}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Continue from the time in the checkpoint; checkpoints of older versions have none."""
         self._start = time.perf_counter()
         states: Any = state.stateful_callbacks
@@ -104,11 +87,7 @@ class TrainingClock(TrainerCallback, ExportableState):
 
 
 class ResumedRun(TrainerCallback):
-    """Makes the state of a resumed run fit the run's folder and its options.
-
-    Args:
-        folder: the folder that contains the checkpoint.
-    """
+    """Makes the state of a resumed run fit its options and `folder`, which contains the checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -122,26 +101,23 @@ class ResumedRun(TrainerCallback):
         - If a kill cut off the removal of old checkpoints, the removal is finished.
         - The intervals of logs, evaluations and checkpoints, and the learning rate, follow the resumed run's options.
         """
-        name = f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-        for folder in (args.output_dir or self.folder, self.folder):
-            if state.best_global_step and os.path.isdir(os.path.join(folder, name)):
-                state.best_model_checkpoint = os.path.join(folder, name)
+        output_dir = str(args.output_dir)
+        for folder in (Path(output_dir), self.folder):
+            best = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            if state.best_global_step and best.is_dir():
+                state.best_model_checkpoint = str(best)
                 break
-        if args.should_save and args.output_dir:
-            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
+        if args.should_save:
+            rotate_checkpoints(output_dir, args.save_total_limit, state.best_model_checkpoint)
         state.compute_steps(args, state.max_steps)
         schedule = kwargs.get("lr_scheduler")
         schedule = getattr(schedule, "scheduler", schedule)  # Accelerate wraps it
         if state.global_step and isinstance(schedule, LambdaLR):
-            _set_rates(schedule)
-
-
-def _set_rates(schedule: LambdaLR) -> None:
-    """Give the optimiser the learning rates of its own schedule; the Trainer restores those of the earlier run."""
-    groups = schedule.optimizer.param_groups
-    for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-        group["lr"] = rate * factor(schedule.last_epoch)
-    schedule._last_lr = [group["lr"] for group in groups]
+            # Give the optimiser the rates of its own schedule; the Trainer has restored those of the earlier run.
+            groups = schedule.optimizer.param_groups
+            for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                group["lr"] = rate * factor(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in groups]
 
 
 class CheckpointLast(TrainerCallback):
@@ -155,19 +131,17 @@ class CheckpointLast(TrainerCallback):
         self._is_wanted = False
         self._saved_step = -1
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Remember the step; a signal during an evaluation saves before the epoch ends."""
         self._saved_step = state.global_step
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Postpone the checkpoint of the last step."""
         self._is_wanted = control.should_save and (control.should_training_stop or is_whole_epoch(state.epoch))
         if self._is_wanted:
             control.should_save = False
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Request the postponed checkpoint. The Trainer evaluates first."""
         control.should_save = (control.should_save or self._is_wanted) and self._saved_step != state.global_step
         self._is_wanted = False
@@ -180,19 +154,13 @@ class AveragedWeights(TrainerCallback):
     the averages only when it evaluates, and switches back at the next step.
     """
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Put the averages into the model before a checkpoint and before the end of training."""
-        if control.should_save or control.should_training_stop:
-            use_averaged_weights(kwargs.get("optimizer"))
+        switch_to_averages = getattr(kwargs.get("optimizer"), "eval", None)  # most optimisers have none
+        if switch_to_averages is not None and (control.should_save or control.should_training_stop):
+            switch_to_averages()
 
     on_epoch_end = on_step_end
-
-
-def use_averaged_weights(optimizer: Any) -> None:
-    """Have an optimiser put its averaged weights into the model; most optimisers have none."""
-    switch = getattr(optimizer, "eval", None)
-    if callable(switch):
-        switch()
 
 
 def is_whole_epoch(epoch: float | None) -> bool:
@@ -208,9 +176,7 @@ class FrozenInput(TrainerCallback):
     this gradient.
     """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Undo the change, which the Trainer has made by now."""
         settings: Any = args.activation_checkpointing_kwargs or {}
         if args.torch_compile and args.activation_checkpointing and settings.get("use_reentrant") is False:
@@ -218,45 +184,30 @@ class FrozenInput(TrainerCallback):
 
 
 class FiniteLoss(TrainerCallback):
-    """Stops a run when its loss or its weights are no longer finite."""
+    """Stops a run when its loss or its weights are no longer finite, with a `NotFiniteError`."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check the weights before a checkpoint, since the loss may not have been logged yet.
-
-        Raises:
-            NotFiniteError: a trainable weight is NaN or infinite.
-        """
+        """Check the weights before a checkpoint, since the loss may not have been logged yet."""
         if control.should_save:
-            check_weights(args, state, kwargs["model"])
+            _check_weights(args, state, kwargs["model"])
 
     on_epoch_end = on_step_end
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Check the weights after the last step, like `on_step_end`."""
-        check_weights(args, state, kwargs["model"])
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Check the weights after the last step."""
+        _check_weights(args, state, kwargs["model"])
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Check the losses of a log entry.
-
-        Raises:
-            NotFiniteError: a loss is NaN or infinite.
-        """
+        """Check the losses of a log entry."""
         for name in ("loss", "eval_loss", "train_loss"):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
                 raise _diverged(f"`{name}` is {value}", args, state)
 
 
-def check_weights(args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
-    """Check that all trainable weights are finite.
-
-    Raises:
-        NotFiniteError: a weight is NaN or infinite.
-    """
+def _check_weights(args: TrainingArguments, state: TrainerState, model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             with gathered(parameter):
@@ -282,7 +233,7 @@ def overflow_explained(trainer: Trainer) -> Iterator[None]:
 
 
 def _diverged(what: str, args: TrainingArguments, state: TrainerState) -> NotFiniteError:
-    last = newest_complete(Path(args.output_dir or "."))
+    last = newest_complete(Path(str(args.output_dir)))
     start = f"start from the last checkpoint before with --adapter {shlex.quote(str(last))}" if last else "start again"
     return NotFiniteError(
         f"{what} at step {state.global_step}: training has diverged. Lower `learning_rate` ({args.learning_rate}), "

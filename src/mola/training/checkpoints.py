@@ -45,11 +45,6 @@ def step_in_name(path: Path) -> int:
     return int(found[1]) if found else -1
 
 
-def checkpoint_step(checkpoint: Path) -> int:
-    """Number of optimiser steps that were done when a checkpoint was written."""
-    return read_json_object(checkpoint / STATE_FILE)["global_step"]
-
-
 def is_in(checkpoint: Path, folder: Path) -> bool:
     """Whether a checkpoint belongs to the run in `folder`."""
     return checkpoint.resolve().parent == folder.resolve()
@@ -84,13 +79,12 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     if resume is None or not asks_to_resume(resume):
         return None
     if not asks_for_last(resume):
-        path = Path(resume)
-        if reason := _why_incomplete(path):
+        if reason := _why_incomplete(Path(resume)):
             raise MolaError(
                 f"`resume_from_checkpoint` must be a checkpoint folder of a run: {resume!r} {reason}. "
                 "Pass DIR/checkpoint-N, or 'last' for the newest one in --output_dir."
             )
-        return path
+        return Path(resume)
     for path in checkpoints_in(folder):
         if reason := _why_incomplete(path):
             logger.warning("Skipping %s, which %s.", path, reason)
@@ -107,8 +101,8 @@ def newest_complete(folder: Path) -> Path | None:
     return next((path for path in checkpoints_in(folder) if not _why_incomplete(path)), None)
 
 
-def _why_incomplete(path: Path) -> str:
-    """Empty if a run can resume from a checkpoint, else the reason why it cannot.
+def _why_incomplete(path: Path) -> str | None:
+    """None if a run can resume from a checkpoint, else the reason why it cannot.
 
     Checkpoints are complete when they appear, but they are removed file by file.
     """
@@ -116,37 +110,19 @@ def _why_incomplete(path: Path) -> str:
         return "does not exist"
     if read_json_object(path.parent / RUN_FILE).get("status") == CLEARING:
         return "belongs to a run that was being replaced when the command was killed"
-    for name in (*ADAPTER_FILES, STATE_FILE):
-        if not (path / name).is_file():
-            return f"has no {name}"
+    # What a checkpoint needs -> file patterns, of which one must match. DeepSpeed has its own files.
+    needed = {name: [name] for name in (*ADAPTER_FILES, STATE_FILE)}
+    needed["optimiser state (`save_only_model` leaves it out)"] = ["optimizer*", "global_step*/*optim_states.pt"]
+    needed["scheduler.pt"] = ["scheduler.pt", "global_step*"]
+    needed["random state"] = ["rng_state*.pth"]
+    if any(path.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*/scaler.pt")):  # a run in float16, which saves one every time
+        needed["scaler.pt"] = ["scaler.pt"]
+    for what, patterns in needed.items():
+        if not any(any(path.glob(pattern)) for pattern in patterns):
+            return f"has no {what}"
     if not isinstance(read_json_object(path / STATE_FILE).get("global_step"), int):
         return f"has a broken {STATE_FILE}"
-    # DeepSpeed keeps optimiser and schedule in folders of its own.
-    if not _has(path, "optimizer*") and not _has(path, "global_step*/*optim_states.pt"):
-        return "has no optimiser state (`save_only_model` leaves it out)"
-    if not _has(path, "scheduler.pt") and not _has(path, "global_step*"):
-        return "has no scheduler.pt"
-    if not _has(path, "scaler.pt") and _has(path.parent, f"{PREFIX_CHECKPOINT_DIR}-*/scaler.pt"):
-        return "has no scaler.pt, unlike other checkpoints of its run"
-    if not _has(path, "rng_state*.pth"):
-        return "has no random state"
-    return ""
-
-
-def _has(folder: Path, pattern: str) -> bool:
-    return next(folder.glob(pattern), None) is not None
-
-
-def best_checkpoint(state: Mapping[str, Any], folder: Path) -> Path | None:
-    """The best checkpoint so far, as a trainer's state records it.
-
-    `folder` is searched first, since it may have been moved or copied after the state was recorded.
-    """
-    recorded = state.get("best_model_checkpoint")
-    if not recorded:
-        return None
-    here = folder / Path(recorded).name
-    return here if here.is_dir() or not os.path.isdir(recorded) else Path(recorded)
+    return None
 
 
 def check_best_checkpoint(checkpoint: Path) -> None:
@@ -155,10 +131,14 @@ def check_best_checkpoint(checkpoint: Path) -> None:
     Raises:
         MolaError: the best checkpoint is missing.
     """
-    best = best_checkpoint(read_json_object(checkpoint / STATE_FILE), checkpoint.parent)
-    if best is not None and not all((best / name).is_file() for name in ADAPTER_FILES):
+    recorded = read_json_object(checkpoint / STATE_FILE).get("best_model_checkpoint")
+    if not recorded:
+        return
+    # The run folder may have been moved or copied after the path was recorded.
+    folders = (checkpoint.parent / Path(recorded).name, Path(recorded))
+    if not any(all((folder / name).is_file() for name in ADAPTER_FILES) for folder in folders):
         raise MolaError(
-            f"`load_best_model_at_end` needs the best checkpoint so far, but {str(best)!r} holds no adapter. Pass "
+            f"`load_best_model_at_end` needs the best checkpoint so far, but {recorded!r} holds no adapter. Pass "
             "--load_best_model_at_end false to end with the last weights, or resume from another checkpoint."
         )
 
@@ -166,9 +146,7 @@ def check_best_checkpoint(checkpoint: Path) -> None:
 def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     """Check that a resumed run has the adapter, the data and the optimiser that it began with.
 
-    Args:
-        checkpoint: a checkpoint of the run; the run's own record is in the same folder.
-        record: the record that the resumed run would write.
+    The record of its beginning is beside `checkpoint`; `record` is the one that the resumed run would write.
 
     Raises:
         MolaError: something that a resumed run must share is different.
@@ -181,20 +159,16 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     _warn_of_other_batches(before, record)
     names = [name for name in _SAME_SETTINGS if name in old]
     if {old.get("lr_scheduler_type"), new.get("lr_scheduler_type")} & {*EVALUATION_SCHEDULES}:
-        names += [
-            "lr_scheduler_type",
-            "lr_scheduler_kwargs",
-        ]  # the checkpoint holds the losses that these schedules have seen
+        # The checkpoint holds the losses that these schedules have seen.
+        names += ["lr_scheduler_type", "lr_scheduler_kwargs"]
     if old.get("fp16"):
         names.append("fp16")  # the checkpoint holds the loss scale of float16
     elif old.get("bf16") != new.get("bf16"):
         logger.warning("The run continues with `bf16` %s, it began with %s.", new.get("bf16"), old.get("bf16"))
-    parts: list[tuple[str, Any, Any, list[str] | None]] = [
-        (name, before.get(name) or {}, record.get(name) or {}, None) for name in _SAME_PARTS
-    ]
-    parts += [("settings", old, new, names)]
+    parts: list[tuple[str, Any, Any, list[str] | None]] = [("settings", old, new, names)]
+    parts += [(name, before.get(name) or {}, record.get(name) or {}, None) for name in _SAME_PARTS]
     if before.get("template") and record.get("template"):
-        parts += [("prompts", {"template": before["template"]}, {"template": record["template"]}, None)]
+        parts.append(("prompts", before, record, ["template"]))
     for part, was, now, compared in parts:
         if (key := find_difference(was, now, compared)) is not None:
             raise MolaError(

@@ -16,13 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, Trainer, Tra
 from mola.errors import MolaError
 from mola.files.reading import read_json_object
 from mola.models.adapters import check_adapter, warn_other_base
-from mola.training.checkpoints import (
-    STATE_FILE,
-    check_best_checkpoint,
-    check_same_run,
-    checkpoint_step,
-    find_checkpoint,
-)
+from mola.training.checkpoints import STATE_FILE, check_best_checkpoint, check_same_run, find_checkpoint
 from mola.training.data import TrainingData, prepare_data
 from mola.training.distributed import check_distributed
 from mola.training.model import base_config, check_model_options, load_tokenizer_for, stores_packed
@@ -58,11 +52,7 @@ class CheckedRun:
 
 
 def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
-    """Check a run, and settle the options that depend on its data; loads no weights.
-
-    Args:
-        options: of the run; some of them are changed.
-        folder: the run folder.
+    """Check a run, and change the options that depend on its data; loads no weights.
 
     Raises:
         MolaError: options, base model, data and checkpoint do not fit each other.
@@ -71,21 +61,16 @@ def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
     forced_backend()  # raises for an unknown name in MOLA_KERNEL
     config = base_config(options)
     adapter, allocation = check_model_options(options, config, checkpoint)
-    check_distributed(
-        options,
-        checkpoint,
-        is_quantized=stores_packed(options, config),
-        has_stacked_experts=bool(getattr(adapter, "target_parameters", None)),
-    )
-    if options.adapter is not None and checkpoint is None:
-        warn_other_base(options.base_model or "", options.adapter, check_adapter(options.adapter))
+    has_stacked_experts = bool(getattr(adapter, "target_parameters", None))
+    check_distributed(options, checkpoint, stores_packed(options, config), has_stacked_experts)
+    if start := checkpoint or options.adapter:
+        warn_other_base(options.base_model or "", start, check_adapter(start))
     tokenizer = load_tokenizer_for(options, config)
     data = prepare_data(options, tokenizer, config, checkpoint)
-    if (
-        checkpoint is not None and options.auto_find_batch_size
-    ):  # the Trainer continues with the batch size that it had found
-        found = read_json_object(checkpoint / STATE_FILE).get("train_batch_size")
-        options.per_device_train_batch_size = found or options.per_device_train_batch_size
+
+    state = read_json_object(checkpoint / STATE_FILE) if checkpoint is not None else {}
+    if options.auto_find_batch_size and state.get("train_batch_size"):  # what the Trainer had found
+        options.per_device_train_batch_size = state["train_batch_size"]
     steps = check_steps(options, data)
     if options.num_gpus > 1:
         logger.warning(
@@ -95,23 +80,17 @@ def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
     logger.info("%d steps of %d samples; base model in %s.", steps, options.effective_batch_size, options.dtype_reason)
     _settle_steps(options, data, steps)
     record = describe_run(options, config, data, allocation)
-    first_step = 0
+    first_step = state.get("global_step", 0)
     if checkpoint is not None:
-        first_step = checkpoint_step(checkpoint)
         check_same_run(checkpoint, record)
-        warn_other_base(options.base_model or "", checkpoint, check_adapter(checkpoint))
-        _settle_resumed(options, checkpoint, has_steps_left=first_step < steps)
+        if options.load_best_model_at_end:
+            check_best_checkpoint(checkpoint)
+        options.eval_on_start = False  # the run was evaluated when it began
+        if first_step >= steps:
+            # Without this the Trainer would do one more step in an incomplete epoch.
+            options.num_train_epochs, options.max_steps = 0, -1
+            options.warmup_steps = 1  # without steps the polynomial schedule would divide by 0
     return CheckedRun(folder, config, checkpoint, first_step, tokenizer, data, record)
-
-
-def _settle_resumed(options: TrainOptions, checkpoint: Path, *, has_steps_left: bool) -> None:
-    if options.load_best_model_at_end:
-        check_best_checkpoint(checkpoint)
-    options.eval_on_start = False  # the run was evaluated when it began
-    if not has_steps_left:
-        # Without this the Trainer would do one more step in an incomplete epoch.
-        options.num_train_epochs, options.max_steps = 0, -1
-        options.warmup_steps = 1  # without steps the polynomial schedule would divide by 0
 
 
 def _settle_steps(options: TrainOptions, data: TrainingData, steps: int) -> None:
@@ -128,31 +107,22 @@ def _settle_steps(options: TrainOptions, data: TrainingData, steps: int) -> None
 def check_steps(options: TrainOptions, data: TrainingData) -> int:
     """The number of optimiser steps of a run.
 
-    Args:
-        options: of the run.
-        data: its encoded samples.
-
     Raises:
         MolaError: the run has no step, or the learning rate would still be warming up when the run ends; the
             optimiser or the schedule of the learning rate cannot be made.
     """
     whole = math.floor if options.dataloader_drop_last else math.ceil
     batches = whole(len(data.train) / (options.train_batch_size * options.world_size))
-    if batches == 0:
-        raise MolaError(
-            f"`dataloader_drop_last` leaves nothing of {len(data.train)} training samples. Lower "
-            "`per_device_train_batch_size`, or leave it out."
-        )
     per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
     steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * per_epoch)
     warmup = options.get_warmup_steps(steps)
-    if warmup >= steps:
+    if warmup >= steps or batches == 0:
         raise MolaError(
             f"`warmup_steps` must end before the run does: {warmup} steps of warm-up in a run of {steps} "
-            f"({len(data.train)} samples, effective batch {options.effective_batch_size}). Lower `warmup_steps` "
-            "(below 1 it is a share of the run), train longer, or use smaller batches."
+            f"({len(data.train)} samples in {batches} batches, effective batch {options.effective_batch_size}). "
+            "Lower `warmup_steps` (below 1 it is a share of the run), train longer, or use smaller batches."
         )
-    schedule = name_of(options.lr_scheduler_type)
+    schedule, optimizer_name = name_of(options.lr_scheduler_type), name_of(options.optim)
     if schedule in EVALUATION_SCHEDULES and data.evaluation is None:
         raise MolaError(
             f"`lr_scheduler_type` {schedule} follows the evaluation loss, and there is no evaluation data. Pass "
@@ -163,8 +133,8 @@ def check_steps(options: TrainOptions, data: TrainingData) -> int:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=options.learning_rate)
         kwargs: Any = options.lr_scheduler_kwargs
         get_scheduler(options.lr_scheduler_type, optimizer, warmup, steps, scheduler_specific_kwargs=kwargs)
-    if "lomo" not in name_of(options.optim):  # these optimisers can only be made with a model
-        with library_errors(f"`optim` {name_of(options.optim)}"):
+    if "lomo" not in optimizer_name:  # these optimisers can only be made with a model
+        with library_errors(f"`optim` {optimizer_name}"):
             Trainer.get_optimizer_cls_and_kwargs(options)
     return steps
 

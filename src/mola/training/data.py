@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from mola.data.templates import ChatTemplate
 from mola.errors import MolaError
 from mola.models.base_model import max_positions, vocabulary_size
 from mola.models.prompts import Chat, template_for, use_chat, warn_of_other_template
-from mola.options.fields import parse_mapping
 from mola.training.options import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -63,11 +60,7 @@ def prepare_data(
 ) -> TrainingData:
     """Read the data, split off the evaluation samples, and encode both parts.
 
-    Args:
-        options: of the run.
-        tokenizer: of the base model.
-        config: of the base model.
-        checkpoint: the checkpoint that the run resumes from, or None. It replaces the folder `adapter`.
+    A run that resumes from `checkpoint` reads the chat template there, not in the folder `adapter`.
 
     Raises:
         MolaError: data is missing or unreadable, lacks a column, or a sample does not fit.
@@ -82,10 +75,7 @@ def prepare_data(
         )
     task = load_task(options.task) if options.task is not None else None
     name, template = _template_of(options, task, tokenizer, checkpoint)
-    filters = parse_mapping("filters", options.filters)
-    check_split("train_split", options.train_split, type(options).train_split, options.data)
-    with _options_named(split="train_split"):
-        samples = load_examples(options.data, task, options.train_split, limit=options.limit, filters=filters)
+    samples = _load(options, task, data="data", split="train_split", limit=options.limit)
     train, evaluation = _split_evaluation(options, task, samples)
     _warn_of_overlap(train, evaluation)
     encoded, reports, fingerprints, questions = {}, {}, {}, {}
@@ -148,16 +138,15 @@ def _warn_of_overlap(train: Examples, evaluation: Examples) -> None:
         )
 
 
-@contextlib.contextmanager
-def _options_named(**options: str) -> Iterator[None]:
-    """In errors raised in this block, replace the names `data` and `split` by those of the original options."""
+def _load(options: TrainOptions, task: Task | None, *, data: str, split: str, limit: int | None) -> Examples:
+    """Read the examples that the options called `data` and `split` name; errors name these two options."""
+    source, wanted = getattr(options, data), getattr(options, split)
+    check_split(split, wanted, getattr(TrainOptions, split), source)
+    filters: Any = options.filters
     try:
-        yield
+        return load_examples(source, task, wanted, limit=limit, filters=filters)
     except MolaError as error:
-        text = str(error)
-        for name, option in options.items():
-            text = text.replace(f"`{name}`", f"`{option}`")
-        raise MolaError(text) from error
+        raise MolaError(str(error).replace("`data`", f"`{data}`").replace("`split`", f"`{split}`")) from error
 
 
 def _split_evaluation(options: TrainOptions, task: Task | None, samples: Examples) -> tuple[Examples, Examples]:
@@ -172,38 +161,32 @@ def _split_evaluation(options: TrainOptions, task: Task | None, samples: Example
                 logger.warning("`%s` is not used, since `eval_strategy` is no: all of `data` is trained on.", name)
         return samples, []
     if options.eval_data is not None:
-        check_split("eval_split", options.eval_split, TrainOptions.eval_split, options.eval_data)
-        with _options_named(data="eval_data", split="eval_split"):
-            return samples, _load_evaluation(options, task, options.eval_data)
+        return samples, _load(options, task, data="eval_data", split="eval_split", limit=options.eval_limit)
     if options.validation_size:
         return _take_out(options, samples)
-    splits = data_splits(options.data or "")
-    is_default = options.eval_split == TrainOptions.eval_split
-    is_empty = is_default and options.eval_split in splits and not has_rows(options.data or "", options.eval_split)
-    if options.eval_split in splits and not is_empty:
-        return samples, _load_evaluation(options, task, options.data or "")
+    data, split = options.data or "", options.eval_split
+    splits, is_default = data_splits(data), split == TrainOptions.eval_split
+    is_empty = is_default and split in splits and not has_rows(data, split)
+    if split in splits and not is_empty:
+        return samples, _load(options, task, data="data", split="eval_split", limit=options.eval_limit)
     if not is_default:
         raise MolaError(
-            f"`eval_split` must be a split of `{options.data}`: got {options.eval_split!r}, it has "
-            f"{', '.join(splits) or 'none'}. Choose one of them, pass `eval_data`, or leave it out."
+            f"`eval_split` must be a split of `{data}`: got {split!r}, it has {', '.join(splits) or 'none'}. Choose "
+            "one of them, pass `eval_data`, or leave it out."
         )
-    why = f" (the split `{options.eval_split}` is empty)" if is_empty else ""
+    why = f" (the split `{split}` is empty)" if is_empty else ""
     logger.warning("There is no evaluation data%s: the run ends with its last weights, not its best ones.", why)
     return samples, []
-
-
-def _load_evaluation(options: TrainOptions, task: Task | None, data: str) -> Examples:
-    filters = parse_mapping("filters", options.filters)
-    return load_examples(data, task, options.eval_split, limit=options.eval_limit, filters=filters)
 
 
 def _take_out(options: TrainOptions, samples: Examples) -> tuple[Examples, Examples]:
     """Training and evaluation samples; the latter are `validation_size` of `samples`, drawn with `seed`."""
     size = options.validation_size
     count = math.ceil(len(samples) * size) if size < 1 else int(size)
-    if not 0 < count < len(samples):
+    if not 0 < count < len(samples) or (size > 1 and count != size):
         raise MolaError(
-            f"`validation_size` must leave samples to train on: {size} of {len(samples)} samples are {count}."
+            "`validation_size` must be a number or a share (below 1) of the training samples, and leave some to train "
+            f"on: got {size} with {len(samples)} samples."
         )
     indices = list(range(len(samples)))
     random.Random(options.seed).shuffle(indices)
@@ -212,7 +195,8 @@ def _take_out(options: TrainOptions, samples: Examples) -> tuple[Examples, Examp
         logger.warning(
             "`eval_limit` %d leaves %d samples that `validation_size` takes out neither trained on nor evaluated. "
             "Lower `validation_size`.",
-            *(options.eval_limit, count - options.eval_limit),
+            options.eval_limit,
+            count - options.eval_limit,
         )
     evaluation = [sample for index, sample in enumerate(samples) if index in taken]
     return [sample for index, sample in enumerate(samples) if index not in taken], evaluation[: options.eval_limit]

@@ -10,19 +10,17 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import __version__ as accelerate_version
 from packaging.version import Version
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import deepspeed as integration
 
 from mola.errors import MolaError
 from mola.training.option_checks import name_of
 from mola.tuner.layer import MolaLinear
-
-if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
 
 _FSDP_ACCELERATE = "1.15"  # the first version whose checkpoints hold the adapter
 _GATHERS = "stage3_gather_16bit_weights_on_model_save"
@@ -59,15 +57,14 @@ def settle_deepspeed(options: TrainingArguments, device: torch.device) -> None:
         return
     if options.deepspeed:
         raise MolaError(
-            "`deepspeed` as an option works on GPUs only. On a CPU start the run with accelerate launch and a "
-            "configuration such as the repository's recipes/accelerate/zero3.yaml, which may name the file as "
-            "`deepspeed_config_file`."
+            "`deepspeed` as an option works on GPUs only. On a CPU start the run with accelerate launch, whose "
+            "configuration may name the file as `deepspeed_config_file`."
         )
     options.use_cpu, options.ddp_backend, options.dataloader_pin_memory = False, "gloo", False
 
 
 def check_distributed(
-    options: TrainingArguments, checkpoint: Path | None, *, is_quantized: bool, has_stacked_experts: bool
+    options: TrainingArguments, checkpoint: Path | None, is_quantized: bool, has_stacked_experts: bool
 ) -> None:
     """Check that the chosen kind of distributed training can train the model and save its adapter.
 
@@ -81,25 +78,21 @@ def check_distributed(
         MolaError: FSDP or DeepSpeed would do nothing, round the routers or save no adapter; or the checkpoint was
             written with a different kind of distributed training.
     """
-    reason = None
+    name = "fsdp" if uses_fsdp(options) else "deepspeed"
     if shards_weights(options) and is_quantized:
-        name = "fsdp" if uses_fsdp(options) else "deepspeed"
-        reason = (
-            f"`{name}` cannot be combined with a quantised base, whose packed weights are neither sharded nor loaded "
-            "from its checkpoints. Leave the quantisation out, or train with one model per process (like the "
-            "repository's recipes/accelerate/ddp.yaml)."
+        raise MolaError(
+            f"`{name}` cannot be combined with a quantised base, whose packed weights are not sharded. Leave the "
+            "quantisation out, or train with one copy of the model per process."
         )
-    elif shards_weights(options) and name_of(options.optim) == "adafactor":
-        reason = (
-            "`optim` adafactor needs the rows and columns of whole weights, which FSDP and DeepSpeed shard. Pass a "
-            "different optimiser, such as adamw_torch."
+    if shards_weights(options) and name_of(options.optim) == "adafactor":
+        raise MolaError(
+            f"`optim` adafactor needs the rows and columns of whole weights, which `{name}` shards. Pass a different "
+            "optimiser, such as adamw_torch."
         )
-    elif uses_fsdp(options):
-        reason = _why_no_fsdp(options)
+    if uses_fsdp(options):
+        _check_fsdp(options)
     elif uses_deepspeed(options):
-        reason = _why_no_deepspeed(options, has_stacked_experts)
-    if reason is not None:
-        raise MolaError(reason)
+        _check_deepspeed(options, has_stacked_experts)
     if checkpoint is not None and (written := _kind_of_checkpoint(checkpoint)) != (now := _kind_of_run(options)):
         raise MolaError(
             f"`resume_from_checkpoint` must continue as the run began: {str(checkpoint)!r} was written with {written}, "
@@ -107,36 +100,33 @@ def check_distributed(
         )
 
 
-def _why_no_fsdp(options: TrainingArguments) -> str | None:
-    """None if FSDP can train experts with these options, else the reason."""
+def _check_fsdp(options: TrainingArguments) -> None:
     if options.world_size == 1:
-        return (
+        raise MolaError(
             "`fsdp` shards a model over several processes, this run has one. Start the run with torchrun or accelerate "
             "launch, or leave `fsdp` out."
         )
     if not can_shard(options.device):
-        return (
-            "`fsdp` works on GPUs only: on a CPU every process would still hold the whole model. Leave it out to "
-            "train with one copy of the model per process."
+        raise MolaError(
+            "`fsdp` works on GPUs only: on a CPU every process would hold the whole model. Leave `fsdp` out."
         )
     if Version(accelerate_version) < Version(_FSDP_ACCELERATE):
-        return (
+        raise MolaError(
             f"`fsdp` needs accelerate {_FSDP_ACCELERATE} or newer, whose checkpoints hold the adapter: found "
             f"{accelerate_version}. Upgrade it, or leave `fsdp` out."
         )
     version = _fsdp_setting(options, "fsdp_version", default="1")
     if version != "2":
-        return (
-            "`fsdp_config` must have version 2: FSDP1 needs all weights of a layer in one dtype, and routers "
-            f"stay in float32. Got version {version}; with accelerate launch set fsdp_version: 2."
+        raise MolaError(
+            f"`fsdp_config` must have version 2: got {version}, which needs all weights of a layer in one dtype, and "
+            "routers stay in float32. With accelerate launch set fsdp_version: 2."
         )
     saved = _fsdp_setting(options, "state_dict_type", default="SHARDED_STATE_DICT")
     if saved != "FULL_STATE_DICT":
-        return (
+        raise MolaError(
             f"`fsdp_config` must have state_dict_type FULL_STATE_DICT, or no adapter would be saved: got {saved}. With "
             "accelerate launch set fsdp_state_dict_type: FULL_STATE_DICT."
         )
-    return None
 
 
 def can_shard(device: torch.device) -> bool:
@@ -150,36 +140,34 @@ def _fsdp_setting(options: TrainingArguments, name: str, default: str) -> str:
     return str((options.fsdp_plugin_args or {}).get(name) or os.environ.get(variable, default)).upper()
 
 
-def _why_no_deepspeed(options: TrainingArguments, has_stacked_experts: bool) -> str | None:
-    """None if DeepSpeed can train experts with these options, else the reason."""
+def _check_deepspeed(options: TrainingArguments, has_stacked_experts: bool) -> None:
     stage = _zero_stage(options)
     plugin: Any = options.deepspeed_plugin
     if options.bf16 or options.fp16:
-        return (
-            "`dtype` must be float32 with DeepSpeed: in half precision it casts every weight, and routers stay in "
-            "float32. Pass --dtype float32, or use FSDP, which keeps each weight's own format."
+        raise MolaError(
+            "`dtype` must be float32 with DeepSpeed, which casts every weight in half precision, routers included. "
+            "Pass --dtype float32, or use FSDP, which keeps each weight's own format."
         )
     if stage not in (2, 3):
-        return (
+        raise MolaError(
             f"`deepspeed` must have ZeRO stage 2 or 3: got {stage}. Set zero_stage, or leave DeepSpeed out to train "
             "with one copy of the model per process."
         )
     if stage == 3 and not plugin.hf_ds_config.is_true(f"zero_optimization.{_GATHERS}"):
-        return (
+        raise MolaError(
             f"`deepspeed` with ZeRO-3 must have {_GATHERS} true, or no adapter would be saved. With accelerate launch "
             "set zero3_save_16bit_model: true."
         )
     if stage == 3 and has_stacked_experts:
-        return (
+        raise MolaError(
             "`target_parameters` cannot be trained with ZeRO-3: a layer reads these weights before DeepSpeed gathers "
             "them. Set zero_stage 2, or leave `target_parameters` out."
         )
-    return None
 
 
-def _zero_stage(options: TrainingArguments) -> int:
-    plugin: Any = options.deepspeed_plugin
-    return plugin.hf_ds_config.get_value("zero_optimization.stage", 0)
+def _zero_stage(options: Any) -> int:
+    stage: int = options.deepspeed_plugin.hf_ds_config.get_value("zero_optimization.stage", 0)
+    return stage
 
 
 def _kind_of_run(options: TrainingArguments) -> str:
@@ -191,13 +179,13 @@ def _kind_of_run(options: TrainingArguments) -> str:
 
 
 def _kind_of_checkpoint(checkpoint: Path) -> str:
-    if next(checkpoint.glob("pytorch_model_fsdp*"), None) is not None:
+    if any(checkpoint.glob("pytorch_model_fsdp*")):
         return "FSDP"
     processes = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
     if not processes:
         return "one model per process"
-    shards_all = next(checkpoint.glob("global_step*/zero_pp_rank_*model_states.pt"), None) is not None
-    return f"DeepSpeed ZeRO-{3 if shards_all else 2} in {processes} processes"
+    stage = 3 if any(checkpoint.glob("global_step*/zero_pp_rank_*model_states.pt")) else 2
+    return f"DeepSpeed ZeRO-{stage} in {processes} processes"
 
 
 def keep_dtypes(trainer: Trainer) -> None:

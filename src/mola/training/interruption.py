@@ -43,9 +43,7 @@ class Interruption(TrainerCallback):
         self._first_step = 0
         self._cpu_group: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Begin to handle signals, if this is the main thread: Python allows no other to."""
         self._first_step = state.global_step
         self.restore()  # with `auto_find_batch_size` training may begin several times
@@ -87,30 +85,21 @@ class Interruption(TrainerCallback):
 
     # ------------------------------------------------------------------ during training
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Request a checkpoint and the end of training if a signal came."""
         self._stop_if_signalled(args, control, saves=True)
-        return control
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """If a signal came during an evaluation, keep its result and stop before the next step.
 
         Before the first step nothing is saved: an uninterrupted run has no checkpoint of step 0 either.
         """
         if not self._is_trained and state.global_step > self._first_step:
             self._stop_if_signalled(args, control, saves=True)
-        return control
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_save(self, args: TrainingArguments, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Stop if a signal came while a checkpoint was saved."""
         self._stop_if_signalled(args, control, saves=False)
-        return control
 
     def _stop_if_signalled(self, args: TrainingArguments, control: TrainerControl, *, saves: bool) -> None:
         self.share_signal(args)
@@ -124,9 +113,7 @@ class Interruption(TrainerCallback):
             if args.save_strategy == SaveStrategy.BEST:
                 args.save_strategy = SaveStrategy.EPOCH  # with "best" an evaluation would decide whether to save
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After a signal, skip the evaluation unless the epoch or the run is complete.
 
         A resumed run evaluates an incomplete epoch itself, but never repeats a complete one.
@@ -134,7 +121,6 @@ class Interruption(TrainerCallback):
         is_cut_short = not is_whole_epoch(state.epoch) and state.global_step < state.max_steps
         if self.signal_number is not None and is_cut_short:
             control.should_evaluate = False
-        return control
 
     # ------------------------------------------------------------------ the evaluation after training
 
@@ -148,9 +134,7 @@ class Interruption(TrainerCallback):
         with contextlib.suppress(_LeftError):
             yield
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the evaluation after training if a signal came and this is the only process."""
         if self._is_trained and self.received is not None and args.world_size == 1:
             raise _LeftError

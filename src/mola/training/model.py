@@ -12,8 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, enable_full_
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mola.errors import MolaError
-from mola.files.failures import memory_error_reason
-from mola.models.adapters import check_adapter
+from mola.models.adapters import adapter_errors, check_adapter
 from mola.models.base_model import load_config
 from mola.models.cost import cost_of_allocation
 from mola.models.devices import DTYPES
@@ -50,10 +49,7 @@ def check_model_options(
 ) -> tuple[PeftConfig, dict[str, Any]]:
     """Check base model, adapter and allocation against the base model's configuration; loads no weights.
 
-    Args:
-        options: of the run.
-        config: of the base model.
-        checkpoint: the checkpoint that the run resumes from, or None. It replaces the folder `adapter`.
+    A run that resumes from `checkpoint` reads the adapter there, not in the folder `adapter`.
 
     Returns:
         The configuration of the adapter, and the allocation's totals as `mola plan --json` prints them; the latter is
@@ -62,43 +58,40 @@ def check_model_options(
     Raises:
         MolaError: base model, adapter and allocation do not fit each other.
     """
-    base_model, code, gguf_file = options.base_model or "", options.trust_remote_code, options.gguf_file
+    base_model = options.base_model or ""
     check_quantized_base(base_model, config, options, options.device, training=True)
     if options.adapter is not None:
         folder = str(checkpoint or options.adapter)
         check_adapter(folder)
-        adapter = continued_config(options, folder)
-        check_losses(options, adapter, config)
-        check_adapter_fits(base_model, folder, code, gguf_file, config=config)
-        return adapter, {}
-    wanted = adapter_config(options)
-    check_losses(options, wanted, config)
-    model = model_on_meta(base_model, code, gguf_file, config=config)
+        continued = continued_config(options, folder)
+        check_losses(options, continued, config)
+        check_adapter_fits(base_model, folder, options.trust_remote_code, options.gguf_file, config=config)
+        return continued, {}
+    adapter = adapter_config(options)
+    check_losses(options, adapter, config)
+    model = model_on_meta(base_model, options.trust_remote_code, options.gguf_file, config=config)
     allocation = cost_of_allocation(
         base_model,
         options.num_experts,
         options.adapter_setting("top_k"),
         options.adapter_setting("r"),
         options.target_modules,
-        num_experts_pattern=wanted.num_experts_pattern,
-        rank_pattern=wanted.rank_pattern,
-        target_parameters=wanted.target_parameters,
+        num_experts_pattern=adapter.num_experts_pattern,
+        rank_pattern=adapter.rank_pattern,
+        target_parameters=adapter.target_parameters,
         model=model,
     )
-    if wanted.modules_to_save:
+    if adapter.modules_to_save:
         if options.on_loading or stored_quantization(config):
-            check_packable(model, base_model, wanted.modules_to_save)
-        resolve_modules_to_save(wanted.modules_to_save, dict(model.named_modules()), is_new=True)
-    return wanted, allocation.to_dict()["totals"]
+            check_packable(model, base_model, adapter.modules_to_save)
+        resolve_modules_to_save(adapter.modules_to_save, dict(model.named_modules()), is_new=True)
+    return adapter, allocation.to_dict()["totals"]
 
 
 def check_losses(options: TrainOptions, adapter: PeftConfig, config: PretrainedConfig) -> None:
     """Check that LoRA+ and the router losses have an effect, and that labels are smoothed for the next tokens.
 
-    Args:
-        options: of the run.
-        adapter: configuration of the adapter.
-        config: of the base model.
+    `adapter` is the adapter's configuration, `config` the base model's.
 
     Raises:
         MolaError: an option would have no effect, or the loss would be wrong.
@@ -131,14 +124,12 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
         MolaError: a setting is out of range.
     """
     setting = options.adapter_setting
-    plain = ("r", "top_k", "lora_alpha", "lora_dropout")
-    patterns = ("num_experts_pattern", "rank_pattern", "alpha_pattern")
+    plain = ("r", "top_k", "lora_alpha", "num_experts_pattern", "rank_pattern", "alpha_pattern", *TRAINING_ONLY)
     start = setting("init_lora_weights")  # a text on the command line, a bool or a text in Python
     if isinstance(start, str):
         start = {"true": True, "false": False}.get(start.lower(), start)
-    router = ("router_aux_loss_coef", "router_aux_loss_reduction", "router_z_loss_coef", "router_jitter_noise")
     return MolaConfig(
-        **{name: setting(name) for name in (*plain, *router, *patterns)},
+        **{name: setting(name) for name in plain},
         num_experts=options.num_experts,  # None: the default of `MolaConfig`, which fits a model of any depth
         use_rslora=bool(setting("use_rslora")),
         init_lora_weights=True if start is None else start,
@@ -150,11 +141,7 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
 
 
 def continued_config(options: TrainOptions, adapter: str) -> PeftConfig:
-    """The configuration of an adapter whose training continues, with the options that may change it.
-
-    Args:
-        options: of the run.
-        adapter: folder of the adapter.
+    """The configuration in the folder `adapter`, whose training continues, with the options that may change it.
 
     Raises:
         MolaError: an option is out of range, or the adapter is no mixture, which has no such options.
@@ -199,11 +186,7 @@ def load_tokenizer_for(options: TrainOptions, config: PretrainedConfig) -> PreTr
 def build_model(options: TrainOptions, config: PretrainedConfig, checkpoint: Path | None = None) -> PeftModel:
     """The base model with new experts, or with those of `adapter`, ready to train.
 
-    Args:
-        options: of the run.
-        config: of the base model.
-        checkpoint: the checkpoint that the run resumes from, or None. A run with `adapter` uses the experts of its
-            checkpoint, since the folder `adapter` may have changed.
+    A run with `adapter` that resumes from `checkpoint` uses the experts there: the folder `adapter` may have changed.
 
     Raises:
         MolaError: the base model cannot be loaded, or the adapter does not fit it.
@@ -225,21 +208,12 @@ def build_model(options: TrainOptions, config: PretrainedConfig, checkpoint: Pat
     if options.adapter is None:
         model = get_peft_model(base, adapter_config(options))
     else:
-        model = _with_adapter(base, options, str(checkpoint or options.adapter))
+        folder = str(checkpoint or options.adapter)
+        adapter = continued_config(options, folder)
+        device = str(next(base.parameters()).device)  # PEFT itself would read the adapter onto the first GPU
+        with adapter_errors(folder):
+            model = PeftModel.from_pretrained(base, folder, config=adapter, is_trainable=True, torch_device=device)
     for parameter in model.parameters():  # experts are in float32, `modules_to_save` may not be
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
     return model
-
-
-def _with_adapter(base: Any, options: TrainOptions, folder: str) -> PeftModel:
-    device = str(next(base.parameters()).device)  # PEFT itself would read the adapter onto the first GPU
-    config = continued_config(options, folder)
-    try:
-        return PeftModel.from_pretrained(base, folder, config=config, is_trainable=True, torch_device=device)
-    except MolaError:
-        raise
-    except (RuntimeError, ValueError, KeyError) as error:
-        if memory_error_reason(error):
-            raise
-        raise MolaError(f"`adapter` does not fit the base model: {folder!r}: {error}") from error

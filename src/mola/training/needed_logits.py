@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments
 
 from mola.data.tokenized import IGNORED
+from mola.training.options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
@@ -48,32 +48,25 @@ def needed_logits(labels: torch.Tensor) -> Batch:
     return {"logits_to_keep": kept, "shift_labels": shifted[:, kept].contiguous()} if len(kept) else {}
 
 
-def computes_needed_logits(model: nn.Module, options: TrainingArguments) -> bool:
-    """Whether a model can compute its loss from the needed logits only. If not, the reason is logged.
-
-    Args:
-        model: a causal language model, with or without adapters, before a trainer wraps it.
-        options: of the trainer.
-    """
+def computes_needed_logits(model: nn.Module, options: TrainOptions) -> bool:
+    """Whether a causal language model can compute its loss from the needed logits only. If not, log the reason."""
     reason = _why_all_logits(model, options)
     if reason is not None:
         logger.info("The logits of all positions are computed: %s.", reason)
     return reason is None
 
 
-def _why_all_logits(model: nn.Module, options: TrainingArguments) -> str | None:
+def _why_all_logits(model: nn.Module, options: TrainOptions) -> str | None:
     """None if the needed logits suffice, else the reason why they do not."""
     for name in ("label_smoothing_factor", "use_liger_kernel"):
         if getattr(options, name):
             return f"`{name}` reads them"
-    if getattr(getattr(options, "accelerator_config", None), "dispatch_batches", None):
+    if getattr(options.accelerator_config, "dispatch_batches", None):
         return "`accelerator_config` with dispatch_batches cuts a batch along its first dimension"
-    if options.n_gpu > 1:
-        return "one process uses several GPUs"
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if "logits_to_keep" not in inspect.signature(inner.forward).parameters:
         return f"{type(inner).__name__} has no `logits_to_keep`"
-    return _why_different_loss(model, getattr(options, "mixed_dtype", None), type(inner).__name__)
+    return _why_different_loss(model, options.mixed_dtype, type(inner).__name__)
 
 
 def _why_different_loss(model: nn.Module, mixed_dtype: torch.dtype | None, name: str) -> str | None:

@@ -1,7 +1,8 @@
 """Checks of `TrainOptions` that need neither data nor a model.
 
-What Transformers, Accelerate or torch reject themselves is left to them. Here are rejected: options that would be
-ignored, options that would make the result silently wrong, and options that would fail only after a long training.
+Rejected are options that would be ignored, options that would make the result silently wrong, and options that would
+fail only after a long training. Everything else is left to Transformers, Accelerate and torch.
+
 The options are typed as `Any`, because these functions run while a `TrainOptions` is being made.
 """
 
@@ -22,21 +23,14 @@ from mola.errors import MolaError
 
 logger = logging.getLogger(__name__)
 
-# Lowest and highest allowed value, and the rule in words.
-_RANGES: dict[str, tuple[float, float, str]] = {
-    "per_device_train_batch_size": (1, math.inf, "at least 1"),
-    "per_device_eval_batch_size": (1, math.inf, "at least 1"),
-    "gradient_accumulation_steps": (1, math.inf, "at least 1"),
-    "num_train_epochs": (1e-9, math.inf, "above 0"),
-    "learning_rate": (1e-30, math.inf, "above 0"),
-    "loraplus_lr_ratio": (1e-30, math.inf, "above 0"),
-    "weight_decay": (0, math.inf, "at least 0"),
-    "warmup_steps": (0, math.inf, "at least 0"),
-    "validation_size": (0, math.inf, "at least 0"),
-    "eval_limit": (1, math.inf, "at least 1"),
-    "label_smoothing_factor": (0, 1, "between 0 and 1"),
-    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), (1e-9, math.inf, "above 0, and finite")),
-}
+_AT_LEAST_1 = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("gradient_accumulation_steps", "eval_limit"),
+)
+_ABOVE_0 = (
+    *("num_train_epochs", "learning_rate", "loraplus_lr_ratio"),
+    *("logging_steps", "eval_steps", "save_steps"),
+)
 # Schedules that begin at the full learning rate, and schedules that follow the evaluation loss.
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 EVALUATION_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -55,16 +49,15 @@ def check_values(options: Any) -> None:
     """
     if not options.output_dir:
         raise MolaError("`output_dir` must name a folder for the adapter and the run's files. Pass --output_dir DIR.")
-    for name, (low, high, rule) in _RANGES.items():
-        value = getattr(options, name)
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            raise MolaError(f"`{name}` must be {rule}: got {value}.")
+    for names, rule, lowest in ((_AT_LEAST_1, "at least 1", 1), (_ABOVE_0, "above 0", 1e-30)):
+        for name in names:
+            value = getattr(options, name)
+            if value is not None and not lowest <= value < math.inf:
+                raise MolaError(f"`{name}` must be {rule}: got {value}.")
+    if not 0 <= options.label_smoothing_factor <= 1:
+        raise MolaError(f"`label_smoothing_factor` must be between 0 and 1: got {options.label_smoothing_factor}.")
     if options.max_steps != -1 and options.max_steps < 1:
         raise MolaError(f"`max_steps` must be at least 1, or -1 to count epochs instead: got {options.max_steps}.")
-    if options.validation_size > 1 and options.validation_size % 1:
-        raise MolaError(
-            f"`validation_size` must be a number of samples or a share below 1: got {options.validation_size}."
-        )
 
 
 def check_combinations(options: Any, adapter_options: Iterable[str]) -> None:
@@ -102,8 +95,7 @@ def check_combinations(options: Any, adapter_options: Iterable[str]) -> None:
             )
     if options.push_to_hub and name_of(options.hub_strategy) != "end":
         raise MolaError(
-            f"`hub_strategy` must be end: got {name_of(options.hub_strategy)}. A run is uploaded once, when it is "
-            "finished."
+            f"`hub_strategy` must be end: got {name_of(options.hub_strategy)}. Only a finished run is uploaded."
         )
 
 
@@ -117,37 +109,26 @@ def settle_schedule(options: Any) -> None:
     Raises:
         MolaError: the best checkpoint could not be found, or a number of steps would be ignored.
     """
-    if name_of(options.lr_scheduler_type) in _WITHOUT_WARMUP and not _optimizer_warms_up(options):
+    schedule_free = ("schedule_free_adamw", "schedule_free_sgd")  # these optimisers warm up themselves
+    if name_of(options.lr_scheduler_type) in _WITHOUT_WARMUP and name_of(options.optim) not in schedule_free:
         options.warmup_steps = 0
-    evaluate, save = name_of(options.eval_strategy), name_of(options.save_strategy)
-    if save != "steps" and options.save_steps != TrainingArguments.save_steps:
-        raise MolaError(
-            f"`save_steps` ({options.save_steps}) counts only with `save_strategy` steps, which is {save}. "
-            "Pass --save_strategy steps as well."
-        )
-    if evaluate == "epoch" and options.eval_steps is not None:
-        raise MolaError(
-            f"`eval_steps` ({options.eval_steps}) counts only with `eval_strategy` steps, which is epoch. "
-            "Pass --eval_strategy steps as well."
-        )
-    if save == "best":
-        if evaluate == "no":
+    for kind in ("save", "eval"):
+        steps, strategy = getattr(options, f"{kind}_steps"), name_of(getattr(options, f"{kind}_strategy"))
+        if strategy not in ("no", "steps") and steps != getattr(TrainingArguments, f"{kind}_steps"):
             raise MolaError(
-                "`save_strategy` best needs evaluations, and `eval_strategy` is no. Pass --eval_strategy epoch or "
-                "steps, or a different --save_strategy."
+                f"`{kind}_steps` ({steps}) needs `{kind}_strategy` steps, which is {strategy}. "
+                f"Pass --{kind}_strategy steps as well."
             )
-        options.metric_for_best_model, options.greater_is_better = options.metric_for_best_model or "loss", False
+    evaluate, save = name_of(options.eval_strategy), name_of(options.save_strategy)
     if evaluate == "no":
         options.load_best_model_at_end = False
-    if not options.load_best_model_at_end or save == "best":
-        return
-    if evaluate != save:
-        raise MolaError(
-            "`load_best_model_at_end` needs a checkpoint at every evaluation: `eval_strategy` is "
-            f"{evaluate}, `save_strategy` is {save}. Make them equal, pass --eval_strategy no if there is no "
-            "evaluation data, or pass --load_best_model_at_end false to keep the last weights."
-        )
-    if evaluate == "steps":
+        if save == "best":
+            raise MolaError(
+                "`save_strategy` best needs evaluations, and `eval_strategy` is no. Pass --eval_strategy epoch."
+            )
+    if save == "best":
+        options.metric_for_best_model, options.greater_is_better = options.metric_for_best_model or "loss", False
+    elif options.load_best_model_at_end and evaluate == save == "steps":
         interval = options.eval_steps or options.logging_steps
         if options.save_steps == TrainingArguments.save_steps:
             options.save_steps, options.saves_as_evaluated = interval, True
@@ -155,13 +136,9 @@ def settle_schedule(options: Any) -> None:
         if options.save_steps != interval:
             raise MolaError(
                 "`load_best_model_at_end` needs a checkpoint at every evaluation: `save_steps` is "
-                f"{options.save_steps}, `eval_steps` {interval}{'' if options.eval_steps else ' (as `logging_steps`)'}."
-                " Make them equal, or pass --load_best_model_at_end false to keep the last weights."
+                f"{options.save_steps}, `eval_steps` {interval}. Make them equal, or pass "
+                "--load_best_model_at_end false to keep the last weights."
             )
-
-
-def _optimizer_warms_up(options: Any) -> bool:
-    return name_of(options.optim) in ("schedule_free_adamw", "schedule_free_sgd")
 
 
 def check_launcher(options: Any) -> None:
@@ -199,9 +176,8 @@ def check_trainer_options(options: Any) -> None:
         )
     if options.auto_find_batch_size and options.world_size > 1:
         raise MolaError(
-            "`auto_find_batch_size` works in one process only: each process would look for a batch size of its own, "
-            f"and they would wait for each other. Got {options.world_size} processes. Pass a "
-            "--per_device_train_batch_size that fits."
+            "`auto_find_batch_size` works in one process only: several would wait for each other. Got "
+            f"{options.world_size} processes. Pass a --per_device_train_batch_size that fits."
         )
     averages = "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters  # Transformers 5.16
     if options.label_smoothing_factor and options.gradient_accumulation_steps * options.world_size > 1 and not averages:

@@ -15,8 +15,7 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from mola.errors import MolaError
 from mola.files.atomic import WRITE_TEST, atomic_write_json, check_writable, flush_to_disk
 from mola.files.digests import is_own_file
 from mola.files.environment import machine_description, software_versions
+from mola.files.reading import read_json_object
 from mola.insight import ROUTING_FILE
 from mola.models.prompts import TOKENIZER_FILES
 from mola.reporting import REPORT_FILE
@@ -36,9 +36,9 @@ from mola.training.checkpoints import (
     ADAPTER_FILES,
     CLEARING,
     RUN_FILE,
+    STATE_FILE,
     asks_for_last,
     asks_to_resume,
-    checkpoint_step,
     checkpoints_in,
     is_in,
     step_in_name,
@@ -69,10 +69,7 @@ logger = logging.getLogger(__name__)
 def check_start_is_kept(adapter: str, folder: str | None, option: str = "adapter") -> None:
     """Check that the adapter a run starts from is outside the run folder, since the run would replace it.
 
-    Args:
-        adapter: folder of the adapter that the run starts from.
-        folder: the run folder.
-        option: the option that names the adapter.
+    `option` is the name of the option that names the adapter.
 
     Raises:
         MolaError: the adapter's folder is the run folder, or is inside it.
@@ -85,13 +82,7 @@ def check_start_is_kept(adapter: str, folder: str | None, option: str = "adapter
 
 
 def check_output_dir(options: TrainOptions) -> Path:
-    """Check that a run may write into its folder; deletes nothing.
-
-    Args:
-        options: of the run.
-
-    Returns:
-        The run folder.
+    """Check that a run may write into its folder, and return the folder; deletes nothing.
 
     Raises:
         MolaError: the folder is not writable, is not empty without `overwrite_output_dir` or `resume_from_checkpoint`,
@@ -106,12 +97,12 @@ def check_output_dir(options: TrainOptions) -> Path:
     resumes_here = asks_to_resume(resume) and (asks_for_last(resume) or is_in(Path(resume or ""), folder))
     # Other processes of this run may be testing at this moment whether they can write.
     is_used = os.path.isdir(folder) and any(not path.name.startswith(WRITE_TEST) for path in folder.iterdir())
-    if is_used and not (options.overwrite_output_dir or resumes_here):
-        raise MolaError(
-            f"`output_dir` must be empty: {str(folder)!r} is not. Pass a different folder, "
-            "--resume_from_checkpoint last to resume its run, or --overwrite_output_dir to replace it."
-        )
     if is_used and not resumes_here:
+        if not options.overwrite_output_dir:
+            raise MolaError(
+                f"`output_dir` must be empty: {str(folder)!r} is not. Pass a different folder, "
+                "--resume_from_checkpoint last to resume its run, or --overwrite_output_dir to replace it."
+            )
         common = [*checkpoints_in(folder), *(folder / name for name in (*_COMMON_FILES, CHAT_TEMPLATE_DIR))]
         foreign = [path.name for path in common if path.exists()]
         if foreign and not (folder / RUN_FILE).exists():  # a run of mola writes its record before its first step
@@ -137,40 +128,43 @@ def locked(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            os.close(descriptor)
             raise MolaError(
                 f"`output_dir` must be one run's alone: another one is at work in {str(folder)!r}. Wait for its end, "
                 "or pass another folder."
             ) from None
-        except OSError:  # a file system without locks
-            logger.warning("%s cannot be locked: another run in it would not be noticed.", folder)
+        logger.warning("%s cannot be locked: another run in it would not be noticed.", folder)
+    try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # also for processes that were forked meanwhile
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # processes that were forked meanwhile hold the lock too
         os.close(descriptor)
 
 
 def start_run(folder: Path, checkpoint: Path | None, *, overwrite: bool) -> None:
     """Remove files of an earlier run that could be mistaken for files of the run that starts now.
 
-    Args:
-        folder: the run folder.
-        checkpoint: the checkpoint that the run resumes from, or None.
-        overwrite: whether to remove an earlier run; ignored if `checkpoint` belongs to this earlier run.
+    A run that resumes from `checkpoint` keeps the checkpoints up to it. Else `overwrite` removes the earlier run.
     """
     if checkpoint is not None and is_in(checkpoint, folder):
-        # A kept copy of a checkpoint may have any name.
-        step = step_in_name(checkpoint) if step_in_name(checkpoint) >= 0 else checkpoint_step(checkpoint)
+        step = step_in_name(checkpoint)
+        if step < 0:  # a copy of a checkpoint, under a name of the user's
+            step = read_json_object(checkpoint / STATE_FILE)["global_step"]
         for path in checkpoints_in(folder):
             if step_in_name(path) > step:
                 logger.warning("Removing %s: the run resumes from %s.", path, checkpoint.name)
                 shutil.rmtree(path)
     elif overwrite:
         clear_run(folder)
-    _remove_leftovers(folder)
+    for path in [path for pattern in _LEFTOVERS for path in folder.glob(pattern)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def clear_run(folder: Path) -> None:
@@ -187,38 +181,19 @@ def clear_run(folder: Path) -> None:
     for name in _RUN_FILES:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / CHAT_TEMPLATE_DIR, ignore_errors=True)
-    _remove_leftovers(folder)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for path in [path for pattern in _LEFTOVERS for path in folder.glob(pattern)]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------- the result
 
 
-def save_result(save: Callable[[str], None], folder: Path, *, is_main_process: bool) -> None:
-    """Write the adapter into a temporary folder, then move it into the run folder file by file.
-
-    Args:
-        save: writes the adapter into the folder it is given; called in every process.
-        folder: the run folder.
-        is_main_process: whether this process moves the files.
-    """
-    with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as temporary:
-        save(temporary)
-        if not is_main_process:
-            return
-        for file in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
-            name = file.relative_to(temporary)
-            if name.parts[0] not in _NOT_IN_RESULT:
-                (folder / name).parent.mkdir(exist_ok=True, parents=True)  # named chat templates are in a subfolder
-                flush_to_disk(file)
-                os.replace(file, folder / name)
+def move_result(written: Path, folder: Path) -> None:
+    """Move the files of an adapter from the folder `written` into a run folder, one by one."""
+    for file in sorted(path for path in written.rglob("*") if path.is_file()):
+        name = file.relative_to(written)
+        if name.parts[0] not in _NOT_IN_RESULT:
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)  # named chat templates are in a subfolder
+            flush_to_disk(file)
+            os.replace(file, folder / name)
 
 
 def describe_run(

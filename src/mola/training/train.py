@@ -180,10 +180,6 @@ def _seconds(trainer: Trainer) -> float:
 def _result_of(
     options: TrainOptions, trainer: MolaTrainer, run: CheckedRun, metrics: dict[str, Any], seconds: float
 ) -> TrainResult:
-    if options.auto_find_batch_size:
-        run.record["effective_batch_size"] = (
-            trainer._train_batch_size * options.gradient_accumulation_steps * options.world_size
-        )
     result = TrainResult(
         output_dir=str(run.folder),
         status="finished" if trainer.interruption.signal_number is None else "interrupted",
@@ -205,15 +201,16 @@ def _save(options: TrainOptions, trainer: MolaTrainer, run: CheckedRun, result: 
     """Write adapter, record and model card, and upload them with `push_to_hub`."""
     trainer.save_model()
     run.record |= asdict(result)
+    if options.auto_find_batch_size:
+        samples = trainer._train_batch_size * options.gradient_accumulation_steps * options.world_size
+        run.record["effective_batch_size"] = samples
     _write_record(trainer, run)
     if trainer.is_world_process_zero():
         write_card(run.folder, run.record)
-    if not options.push_to_hub:
-        return
-    if result.status == "finished":
+    if options.push_to_hub and result.status == "finished":
         logger.info("The run is finished. Uploading %s.", run.folder)
         trainer.push_to_hub(commit_message="Adapter trained with mola", revision=options.hub_revision)
-    else:
+    elif options.push_to_hub:
         logger.warning("Not uploaded to %s: the run is not finished.", run.record["repository"])
 
 
@@ -223,28 +220,26 @@ def main(options: TrainOptions) -> int:
     Returns:
         The exit code: 0, or 130 after an interruption.
     """
-    if options.process_index != 0:  # only the main process logs, but every process shows its errors
+    is_main = options.process_index == 0
+    if not is_main:  # only the main process logs, but every process shows its errors
         logging.getLogger("mola").setLevel(logging.ERROR)
     result = train(options)
-    exit_code = 0 if result.status == "finished" else 130
-    if options.process_index != 0:
-        return exit_code
-    losses = [
-        f", {label} loss {result.metrics[name]:.4f}"
-        for name, label in (("train_loss", "training"), ("eval_loss", "evaluation"))
-        if name in result.metrics
-    ]
-    print(
-        f"{result.status} after {result.steps} steps and {result.seconds:.0f} s{''.join(losses)}; "
-        f"{result.trainable_parameters:,} trainable parameters.\nThe adapter is in {result.output_dir}",
-        file=sys.stderr,
-    )
-    if result.status == "interrupted":
-        if newest_complete(Path(result.output_dir)) is not None:
-            print("Resume with the same command and --resume_from_checkpoint last", file=sys.stderr)
-        else:  # with `save_only_model`, or because the best weights had been loaded
-            print(
-                f"There is no checkpoint to resume from: continue training with --adapter {result.output_dir}",
-                file=sys.stderr,
-            )
-    return exit_code
+    if is_main:
+        losses = [
+            f", {label} loss {result.metrics[name]:.4f}"
+            for name, label in (("train_loss", "training"), ("eval_loss", "evaluation"))
+            if name in result.metrics
+        ]
+        print(
+            f"{result.status} after {result.steps} steps and {result.seconds:.0f} s{''.join(losses)}; "
+            f"{result.trainable_parameters:,} trainable parameters.\nThe adapter is in {result.output_dir}",
+            file=sys.stderr,
+        )
+    if result.status == "finished":
+        return 0
+    if is_main:
+        next_step = "Resume with the same command and --resume_from_checkpoint last"
+        if newest_complete(Path(result.output_dir)) is None:  # with `save_only_model`, or the best weights are loaded
+            next_step = f"No checkpoint to resume from: continue training with --adapter {result.output_dir}"
+        print(next_step, file=sys.stderr)
+    return 130

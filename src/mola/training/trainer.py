@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from mola.training.interruption import Interruption
 from mola.training.needed_logits import NeededLogits, computes_needed_logits
 from mola.training.option_checks import name_of
 from mola.training.options import TrainOptions
-from mola.training.run_folder import METRICS_FILE, SAVING, save_result
+from mola.training.run_folder import METRICS_FILE, SAVING, move_result
 from mola.tuner.loraplus import split_groups
 
 _PAD_TO_MULTIPLE_OF = 8  # fills vector registers; padding never counts in the loss
@@ -43,15 +44,9 @@ _PAD_TO_MULTIPLE_OF = 8  # fills vector registers; padding never counts in the l
 def make_trainer(
     options: TrainOptions, model: PeftModel, run: CheckedRun, callbacks: Sequence[TrainerCallback] = ()
 ) -> MolaTrainer:
-    """A trainer with mola's collator and callbacks, including the optimiser, unless weights are sharded.
+    """A trainer with mola's collator, callbacks and optimiser.
 
-    With sharded weights the optimiser is made when training begins.
-
-    Args:
-        options: of the run.
-        model: the model with its adapter.
-        run: the checked run.
-        callbacks: the caller's callbacks, called after mola's own.
+    With sharded weights the optimiser is made when training begins. `callbacks` are called after mola's own.
 
     Raises:
         MolaError: Trainer options exclude each other, or the optimiser cannot be made.
@@ -92,7 +87,7 @@ def make_trainer(
 
 
 def _padding(options: TrainOptions, model: PeftModel) -> int | None:
-    """Batch lengths are padded to a multiple of this; None if padding could exceed the model's maximum length."""
+    """Batch lengths are padded to this multiple; None if padding could exceed the model's maximum length."""
     limit, longest = max_positions(model.config), options.cutoff_len + -options.cutoff_len % _PAD_TO_MULTIPLE_OF
     return None if limit is not None and longest > limit else _PAD_TO_MULTIPLE_OF
 
@@ -200,11 +195,11 @@ class MolaTrainer(Trainer):
         if output_dir is not None:
             super().save_model(output_dir, _internal_call=True)
             return
-
-        def save(folder: str) -> None:
-            super(MolaTrainer, self).save_model(folder, _internal_call=True)
-
-        save_result(save, Path(str(self.args.output_dir)), is_main_process=self.is_world_process_zero())
+        folder = Path(str(self.args.output_dir))
+        with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as temporary:
+            super().save_model(temporary, _internal_call=True)
+            if self.is_world_process_zero():
+                move_result(Path(temporary), folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Leave the model card alone: `train` has written mola's own, which `push_to_hub` uploads."""

@@ -17,7 +17,7 @@ from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
 from mola.files.digests import weights_sha256
 from mola.files.reading import read_json
-from mola.models.identity import weights_identity
+from mola.models.base_model import weights_identity
 from mola.studies.comparison.options import Key
 from mola.studies.overlaps import Questions, check_training, is_subset, warn_of_shared
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
@@ -62,7 +62,7 @@ class Run(_Data):
         settings: the training options that differ from their defaults. A result is kept only if they are unchanged.
         fingerprints: sha256 of the training, evaluation and test examples and of a starting adapter, by part.
         num_questions: number of test questions.
-        base_model: identity of the base weights, see `mola.models.identity`.
+        base_model: identity of the base weights, see `weights_identity` of `mola.models.base_model`.
         dtype: dtype of the base model.
         rule: sha256 of the task's template and of its rule for reading answers.
         questions: the test questions, see `mola.studies.overlaps`.

@@ -43,7 +43,7 @@ class Result:
     versions: dict[str, str]  # of the software
     machine: dict[str, Any]  # cpu, gpu, threads
     # Records of earlier versions may lack the following fields.
-    base_model: str = ""  # identity of the base weights, see `mola.models.identity`
+    base_model: str = ""  # identity of the base weights, see `weights_identity` of `mola.models.base_model`
     dtype: str = ""  # dtype of the base model
     rule: str = ""  # rule of the task, see `mola.studies.comparison.checks.Run`
     steps: int = 0  # of the training

@@ -17,7 +17,7 @@ from mola.files.atomic import atomic_write_json
 from mola.files.digests import WEIGHTS_FILE, file_sha256, weights_sha256
 from mola.files.environment import machine_description, software_versions
 from mola.files.terminal import make_table_console
-from mola.models.identity import weights_identity
+from mola.models.base_model import weights_identity
 from mola.studies.continual_learning.metrics import (
     ContinualResult,
     overall_performance,
