@@ -73,10 +73,9 @@ def test_narrowest_sampling_is_greedy(narrow, tiny_model, tiny_tokenizer):
 def test_temperature_alone_keeps_the_whole_vocabulary(tiny_model, tiny_tokenizer):
     """At a huge temperature all 258 tokens are equally likely; with a hidden top-k only 50 could come."""
     seen = set()
-
     streamer = SimpleNamespace(put=lambda value: seen.update(value.flatten().tolist()), end=lambda: None)
     prompt_ids = set(tiny_tokenizer("x")["input_ids"])
-    for seed in range(150):
+    for seed in range(100):
         generate_text(tiny_model, tiny_tokenizer, "x", max_new_tokens=1, temperature=1e6, seed=seed, streamer=streamer)
     assert len(seen - prompt_ids) > 60
 
@@ -96,9 +95,7 @@ def test_streamed_text_equals_the_returned_text(tiny_model, tiny_tokenizer):
         ({"temperature": -0.1}, "`temperature`.*-0.1"),
         ({"temperature": 1e-40}, "`temperature`.*1e-40"),
         ({"temperature": float("nan")}, "`temperature`.*nan"),
-        ({"temperature": float("inf")}, "`temperature`.*inf"),
         ({"top_p": 0.0}, "`top_p`.*0.0"),
-        ({"top_p": 1.1}, "`top_p`.*1.1"),
         ({"top_k": 0}, "`top_k`.*0"),
         ({"max_new_tokens": 0}, "`max_new_tokens`.*0"),
         ({"do_sample": True, "temperature": 0.0}, "greedy"),
@@ -133,7 +130,6 @@ def test_sampling_happens_only_if_asked_for_and_always_takes_effect(temperature,
     ("arguments", "message"),
     [
         ({"prompt": "a", "instruction": "b"}, "`prompt`"),
-        ({"prompt": "a", "input": "b"}, "`prompt`"),
         ({"input": "b"}, "`input` needs"),
         ({"instruction": "a", "template": "nope"}, "nope"),
         ({"prompt": "a", "template": "meta"}, "`prompt`.*`template`"),

@@ -1,5 +1,7 @@
 """A real server on loopback: tiny random model with a chat template, two adapters that give different answers."""
 
+import shutil
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -45,11 +47,8 @@ def endless_model_dir(tiny_model_dir, tmp_path_factory):
 @pytest.fixture(scope="session")
 def chat_model_dir(endless_model_dir, tmp_path_factory):
     """The same with a chat template."""
-    folder = tmp_path_factory.mktemp("serve") / "tiny-chat"
-    LlamaForCausalLM.from_pretrained(endless_model_dir).save_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(endless_model_dir)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+    folder = shutil.copytree(endless_model_dir, tmp_path_factory.mktemp("serve") / "tiny-chat")
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     return folder
 
 

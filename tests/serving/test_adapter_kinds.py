@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import shutil
 
@@ -82,14 +83,15 @@ def ask(http, name, prompt):
     return answer.json()["choices"][0]["text"]
 
 
+@functools.cache
+def texts_of_generate(base, folder):
+    model, tokenizer = load_model(base, folder, dtype="float32", device="cpu"), load_tokenizer(base)
+    return {prompt: generate_text(model, tokenizer, prompt, max_new_tokens=8) for prompt in PROMPTS}
+
+
 def expected(base, folders):
-    tokenizer = load_tokenizer(base)
-    texts = {}
-    for name, folder in {base.name: None, **folders}.items():
-        model = load_model(base, folder, dtype="float32", device="cpu")
-        for prompt in PROMPTS:
-            texts[name, prompt] = generate_text(model, tokenizer, prompt, max_new_tokens=8)
-    return texts
+    models = {base.name: None, **folders}
+    return {(name, prompt): texts_of_generate(base, models[name])[prompt] for name in models for prompt in PROMPTS}
 
 
 def answers(http, wanted):

@@ -9,8 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -37,29 +37,6 @@ Client, get, post = (partial(each, timeout=PATIENCE) for each in (httpx.Client, 
 def options(endless_model_dir):
     # One answer after the other: so it is known who runs and who waits.
     return ServeOptions(base_model=str(endless_model_dir), port=0, dtype="float32", device="cpu", max_batch_size=1)
-
-
-def in_background(function):
-    """Run a function in a thread; calling the result waits and hands on what it returned or raised."""
-    outcome = {}
-
-    def run():
-        try:
-            outcome["value"] = function()
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=run)
-    thread.start()
-
-    def wait():
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
-        if "error" in outcome:
-            raise outcome["error"]
-        return outcome["value"]
-
-    return wait
 
 
 def health(url):
@@ -162,16 +139,17 @@ def run_main_and_stop(options, sign, num_streams, max_tokens, times=1):
         wait_until(lambda: "status" in health(url))
         streams = []
         while len(streams) < num_streams:
-            streams.append(in_background(read))
+            streams.append(pool.submit(read))
             wait_until(lambda: health(url)["running"] + health(url)["waiting"] == len(streams))
         wait_until(lambda: health(url)["running"])
         for number in range(times):
             time.sleep(0.1 if number else 0)
             os.kill(os.getpid(), sign)
-        return [wait() for wait in streams]
+        return [stream.result(PATIENCE) for stream in streams]
 
-    wait = in_background(visit)
-    return main(options), wait()
+    with ThreadPoolExecutor() as pool:
+        visiting = pool.submit(visit)
+        return main(options), visiting.result(PATIENCE)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, *slow(signal.SIGINT)])
@@ -243,19 +221,15 @@ def test_command_exits_with_0_and_never_shows_its_token(tiny_model_dir):
     ("fields", "message"),
     [
         ({"adapter": ["missing"]}, "`adapter` must be a folder.*'missing'"),
-        ({"adapter": ["=folder"]}, "NAME=FOLDER or FOLDER: got '=folder'"),
         ({"adapter": ["name="]}, "NAME=FOLDER or FOLDER: got 'name='"),
         ({"adapter": ["a=x/b", "a=y/b"]}, "'y/b' has the name 'a', which 'x/b' already has"),
         ({"adapter": ["x/tiny"]}, "'x/tiny' has the name 'tiny', which the base model already has"),
         ({"base_model": "does/not/exist"}, "`base_model`"),
         ({"max_batch_size": 0}, "`max_batch_size` must be at least 1: got 0"),
         ({"max_batch_prefill_tokens": 0}, "`max_batch_prefill_tokens` must be at least 1: got 0"),
-        ({"adapter": ["a" * 10_000 + "=x"]}, "`adapter` must be a folder"),
-        ({"adapter": ["a\0"]}, "`adapter`"),
         ({"host": "192.0.2.1"}, "`host` '192.0.2.1'"),
         ({"api_key": ""}, "`api_key` must be a token"),
         ({"api_key": "two words"}, "`api_key` must be a token"),
-        ({"dtype": "float8"}, "`dtype`"),
     ],
 )
 def test_wrong_options_are_refused(fields, message, options):

@@ -193,30 +193,21 @@ def test_a_special_token_can_be_a_stop(client, tiny_tokenizer):
 
 
 WRONG = {
-    "temperature type": ({"temperature": "warm"}, "`temperature`"),
-    "temperature range": ({"temperature": -1}, "`temperature`.*-1"),
     "temperature nan": ({"temperature": float("nan")}, "`temperature`"),
     "top_p": ({"top_p": 0}, "`top_p`.*0"),
     "top_k": ({"top_k": 0}, "`top_k`"),
-    "true is no number": ({"max_tokens": True}, "`max_tokens`"),
-    "max_tokens 0": ({"max_tokens": 0}, "`max_tokens`"),
     "max_tokens limit": ({"max_tokens": 901}, "at most 900.*901"),
     "n": ({"n": 5}, "at most 4.*5"),
-    "n, without end": ({"prompt": ["a"] * 2, "n": 10**4200}, "`n`"),
     "many prompts": ({"prompt": ["a"] * 3, "n": 2}, "at most 4.*6"),
-    "seed": ({"seed": -1}, "`seed`"),
     "stop": ({"stop": [""]}, "`stop`"),
     "long stop": ({"stop": ["x", "a" * 501]}, "`stop`.*500.*501"),
     "stops": ({"stop": ["a"] * 5}, "`stop`.*5"),
     "logprobs": ({"logprobs": 21}, "`logprobs`.*20"),
     "echo": ({"echo": True}, "`echo`"),
     "penalty": ({"frequency_penalty": 2.5}, "`frequency_penalty`.*2"),
-    "false is not 0": ({"frequency_penalty": False}, "`frequency_penalty`"),
     "bias": ({"logit_bias": {"5": 1}}, "`logit_bias`"),
     "unknown field": ({"min_p": 0.1}, "`min_p`"),
     "half a surrogate pair": ({"prompt": "\ud800"}, "not valid Unicode"),
-    "tokens": ({"prompt": [1, 2]}, "`prompt"),
-    "no prompts": ({"prompt": []}, "`prompt"),
     "stream_options": ({"stream_options": {"include_usage": True}}, "`stream_options` needs"),
     "long prompt": ({"prompt": "x" * 2000}, "1024 positions.*2001 tokens"),
     "no room": ({"prompt": "x" * 1000, "max_tokens": 24}, "1024 positions.*1001 tokens.*24"),
@@ -237,12 +228,8 @@ def test_wrong_fields_are_refused_by_name(fields, message, http):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"messages": []}, "`messages`"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "`messages.0.role`"),
-        ({"messages": [{"role": "user", "content": None}]}, "`messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "`messages.0.content"),
         ({"tools": [{"type": "function"}]}, "`tools`"),
-        ({"response_format": {"type": "json_object"}}, "`response_format`"),
         ({"logprobs": 2}, "`logprobs`"),
         ({"top_logprobs": 2}, "`top_logprobs` needs `logprobs`"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "3 and .* 4 disagree"),
@@ -270,10 +257,7 @@ def test_null_and_false_fields_pass(http):
     assert http.post("/v1/chat/completions", json={**body, "messages": messages}).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b'{"model": ', b"", b"[1]", b'"text"', b"null", b"\xff\xfe", b"[" * 15_000, b'{"seed": ' + b"9" * 10_000 + b"}"],
-)
+@pytest.mark.parametrize("content", [b'{"model": ', b"[1]", b"\xff\xfe", b"[" * 15_000])
 def test_malformed_bodies(content, http, alive):
     response = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
@@ -305,8 +289,7 @@ def test_unknown_models_paths_and_methods(client, http, alive):
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-WRONG_TOKENS = [None, "Bearer wrong", TOKEN, f"Basic {TOKEN}", "Bearer", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}"]
-WRONG_TOKENS += [f"BEARER {TOKEN.upper()}", "Bearer \xe9"]
+WRONG_TOKENS = [None, TOKEN, f"Basic {TOKEN}", f"Bearer {TOKEN}x", f"BEARER {TOKEN.upper()}", "Bearer \xe9"]
 
 
 @pytest.mark.parametrize("header", WRONG_TOKENS)

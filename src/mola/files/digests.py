@@ -6,8 +6,6 @@
 - A file that `torch.save` wrote: it holds checksums of its parts, which `torch.load` ignores.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -15,13 +13,10 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mola.errors import MolaError
 from mola.files.reading import read_json_object
-
-if TYPE_CHECKING:
-    import torch
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -76,11 +71,11 @@ def check_digest(folder: str | os.PathLike[str]) -> None:
         )
 
 
-def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+def check_finite(tensors: Mapping[str, Any], where: str) -> None:
     """Raise if one of the named tensors has NaN or infinite values, which would spoil every output.
 
     Args:
-        tensors: name -> tensor.
+        tensors: name -> `torch.Tensor`.
         where: name of the file, for the message.
     """
     import torch

@@ -1,9 +1,4 @@
-"""Machine errors: a full or read-only disk, too little memory, a process of the run that has ended.
-
-- `write_error_reason`, `memory_error_reason`, `lost_process_reason`: None, or the reason that an error gives for such a
-  failure.
-- `explain_write_errors`, `explain_out_of_memory`: turn such an error in the block into a `MolaError` with advice.
-"""
+"""Machine errors: a full or read-only disk, too little memory, a process of the run that has ended."""
 
 import contextlib
 import errno
@@ -24,13 +19,9 @@ _GIB = 1 << 30
 
 
 def write_error_reason(error: BaseException) -> str | None:
-    """None if an error is not about writing a file, else the reason why the file could not be written.
+    """None if an error is not about writing a file, else the reason, with the file's name if the error has it.
 
-    Args:
-        error: from Python, safetensors, tokenizers or torch.
-
-    Returns:
-        The reason, with the file's name if the error has it; None for errors of a different kind.
+    Knows the errors of Python, safetensors, tokenizers and torch.
     """
     if isinstance(error, OSError):
         if error.errno not in _NOT_WRITABLE:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from mola.errors import MolaError
 from mola.generation import predicting
@@ -21,9 +21,6 @@ from mola.models.adapters import changes_base, check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
 from mola.models.prompts import own_chats, warn_of_unknown_tokens
 from mola.options.fields import START, Group, check_positive, option
-
-if TYPE_CHECKING:
-    from mola.serving.server import Server
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +127,8 @@ def running_server(options: ServeOptions) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _prepared_server(options: ServeOptions) -> Iterator[tuple["Server", Any, str]]:
-    """Check the options and load the model; yield the server, its bound socket and its URL."""
+def _prepared_server(options: ServeOptions) -> Iterator[tuple[Any, Any, str]]:
+    """Check the options and load the model; yield the `Server`, its bound socket and its URL."""
     if options.engine != "mola":
         raise MolaError(f"`engine` must be mola, or vllm in the command `mola serve`: got {options.engine!r}.")
     if not all(map(find_spec, _EXTRA)):
@@ -159,8 +156,8 @@ def _prepared_server(options: ServeOptions) -> Iterator[tuple["Server", Any, str
         yield _load_server(options, folders, api_key, url), bound, url
 
 
-def _load_server(options: ServeOptions, folders: dict[str, str], api_key: str | None, url: str) -> "Server":
-    """Load the model with its adapters and build the server."""
+def _load_server(options: ServeOptions, folders: dict[str, str], api_key: str | None, url: str) -> Any:
+    """Load the model with its adapters and build the `Server`."""
     from mola.serving.adapter_loading import AdapterLoader
     from mola.serving.app import build_app
     from mola.serving.engine_choice import choose_engine
