@@ -101,6 +101,7 @@ def test_healthy_runs_have_no_findings(options, run):
     assert run(**options) == []
 
 
+@pytest.mark.slow
 def test_learning_rate_too_high(run, tmp_path):
     assert run(learning_rate=2e-2, max_steps=20, r="16", target_modules="all-linear") == []
     (tmp_path / "run").rename(tmp_path / "before")
@@ -108,6 +109,7 @@ def test_learning_rate_too_high(run, tmp_path):
     assert "learning rate too high" in found
 
 
+@pytest.mark.slow
 def test_evaluation_loss_far_above_training_loss(run, data, tmp_path):
     rows = json.loads((data.parent / "test.json").read_text())
     other = tmp_path / "other.json"
@@ -123,6 +125,7 @@ def test_one_expert_per_token_without_balance_loss(run):
         assert run(top_k="1") == ["top_k 1 without balance loss"]
 
 
+@pytest.mark.slow
 def test_one_expert_per_token_in_some_modules(run):
     with pytest.warns(UserWarning, match="`top_k=1`"):
         found = run(num_experts="1", num_experts_pattern='{"down_proj": 4}', top_k="1", router_z_loss_coef=1e-3)
@@ -213,10 +216,14 @@ def test_one_answer_to_everything(run_dir, capsys):
     )
 
 
-def losses(folder, values, **last):
-    entries = [{"step": step, "loss": loss} for step, loss in enumerate(values, 1)]
-    text = "".join(json.dumps(entry) + "\n" for entry in [*entries, *([last] if last else [])])
-    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+def log(folder, training, *more):
+    """Write a metrics.jsonl with (step, loss) of the training, then further entries."""
+    entries = [*({"step": step, "loss": loss} for step, loss in training), *more]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+
+
+def names(found):
+    return [each.name for each in found]
 
 
 def test_a_run_that_failed(finished_run, tmp_path, tiny_model_dir, data):
@@ -232,81 +239,75 @@ def test_a_run_that_failed(finished_run, tmp_path, tiny_model_dir, data):
     assert main(["report", str(folder)]) == 0
 
 
-def test_a_running_run(finished_run, tmp_path, capsys):
-    folder = shutil.copytree(finished_run, tmp_path / "run")
-    change(folder / "run.json", lambda content: content.update(status="running"))
-    losses(folder, [1.9, 0.7, 9.8])
-    assert main(["doctor", str(folder)]) == 0
+def test_a_running_run(run_dir, capsys):
+    change(run_dir / "run.json", lambda content: content.update(status="running"))
+    log(run_dir, [(1, 1.9), (2, 0.7), (3, 9.8)])
+    assert main(["doctor", str(run_dir)]) == 0
     printed = capsys.readouterr().out
     assert "Not looked at: the rest of the training (`status` in run.json is running)." in printed
     assert "Not looked at: the training loss (fewer than 4 entries in metrics.jsonl)." in printed
 
 
-def test_noisy_losses_are_no_finding(finished_run, tmp_path):
-    """Losses of single samples of two kinds, as logged at a rate of 1e-4."""
-    folder = shutil.copytree(finished_run, tmp_path / "run")
-    both = [
-        5.57,
-        2.4,
-        0.95,
-        4.46,
-        3.48,
-        4.72,
-        1.22,
-        1.09,
-        0.73,
-        0.7,
-        5.61,
-        0.9,
-        5.2,
-        1.1,
-        4.9,
-        5.57,
-        0.96,
-        5.45,
-        0.68,
-        5.4,
-    ]
-    losses(folder, both)
-    assert "learning rate too high" not in [each.name for each in doctor(DoctorOptions(str(folder)))]
-    losses(folder, [2.0, 1.5, 1.1, 1.0, 0.9, 0.95, 5.0, 7.5, 7.1, 7.3, 7.2, 7.4])
-    assert "learning rate too high" in [each.name for each in doctor(DoctorOptions(str(folder)))]
+def healthy_batches(seed):
+    """A low first loss, then healthy losses of single batches, logged at every step."""
+    draw = random.Random(seed)
+    return [0.1, *(max(0.05, draw.gauss(1.1 - step / 4000, 0.4)) for step in range(400))]
 
 
-def test_the_evaluation_after_training_counts_for_the_best_step(finished_run, tmp_path):
+# Losses of single samples of two kinds, as logged at a rate of 1e-4.
+NOISY = [5.57, 2.4, 0.95, 4.46, 3.48, 4.72, 1.22, 1.09, 0.73, 0.7]
+NOISY += [5.61, 0.9, 5.2, 1.1, 4.9, 5.57, 0.96, 5.45, 0.68, 5.4]
+
+
+@pytest.mark.parametrize(
+    ("values", "is_found"),
+    [
+        (NOISY, False),
+        (healthy_batches(0), False),
+        *slow((healthy_batches(1), False), (healthy_batches(2), False)),
+        ([2.0, 1.5, 1.1, 1.0, 0.9, 0.95, 5.0, 7.5, 7.1, 7.3, 7.2, 7.4], True),
+        ([0.5, *(0.5 + 2.5 * min(1, step / 20) for step in range(1, 100))], True),
+    ],
+    ids=lambda value: "" if isinstance(value, list) else str(value),
+)
+def test_losses_that_rise(values, is_found, run_dir):
+    log(run_dir, [(step, loss) for step, loss in enumerate(values, 1)])
+    assert ("learning rate too high" in names(doctor(DoctorOptions(str(run_dir))))) == is_found
+
+
+GAP = "evaluation loss far above training loss"
+
+
+def test_the_evaluation_after_training_counts_for_the_best_step(run_dir):
     """The best weights are evaluated once more at the end: logged there, it is none of the last weights."""
-    folder = shutil.copytree(finished_run, tmp_path / "run")
-    entries = [{"step": step, "loss": loss} for step, loss in ((10, 1.0), (20, 0.9), (30, 0.3), (40, 0.1), (50, 0.1))]
-    entries += [{"step": 20, "eval_loss": 0.95}, {"step": 50, "eval_loss": 1.8}, {"step": 50, "train_loss": 0.5}]
-    entries.append({"step": 50, "eval_loss": 0.95})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    change(folder / "run.json", lambda content: content.update(best_checkpoint="run/checkpoint-20"))
-    gap = "evaluation loss far above training loss"
-    assert gap not in [each.name for each in doctor(DoctorOptions(str(folder)))]
-    assert load_run(str(folder)).curves["evaluation"] == [(20, 0.95), (50, 1.8)]
-    change(folder / "run.json", lambda content: content.update(best_checkpoint=None))
-    entries.pop()
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    assert gap in [each.name for each in doctor(DoctorOptions(str(folder)))]
+    training = [(10, 1.0), (20, 0.9), (30, 0.3), (40, 0.1), (50, 0.1)]
+    evaluation = [{"step": 20, "eval_loss": 0.95}, {"step": 50, "eval_loss": 1.8}]
+    log(run_dir, training, *evaluation, {"step": 50, "train_loss": 0.5}, {"step": 50, "eval_loss": 0.95})
+    change(run_dir / "run.json", lambda content: content.update(best_checkpoint="run/checkpoint-20"))
+    assert GAP not in names(doctor(DoctorOptions(str(run_dir))))
+    assert load_run(str(run_dir)).curves["evaluation"] == [(20, 0.95), (50, 1.8)]
+    change(run_dir / "run.json", lambda content: content.update(best_checkpoint=None))
+    log(run_dir, training, *evaluation, {"step": 50, "train_loss": 0.5})
+    assert GAP in names(doctor(DoctorOptions(str(run_dir))))
 
 
-def test_training_losses_after_the_last_evaluation_do_not_count(finished_run, tmp_path):
-    folder = shutil.copytree(finished_run, tmp_path / "run")
-    change(folder / "run.json", lambda content: content.update(status="running", best_checkpoint=None))
-    entries = [{"step": 10, "loss": 1.15}, {"step": 10, "eval_loss": 1.2}, {"step": 19, "loss": 0.5}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    assert "evaluation loss" not in " ".join(each.name for each in doctor(DoctorOptions(str(folder))))
-
-
-def test_an_evaluation_before_training_is_no_finding(finished_run, tmp_path, capsys):
-    folder = shutil.copytree(finished_run, tmp_path / "run")
-    change(folder / "run.json", lambda content: content.update(status="running", best_checkpoint=None))
-    entries = [{"step": 0, "eval_loss": 3.4}, {"step": 10, "loss": 0.9}, {"step": 20, "loss": 0.8}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    assert main(["doctor", str(folder)]) == 0
-    printed = capsys.readouterr().out
-    assert "far above" not in printed
-    assert "Not looked at: the evaluation loss" in printed
+@pytest.mark.parametrize(
+    ("training", "evaluation", "best", "seen"),
+    [
+        ([(10, 1.15), (19, 0.5)], [(10, 1.2)], None, None),  # losses after the last evaluation do not count
+        ([(10, 0.9), (20, 0.8)], [(0, 3.4)], None, None),  # an evaluation before training
+        ([(10, 0.9), (20, 0.3)], [(8, 3.0), (16, 3.5)], 8, "3.0000 at step 8, training 0.9000"),
+    ],
+)
+def test_evaluations_are_compared_with_the_losses_before_them(training, evaluation, best, seen, run_dir, capsys):
+    log(run_dir, training, *({"step": step, "eval_loss": loss} for step, loss in evaluation))
+    checkpoint = None if best is None else f"run/checkpoint-{best}"
+    change(run_dir / "run.json", lambda content: content.update(status="running", best_checkpoint=checkpoint))
+    assert [each.seen[: len(seen)] for each in doctor(DoctorOptions(str(run_dir))) if each.name == GAP] == (
+        [] if seen is None else [seen]
+    )
+    assert main(["doctor", str(run_dir)]) == 0
+    assert ("Not looked at: the evaluation loss" in capsys.readouterr().out) == (evaluation == [(0, 3.4)])
 
 
 def test_telemetry_that_ends_early_is_not_looked_at(finished_run, tmp_path, capsys):
@@ -314,27 +315,6 @@ def test_telemetry_that_ends_early_is_not_looked_at(finished_run, tmp_path, caps
     change(folder / "run.json", lambda content: content.update(steps=1000))
     assert main(["doctor", str(folder)]) == 0
     assert "Not looked at: routers in the last quarter of training" in capsys.readouterr().out
-
-
-def test_advice_for_an_experts_pattern(finished_run, tmp_path):
-    folder = shutil.copytree(finished_run, tmp_path / "run")
-    dead = {name: LateUse(10, [1.0, 1.0, 0.0, 0.0], 0.5) for name in "ab"}
-    for pattern, advice in ((None, "`mola reallocate"), ({"q_proj": 2}, "linears (`num_experts_pattern`)")):
-        change(
-            folder / "adapter_config.json", lambda content, pattern=pattern: content.update(num_experts_pattern=pattern)
-        )
-        (found,) = [each for each in find_faults(load_run(str(folder)), dead) if each.name == DEAD]
-        assert advice in found.change
-
-
-def test_weights_from_before_the_first_loss_are_compared_with_it(finished_run, tmp_path):
-    folder = shutil.copytree(finished_run, tmp_path / "run")
-    entries = [{"step": step, "loss": loss} for step, loss in ((10, 0.9), (20, 0.3))]
-    entries += [{"step": step, "eval_loss": loss} for step, loss in ((8, 3.0), (16, 3.5))]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    change(folder / "run.json", lambda content: content.update(best_checkpoint="run/checkpoint-8"))
-    (gap,) = [each for each in doctor(DoctorOptions(str(folder))) if "evaluation loss" in each.name]
-    assert "3.0000 at step 8, training 0.9000" in gap.seen
 
 
 def test_an_outdated_export_is_not_looked_at(finished_run, tmp_path, capsys):
@@ -354,50 +334,41 @@ def test_an_outdated_export_is_not_looked_at(finished_run, tmp_path, capsys):
     assert LORA in capsys.readouterr().out
 
 
-def test_small_margins_of_many_chosen_experts_are_no_finding(finished_run):
-    """Of 32 chosen experts a fresh router's two largest gates are 0.02 apart, of two 0.2."""
-    run = load_run(str(finished_run))
-    for chosen, margin, is_said in ((2, 0.019, True), (2, 0.2, False), (32, 0.016, False), (32, 0.001, True)):
-        late = {name: LateUse(10, [chosen / 64] * 64, margin) for name in "ab"}
-        assert (LORA in {each.name for each in find_faults(run, late)}) == is_said
-
-
-def test_pairs_of_equal_experts_are_no_finding(finished_run):
-    """As `mola reallocate` makes them of experts: either of two is as good, while the pairs are told apart."""
-    run = load_run(str(finished_run))
-    for entropy, is_said in ((0.95, False), (0.999, True)):
-        late = {name: LateUse(10, [0.5] * 4, 0.01, entropy) for name in "ab"}
-        assert (LORA in {each.name for each in find_faults(run, late)}) == is_said
-
-
-def test_advice_on_the_balance_loss(finished_run, tmp_path):
-    folder = shutil.copytree(finished_run, tmp_path / "run")
+@pytest.mark.parametrize(
+    ("file", "edit", "advice"),
+    [
+        ("adapter_config.json", {"num_experts_pattern": None}, "`mola reallocate"),
+        ("adapter_config.json", {"num_experts_pattern": {"q_proj": 2}}, "linears (`num_experts_pattern`)"),
+        ("run.json", {"router_aux_loss_coef": 0}, "Switch the balance loss on"),
+        ("run.json", {"router_aux_loss_coef": 0.05}, "--router_aux_loss_coef, 0.05 now"),
+    ],
+)
+def test_advice_on_experts_that_are_not_chosen(file, edit, advice, run_dir):
+    change(run_dir / file, lambda content: content.get("adapter_settings", content).update(edit))
     dead = {name: LateUse(10, [1.0, 1.0, 0.0, 0.0], 0.5) for name in "ab"}
-    for weight, advice in ((0, "Switch the balance loss on"), (0.05, "--router_aux_loss_coef, 0.05 now")):
-        change(
-            folder / "run.json",
-            lambda content, weight=weight: content["adapter_settings"].update(router_aux_loss_coef=weight),
-        )
-        found = {each.name: each.change for each in find_faults(load_run(str(folder)), dead)}
-        assert advice in found[DEAD]
+    found = {each.name: each.change for each in find_faults(load_run(str(run_dir)), dead)}
+    assert advice in found[DEAD]
+    if file == "run.json":
         assert advice in found[COLLAPSED]
+
+
+@pytest.mark.parametrize(
+    ("use", "is_found"),
+    [
+        # Of 32 chosen experts a fresh router's two largest gates are 0.02 apart, of two 0.2.
+        (LateUse(10, [2 / 64] * 64, 0.019), True),
+        (LateUse(10, [2 / 64] * 64, 0.2), False),
+        (LateUse(10, [32 / 64] * 64, 0.016), False),
+        (LateUse(10, [32 / 64] * 64, 0.001), True),
+        # Pairs of equal experts, as `mola reallocate` makes them: the pairs are told apart, or not.
+        (LateUse(10, [0.5] * 4, 0.01, 0.95), False),
+        (LateUse(10, [0.5] * 4, 0.01, 0.999), True),
+    ],
+)
+def test_gates_that_are_nearly_equal(use, is_found, finished_run):
+    assert (LORA in names(find_faults(load_run(str(finished_run)), {"a": use, "b": use}))) == is_found
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(MolaError, match="`run_dir` must be a run folder"):
         doctor(DoctorOptions(str(tmp_path)))
-
-
-@pytest.mark.parametrize("seed", [0, *slow(1, 2, 3)])
-def test_a_low_first_loss_is_no_finding(seed, finished_run, tmp_path):
-    """Healthy losses of single batches, logged at every step."""
-    folder = shutil.copytree(finished_run, tmp_path / "run")
-    draw = random.Random(seed)
-    losses(folder, [0.1, *(max(0.05, draw.gauss(1.1 - step / 4000, 0.4)) for step in range(400))])
-    assert "learning rate too high" not in [each.name for each in doctor(DoctorOptions(str(folder)))]
-
-
-def test_a_loss_that_rises_from_the_first_entry(finished_run, tmp_path):
-    folder = shutil.copytree(finished_run, tmp_path / "run")
-    losses(folder, [0.5, *(0.5 + 2.5 * min(1, step / 20) for step in range(1, 100))])
-    assert "learning rate too high" in [each.name for each in doctor(DoctorOptions(str(folder)))]

@@ -1,8 +1,11 @@
 """`mola inspect`: what it reports is what the layers do and hold."""
 
+import contextlib
+import io
 import json
 import shutil
 from importlib.resources import files
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,15 +45,28 @@ def run(base, adapter, data, *more):
     return main(["inspect", *map(str, words)])
 
 
-def test_from_end_to_end(tiny_model_dir, adapter, sample, tmp_path, capsys):
-    output = tmp_path / "new" / "experts.json"
-    assert run(tiny_model_dir, adapter, sample, "--limit", 4, "--json", output) == 0
-    printed = capsys.readouterr().out
-    assert "4 samples" in printed
-    found = json.loads(output.read_text())
-    assert found["samples"] == 4
-    assert found["settings"]["limit"] == 4
-    usage = found["usage"]
+@pytest.fixture(scope="module")
+def inspected(tiny_model_dir, adapter, sample, tmp_path_factory):
+    """One inspection with everything: its result, its page, and what it printed."""
+    folder = tmp_path_factory.mktemp("inspected") / "new"
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    words = ("--limit", 6, "--examples", 2, "--leave_one_out", "layers", "--leave_one_out_limit", 2)
+    words += ("--json", folder / "experts.json", "--html", folder / "experts.html")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert run(tiny_model_dir, adapter, sample, *words) == 0
+    page = Page((folder / "experts.html").read_text(encoding="utf-8"))
+    found = json.loads((folder / "experts.json").read_text())
+    out.seek(0)
+    err.seek(0)
+    return SimpleNamespace(folder=folder, found=found, page=page, out=out.read(), err=err.read())
+
+
+def test_use_and_agreement(inspected):
+    found, usage = inspected.found, inspected.found["usage"]
+    assert found["samples"] == found["settings"]["limit"] == 6
+    assert "6 samples" in inspected.out
+    assert "agreement" in inspected.out
+    assert "…" not in inspected.out  # tables are whole, also in a pipe
     assert {"all", "prompt", "answer"} < set(usage)
     assert any(name.startswith("category=") for name in usage)
     for name in ("all", "prompt", "answer"):
@@ -67,8 +83,44 @@ def test_from_end_to_end(tiny_model_dir, adapter, sample, tmp_path, capsys):
     assert agreement["modules"] == [row["module"] for row in usage["all"]]
     assert len(agreement["cramers_v"]) == len(agreement["cramers_v"][0]) == 3 * 7
     assert all(0 <= value <= 1 for row in agreement["cramers_v"] for value in row)
-    assert found["leave_one_out"] is found["leave_one_out_baseline"] is None
-    assert "agreement" in printed
+
+
+def test_examples_are_spread_over_the_samples(inspected, sample):
+    rows, found = json.loads(sample.read_text()), inspected.found["examples"]
+    assert [example["id"] for example in found] == [rows[0]["id"], rows[3]["id"]]
+    for example, row in zip(found, (rows[0], rows[3]), strict=True):
+        assert row["instruction"] in example["prompt"]
+        assert example["answer"] == row["output"]
+        assert example["groups"]["category"] == row["category"]
+        assert len(example["experts"]) == 3 * 7
+        for each in example["experts"]:
+            assert len(each["mean_gates"]) == each["layer_index"] + 1
+            assert sum(each["mean_gates"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_leave_one_out(inspected):
+    found = inspected.found
+    assert "9 experts and 2 samples take 20 forward passes" in inspected.err
+    assert "loss" in inspected.out
+    assert found["leave_one_out_baseline"]["samples"] == 2
+    assert found["leave_one_out_baseline"]["loss"] > 0
+    assert [(row["layer_index"], row["expert"]) for row in found["leave_one_out"]] == [
+        (layer, expert) for layer in (1, 2, 3) for expert in range(layer + 1)
+    ]
+    assert {row["module"] for row in found["leave_one_out"]} == {None}
+    assert any(row["loss_change"] != 0 for row in found["leave_one_out"])
+
+
+def test_a_page_without_a_run(inspected, tiny_model_dir, adapter, sample):
+    file, page = inspected.folder / "experts.html", inspected.page
+    assert f"Open {file} in a browser" in inspected.out
+    titles = ["Experts by layer", "Which experts work", "How alike experts are", "How routers agree"]
+    assert [node.text for node in page.root.all("h2")] == [*titles, "What an expert is worth", "Samples"]
+    assert len(page.section("samples").all("details")) == 2
+    assert json.loads(sample.read_text())[0]["instruction"].splitlines()[0] in page.section("samples").text
+    assert "mola train" not in page.root.text
+    with pytest.raises(MolaError, match="`html` must be a new file"):
+        inspect(InspectOptions(str(tiny_model_dir), adapter=str(adapter), data=str(sample), html=str(file)))
 
 
 def test_text_without_a_prompt(tiny_model_dir, adapter, tmp_path):
@@ -102,14 +154,13 @@ def test_an_adapter_without_routers_is_refused_before_the_weights_are_read(
     assert "no module of" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("result", ["--json", "--html"])
-def test_router_outputs_that_are_not_finite_are_refused(result, tiny_model_dir, adapter, sample, tmp_path, capsys):
+def test_router_outputs_that_are_not_finite_are_refused(tiny_model_dir, adapter, sample, tmp_path, capsys):
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base)
     model = LlamaForCausalLM.from_pretrained(tiny_model_dir)
     model.model.layers[1].mlp.down_proj.weight.data *= 1e38
     model.save_pretrained(base)
-    assert run(base, adapter, sample, "--dtype", "float32", result, tmp_path / "result") == 2
+    assert run(base, adapter, sample, "--dtype", "float32", "--json", tmp_path / "result") == 2
     assert "router decisions must be finite numbers" in capsys.readouterr().err
     assert not (tmp_path / "result").exists()
 
@@ -126,70 +177,17 @@ def test_a_loss_that_is_not_finite_is_refused(tiny_model_dir, adapter, sample, t
     assert "the model's loss must be a finite number" in capsys.readouterr().err
 
 
-def test_an_adapter_saved_by_pickle_has_all_sections(tiny_model_dir, adapter, sample, tmp_path):
+def test_an_adapter_saved_by_pickle_has_all_sections(inspected, tiny_model_dir, adapter, sample, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(adapter, other, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(load_file(adapter / "adapter_model.safetensors"), other / "adapter_model.bin")
     config = json.loads((other / "adapter_config.json").read_text())
     del config["weights_sha256"]
     (other / "adapter_config.json").write_text(json.dumps(config))
-    pages = []
-    for number, folder in enumerate((adapter, other)):
-        assert run(tiny_model_dir, folder, sample, "--limit", 2, "--html", tmp_path / f"{number}.html") == 0
-        pages.append(Page((tmp_path / f"{number}.html").read_text()))
+    assert run(tiny_model_dir, other, sample, "--limit", 1, "--html", tmp_path / "other.html") == 0
+    page = Page((tmp_path / "other.html").read_text())
     for key in ("allocation", "redundancy"):
-        assert pages[0].section(key).text == pages[1].section(key).text
-
-
-def test_a_page_without_a_run(tiny_model_dir, adapter, sample, tmp_path, capsys):
-    page = tmp_path / "pages" / "experts.html"
-    words = ("--limit", 3, "--examples", 2, "--leave_one_out", "layers", "--leave_one_out_limit", 1, "--html", page)
-    assert run(tiny_model_dir, adapter, sample, *words) == 0
-    assert f"Open {page} in a browser" in capsys.readouterr().out
-    read = Page(page.read_text(encoding="utf-8"))
-    titles = ["Experts by layer", "Which experts work", "How alike experts are", "How routers agree"]
-    assert [node.text for node in read.root.all("h2")] == [*titles, "What an expert is worth", "Samples"]
-    assert len(read.section("samples").all("details")) == 2
-    assert json.loads(sample.read_text())[0]["instruction"].splitlines()[0] in read.section("samples").text
-    assert "mola train" not in read.root.text
-    with pytest.raises(MolaError, match="`html` must be a new file"):
-        inspect(InspectOptions(str(tiny_model_dir), adapter=str(adapter), data=str(sample), html=str(page)))
-
-
-def test_examples_are_spread_over_the_samples(tiny_model_dir, adapter, sample, tmp_path):
-    output = tmp_path / "experts.json"
-    assert run(tiny_model_dir, adapter, sample, "--limit", 6, "--examples", 2, "--json", output) == 0
-    rows = json.loads(sample.read_text())
-    found = json.loads(output.read_text())["examples"]
-    assert [example["id"] for example in found] == [rows[0]["id"], rows[3]["id"]]
-    for example, row in zip(found, (rows[0], rows[3]), strict=True):
-        assert row["instruction"] in example["prompt"]
-        assert example["answer"] == row["output"]
-        assert example["groups"]["category"] == row["category"]
-        assert len(example["experts"]) == 3 * 7
-        for each in example["experts"]:
-            assert len(each["mean_gates"]) == each["layer_index"] + 1
-            assert sum(each["mean_gates"]) == pytest.approx(1, abs=1e-5)
-    assert run(tiny_model_dir, adapter, sample, "--examples", 0, "--limit", 1, "--json", tmp_path / "none.json") == 0
-    assert json.loads((tmp_path / "none.json").read_text())["examples"] == []
-
-
-def test_leave_one_out(tiny_model_dir, adapter, sample, tmp_path, capsys):
-    output = tmp_path / "experts.json"
-    wanted = ("--leave_one_out", "layers", "--leave_one_out_limit", 2, "--limit", 3)
-    assert run(tiny_model_dir, adapter, sample, *wanted, "--json", output) == 0
-    printed = capsys.readouterr()
-    assert "…" not in printed.out  # tables are whole, also in a pipe
-    assert "9 experts and 2 samples take 20 forward passes" in printed.err
-    assert "loss" in printed.out
-    found = json.loads(output.read_text())
-    assert found["leave_one_out_baseline"]["samples"] == 2
-    assert found["leave_one_out_baseline"]["loss"] > 0
-    assert [(row["layer_index"], row["expert"]) for row in found["leave_one_out"]] == [
-        (layer, expert) for layer in (1, 2, 3) for expert in range(layer + 1)
-    ]
-    assert {row["module"] for row in found["leave_one_out"]} == {None}
-    assert any(row["loss_change"] != 0 for row in found["leave_one_out"])
+        assert page.section(key).text == inspected.page.section(key).text
 
 
 @pytest.mark.parametrize(
@@ -197,6 +195,7 @@ def test_leave_one_out(tiny_model_dir, adapter, sample, tmp_path, capsys):
     [
         (("--leave_one_out", "experts"), "`leave_one_out` must be one of none, layers, modules: got 'experts'"),
         (("--leave_one_out_limit", 0), "`leave_one_out_limit` must be at least 1"),
+        (("--limit", 0), "`limit` must be at least 1"),
         (("--examples", -1), "`examples` must be at least 0"),
         (("--split", "validation"), "`split` ('validation') must be left out"),
     ],
@@ -211,7 +210,7 @@ def test_the_task_defaults_to_that_of_the_training(tiny_model_dir, adapter, samp
         folder = shutil.copytree(adapter, tmp_path / place)
         if groups:
             (folder / "run.json").write_text('{"settings": {"task": "sample"}}', encoding="utf-8")
-        words = ["--base_model", tiny_model_dir, "--adapter", folder, "--data", sample, "--limit", 4, "--device", "cpu"]
+        words = ["--base_model", tiny_model_dir, "--adapter", folder, "--data", sample, "--limit", 1, "--device", "cpu"]
         assert main(["inspect", *map(str, words), "--template", "alpaca", "--json", str(folder / "experts.json")]) == 0
         found = json.loads((folder / "experts.json").read_text())["examples"]
         assert {name for example in found for name in example["groups"]} == groups
@@ -256,19 +255,13 @@ def test_redundancy_equals_that_of_the_weights(tiny_model_dir, adapter):
 
 def test_new_experts_have_no_output_directions(tiny_model_dir, sample, tmp_path, capsys):
     adapter = save_adapter(tiny_model_dir, tmp_path / "new", MolaConfig(num_experts=2, r=2))
-    assert run(tiny_model_dir, adapter, sample, "--limit", 1, "--json", tmp_path / "experts.json") == 0
-    rows = json.loads((tmp_path / "experts.json").read_text())["redundancy"]
+    assert run(tiny_model_dir, adapter, sample, "--limit", 1, "--json", tmp_path / "experts.json", "--examples", 0) == 0
+    found = json.loads((tmp_path / "experts.json").read_text())
+    assert found["examples"] == []
+    rows = found["redundancy"]
     assert {row["distance"] for row in rows} == {0.0}
     assert {row["output_overlap"] for row in rows} == {None}
     assert "nan" not in capsys.readouterr().out
-
-
-def test_a_result_is_not_replaced(tiny_model_dir, adapter, sample, tmp_path, capsys):
-    (tmp_path / "experts.json").write_text("{}")
-    assert run(tiny_model_dir, adapter, sample, "--json", tmp_path / "experts.json") == 2
-    assert "must be a new file" in capsys.readouterr().err
-    assert run(tiny_model_dir, adapter, sample, "--limit", 0) == 2
-    assert "`limit` must be at least 1" in capsys.readouterr().err
 
 
 def test_split_filters_and_template_choose_rows_and_prompts(tiny_model_dir, adapter, sample, tmp_path, capsys):
@@ -295,6 +288,7 @@ def test_split_filters_and_template_choose_rows_and_prompts(tiny_model_dir, adap
     assert run(*words, "--limit", 1, "--overwrite") == 0
     again = json.loads(output.read_text())
     assert (again["samples"], [example["prompt"] for example in again["examples"]]) == (1, prompts[:1])
+    assert again["leave_one_out"] is again["leave_one_out_baseline"] is None
     assert len(Page(page.read_text()).section("samples").all("details")) == 1
 
 

@@ -23,7 +23,7 @@ class Axis:
     is_log: bool = False  # whether equal ratios, not equal differences, have equal lengths
     is_whole: bool = False  # whether all values are integers
 
-    def at(self, value: float) -> float:
+    def position(self, value: float) -> float:
         """Position of a value."""
         if self.high == self.low:
             return 0.5
@@ -46,7 +46,7 @@ class Axis:
             step = max(step, 1.0) if self.is_whole else step
             first = math.ceil(self.low / step - 1e-9)
             values = [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
-        return [value for value in values if -1e-9 <= self.at(value) <= 1 + 1e-9]
+        return [value for value in values if -1e-9 <= self.position(value) <= 1 + 1e-9]
 
 
 def value_axis(values: Sequence[float], *, may_be_log: bool = False, is_whole: bool = False) -> Axis:
@@ -95,16 +95,16 @@ class Range:
     high: float
 
 
-def shade(value: float, most: float = 1.0) -> str:
-    """Class of a heat map's cell that shows a value from 0; `most` has the strongest shade."""
-    return f"s{round(SHADES * min(max(value / most, 0.0), 1.0)) if most > 0 else 0}"
+def shade(value: float, largest: float = 1.0) -> str:
+    """Class of a heat map's cell that shows a value from 0; `largest` has the strongest shade."""
+    return f"s{round(SHADES * min(max(value / largest, 0.0), 1.0)) if largest > 0 else 0}"
 
 
-def thinned(points: Points, most: int = 300) -> tuple[list[tuple[float, float]], int]:
-    """At most `most` points, each the mean of a number of neighbouring points, and this number."""
-    together = math.ceil(len(points) / most) if points else 1
-    runs = [points[start : start + together] for start in range(0, len(points), together)]
-    return [(run[-1][0], sum(value for _, value in run) / len(run)) for run in runs], together
+def thinned(points: Points, max_points: int = 300) -> tuple[list[tuple[float, float]], int]:
+    """At most `max_points` points, each the mean of a number of neighbouring points, and this number."""
+    points_per_mean = math.ceil(len(points) / max_points) if points else 1
+    runs = [points[start : start + points_per_mean] for start in range(0, len(points), points_per_mean)]
+    return [(run[-1][0], sum(value for _, value in run) / len(run)) for run in runs], points_per_mean
 
 
 def axis_names(names: Sequence[str]) -> list[tuple[float, str]]:

@@ -7,7 +7,7 @@ from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.terminal import OutputConsole
 from mola.insight import ROUTING_FILE
 from mola.options.fields import option
-from mola.reporting.findings import MIN_LOSSES, Finding, describe, find_faults, is_compared
+from mola.reporting.findings import MIN_LOSSES, Finding, find_faults, is_compared
 from mola.reporting.load_run import Run, load_run, outdated_results, results_of_other_adapters
 from mola.reporting.routing_log import LateUse, read_late_use
 
@@ -46,8 +46,10 @@ def main(options: DoctorOptions) -> int:
     found = find_faults(run, late)
     if path is not None:
         atomic_write_json(path, {"run": str(run.folder), "findings": [asdict(each) for each in found]})
-    lines = list(describe(found)) or [f"Nothing was found wrong with {run.folder}."]
-    lines += [f"Not looked at: {each}." for each in _missing_parts(run, late)]
+    lines = [] if found else [f"Nothing was found wrong with {run.folder}."]
+    for number, each in enumerate(found, 1):
+        lines += [f"{number}. {each.name}", f"   {each.seen}", f"   {each.change}"]
+    lines += [f"Not looked at: {part}." for part in _missing_parts(run, late)]
     for line in lines:
         OutputConsole().print(line, highlight=False, markup=False, soft_wrap=True)
     return 0

@@ -78,13 +78,13 @@ def routing_section(run: Run) -> dict[str, Any]:
         ]
         values = [value for line in lines for _, value in line.points]
         charts.append((name, lines, value_axis(values) if name == "drift" else Axis(0.0, 1.0)))
-    dead, together = thinned(log.dead)
+    dead, points_per_mean = thinned(log.dead)
     return {
         "log": log,
         "charts": charts,
         "dead": Line("dead experts", dead, "a"),
         "dead_axis": value_axis([value for _, value in dead], is_whole=True),
-        "together": together,
+        "points_per_mean": points_per_mean,
         "numbers": _routing_table(log),
     }
 
@@ -189,8 +189,8 @@ def pair_means(
 
 
 def _kinds_map(kinds: Sequence[str], means: Means) -> HeatMap:
-    most = max(means.values())
-    cells = {pair: Cell(f"{value:.2f}".removeprefix("0"), shade(value, most)) for pair, value in means.items()}
+    largest = max(means.values())
+    cells = {pair: Cell(f"{value:.2f}".removeprefix("0"), shade(value, largest)) for pair, value in means.items()}
     rows = [(first, [cells.get((first, second), Cell()) for second in kinds]) for first in kinds]
     return HeatMap("", "module", kinds, rows)
 

@@ -3,7 +3,7 @@
 The limits are far from the values of healthy runs (docs/doctor.md has both). A run without findings may still be poor.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
@@ -49,14 +49,6 @@ def is_far_above(eval_loss: float, train_loss: float) -> bool:
 def last_mean(curve: Sequence[tuple[float, float]]) -> float:
     """Mean of the losses in the last tenth of the steps; a single loss can be that of one lucky batch."""
     return fmean(loss for step, loss in curve if step > 0.9 * curve[-1][0] or step == curve[-1][0])
-
-
-def describe(found: Sequence[Finding]) -> Iterator[str]:
-    """Lines of text on each finding."""
-    for number, each in enumerate(found, 1):
-        yield f"{number}. {each.name}"
-        yield f"   {each.seen}"
-        yield f"   {each.change}"
 
 
 # ---------------------------------------------------------------------- losses and answers
@@ -166,7 +158,7 @@ def _dead_experts(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     dead = shares.count(0.0)
     if not shares or dead <= _MAX_DEAD * len(shares):
         return None
-    if _has_experts_pattern(run):
+    if run.has_experts_pattern:
         fewer = "linears (`num_experts_pattern`)."
     else:
         fewer = "layers: `mola reallocate --inspection` keeps the ones that work."
@@ -186,17 +178,12 @@ def _balance_advice(run: Run) -> str:
     return "Switch the balance loss on (--router_aux_loss_coef 1e-3, or more)"
 
 
-def _has_experts_pattern(run: Run) -> bool:
-    """Whether a pattern sets the number of experts of some modules, which `mola reallocate` does not change."""
-    return bool(run.adapter is not None and run.adapter.config.get("num_experts_pattern"))
-
-
 def _experts_alike(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     modules = run.adapter.redundancy if run.adapter is not None else []
     alike = [each for each in modules if min(each.input_overlap, each.output_overlap) >= _ALIKE]
     if not modules or len(alike) <= _MAX_MODULES * len(modules):
         return None
-    reallocate = "" if _has_experts_pattern(run) else ", `mola reallocate` changes this adapter"
+    reallocate = "" if run.has_experts_pattern else ", `mola reallocate` changes this adapter"
     return Finding(
         "experts alike",
         f"In {len(alike)} of {len(modules)} modules the experts read and write the same few directions.",

@@ -48,15 +48,13 @@ def duration(seconds: float) -> str:
     return f"{minutes}{_SPACE}min {whole % 60}{_SPACE}s"
 
 
-def computers(descriptions: Iterable[Mapping[str, Any]]) -> str:
+def machines_text(descriptions: Iterable[Mapping[str, Any]]) -> str:
     """The distinct machines of several processes as text; each description is from `machine_description`."""
-    return "; ".join(sorted({_computer(each) for each in descriptions}))
-
-
-def _computer(description: Mapping[str, Any]) -> str:
-    count = description["threads"]
-    parts = (description["cpu"], description["gpu"], f"{count} thread{'s' * (count != 1)}")
-    return ", ".join(part for part in parts if part)
+    found = set()
+    for machine in descriptions:
+        threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+        found.add(", ".join(part for part in (machine["cpu"], machine["gpu"], threads) if part))
+    return "; ".join(sorted(found))
 
 
 def layer_range(indices: Sequence[int | None]) -> str:

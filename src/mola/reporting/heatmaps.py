@@ -62,26 +62,26 @@ class GateMaps:
 
     choices: tuple[Choice, Choice]  # of kinds of modules and of groups of tokens
     views: Sequence[Sequence[tuple[int, HeatMap]]]  # for each group of tokens its maps, with their kind of module
-    most: float  # the largest gate
+    largest: float  # the largest gate
     num_left_out: int  # number of groups of tokens without a map
 
 
 def gate_maps(usage: Mapping[str, Usage]) -> GateMaps:
     """One map for each kind of module and each group of tokens; `usage` has the modules by group of tokens."""
     shown = _shown_groups(usage)
-    most = max(max(row["mean_gates"]) for name in shown for row in usage[name])
+    largest = max(max(row["mean_gates"]) for name in shown for row in usage[name])
     # Kinds of the modules of all views: a module that sees only some tokens is not in every view.
     kind_of = module_kinds(dict.fromkeys(row["module"] for name in shown for row in usage[name]))
     kinds = list(dict.fromkeys(kind_of.values()))
     views = [
         [
-            (kinds.index(kind), _gate_map(rows, most, f"{kind}, {_label(name)}"))
+            (kinds.index(kind), _gate_map(rows, largest, f"{kind}, {_label(name)}"))
             for kind, rows in _by_kind(usage[name], kind_of).items()
         ]
         for name in shown
     ]
     choices = Choice("kind", "Module", kinds), Choice("view", "Tokens", [_label(name) for name in shown])
-    return GateMaps(choices, views, most, len(usage) - len(shown))
+    return GateMaps(choices, views, largest, len(usage) - len(shown))
 
 
 def _shown_groups(usage: Mapping[str, Usage]) -> list[str]:
@@ -103,21 +103,21 @@ def _by_kind(rows: Usage, kinds: Mapping[str, str]) -> dict[str, list[Mapping[st
     return {kind: sorted(members, key=lambda row: layer_order(row["layer_index"])) for kind, members in grouped.items()}
 
 
-def _gate_map(rows: Usage, most: float, what: str) -> HeatMap:
+def _gate_map(rows: Usage, largest: float, what: str) -> HeatMap:
     num_experts = max(len(row["mean_gates"]) for row in rows)
-    body = [(expert, [_gate_cell(row, expert, most) for row in rows]) for expert in range(num_experts)]
+    body = [(expert, [_gate_cell(row, expert, largest) for row in rows]) for expert in range(num_experts)]
     balance = "balance", [Cell(f"{row['balance']:.2f}".removeprefix("0")) for row in rows]
     columns = [layer_name(row["layer_index"]) for row in rows]
     return HeatMap(f"Mean gate, per cent: {what}", "expert / layer", columns, body, balance)
 
 
-def _gate_cell(row: Mapping[str, Any], expert: int, most: float) -> Cell:
+def _gate_cell(row: Mapping[str, Any], expert: int, largest: float) -> Cell:
     gates = row["mean_gates"]
     if expert >= len(gates):
         return Cell()
     if expert in row["dead_experts"]:
         return Cell("×")
-    return Cell(f"{100 * gates[expert]:.0f}", shade(gates[expert], most))
+    return Cell(f"{100 * gates[expert]:.0f}", shade(gates[expert], largest))
 
 
 def answer_map(experts: Usage) -> HeatMap:
@@ -144,13 +144,13 @@ def change_map(rows: Sequence[tuple[int | None, int, float]], what: str) -> Heat
     Each of `rows` has a layer, an expert and a change of `what`. Changes are shown in units of a power of ten, chosen
     so that the largest change has two digits.
     """
-    most = max(abs(change) for _, _, change in rows)
-    unit = 10.0 ** math.ceil(math.log10(most / 99)) if most else 1.0
+    largest = max(abs(change) for _, _, change in rows)
+    unit = 10.0 ** math.ceil(math.log10(largest / 99)) if largest else 1.0
     layers = sorted({layer for layer, _, _ in rows}, key=layer_order)
-    cells = {
-        (layer, expert): Cell(_signed(round(change / unit)), shade(abs(change), most) + (" down" if change < 0 else ""))
-        for layer, expert, change in rows
-    }
+    cells = {}
+    for layer, expert, change in rows:
+        css_class = shade(abs(change), largest) + (" down" if change < 0 else "")
+        cells[layer, expert] = Cell(_signed(round(change / unit)), css_class)
     experts = sorted({expert for _, expert, _ in rows})
     body = [(expert, [cells.get((layer, expert), Cell()) for layer in layers]) for expert in experts]
     return HeatMap(f"{what}; 1 stands for {unit:g}", "expert / layer", [layer_name(layer) for layer in layers], body)

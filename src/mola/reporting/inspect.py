@@ -2,12 +2,16 @@
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from statistics import fmean
+from typing import Any, ClassVar
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from mola.checkpoints.adapter_folder import read_tensors
 from mola.data.encode import encode_whole
@@ -17,9 +21,10 @@ from mola.data.tasks import Task, load_task, template_name
 from mola.data.templates import check_template
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
+from mola.files.environment import software_versions
 from mola.files.terminal import make_table_console
 from mola.insight.ablation import LEAVE_ONE_OUT, list_experiments, measure_losses_without
-from mola.insight.inspection import TokenTypes, measure_redundancy, measure_router_use
+from mola.insight.inspection import TokenTypes, measure_redundancy, measure_router_use, to_records
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
@@ -33,13 +38,18 @@ from mola.reporting.expert_sections import (
     gates_section,
     has_agreement,
     leave_one_out_section,
+    pair_means,
     redundancy_section,
 )
-from mola.reporting.inspect_result import InspectResult, result_table
 from mola.reporting.load_run import Run
 from mola.reporting.result_sections import inspected_samples_section
 
 logger = logging.getLogger(__name__)
+
+_CAPTION = (
+    "Means over the modules of a layer. dead: experts that no token chose; agreement: between the choices of the "
+    "modules of a layer; below: between their choices and those of the layer below."
+)
 
 
 @dataclass
@@ -77,78 +87,65 @@ class InspectOptions(ModelOptions):
     overwrite: bool = option(False, "Replace existing results.")
 
 
-class _Samples(NamedTuple):
-    """The inspected rows, the encoded rows, and the task, template and tokenizer used to encode them."""
-
-    examples: list[dict[str, Any]]
-    dataset: Any
-    task: Task | None
-    template: Any
-    tokenizer: Any
-
-
-def inspect(options: InspectOptions) -> InspectResult:
+def inspect(options: InspectOptions) -> dict[str, Any]:
     """Measure an adapter's router decisions on data, and how alike its experts are.
 
     Args:
         options: adapter, data and measurements.
 
+    Returns:
+        The content of the result file: `samples` (their number); `usage` of the experts by module, over `all` tokens,
+        the `prompt`, the `answer` and every group of samples; `redundancy`, how alike the experts of each module are;
+        `agreement` of the routers (`modules`, and `cramers_v` of every pair of them); `examples`, some samples with
+        the mean gates over their answers; `leave_one_out` and its baseline, None if not measured; `settings`,
+        `versions`.
+
     Raises:
         MolaError: options or data are wrong, before weights are loaded; the adapter has no router.
     """
-    samples = _load_samples(options)
+    samples, dataset, tokenizer = _load_samples(options)
     model = model_for(options, options.adapter)
     redundancy = measure_redundancy(model)
-    columns = [samples.task.group_values(example) if samples.task else {} for example in samples.examples]
-    groups = [{name: str(value) for name, value in values.items()} for values in columns]
-    numbers = _evenly_spread(options.examples, len(groups))
-    use = measure_router_use(model, samples.dataset, groups, TokenTypes(samples.tokenizer), numbers)
-    examples = [
-        {
-            "id": str(samples.examples[number].get("id", number)),
-            "prompt": samples.template.prompt(
-                samples.examples[number]["instruction"], samples.examples[number].get("input")
-            ),
-            "answer": samples.examples[number]["output"],
-            "groups": groups[number],
-            "experts": use.gates[number],
-        }
-        for number in numbers
-    ]
-    agreement = {"modules": use.modules, "cramers_v": use.agreement}
-    result = InspectResult(use.usage, redundancy, agreement, examples, len(groups), asdict(options))
+    count = min(options.examples, len(samples))
+    numbers = [index * len(samples) // count for index in range(count)]  # evenly spread, starting with 0
+    use = measure_router_use(model, dataset, [each["groups"] for each in samples], TokenTypes(tokenizer), numbers)
+    result: dict[str, Any] = {
+        "samples": len(samples),
+        "usage": {name: to_records(rows) for name, rows in use.usage.items()},
+        "redundancy": to_records(redundancy),
+        "agreement": {"modules": use.modules, "cramers_v": use.agreement},
+        "examples": [samples[number] | {"experts": use.gates[number]} for number in numbers],
+        "leave_one_out": None,
+        "leave_one_out_baseline": None,
+        "settings": asdict(options),
+        "versions": software_versions(),
+    }
     if options.leave_one_out != "none":
-        result = _with_leave_one_out(result, model, samples, options)
+        result |= _measure_leave_one_out(model, dataset, options)
     if options.json is not None:
-        atomic_write_json(options.json, result.to_dict())
+        atomic_write_json(options.json, result)
     if options.html is not None:
-        atomic_write_text(options.html, render_inspection(options.adapter, result.to_dict()))
+        atomic_write_text(options.html, render_inspection(options.adapter, result))
     return result
 
 
-def _evenly_spread(count: int, total: int) -> list[int]:
-    """Up to `count` numbers from 0 to `total - 1`, evenly spread, starting with 0."""
-    count = min(count, total)
-    return [index * total // count for index in range(count)]
-
-
-def _with_leave_one_out(result: InspectResult, model: Any, samples: _Samples, options: InspectOptions) -> InspectResult:
-    count = min(options.leave_one_out_limit, len(samples.examples))
-    wanted = list_experiments(model, options.leave_one_out)
-    passes = (len(wanted) + 1) * count
+def _measure_leave_one_out(model: Any, dataset: Any, options: InspectOptions) -> dict[str, Any]:
+    count = min(options.leave_one_out_limit, len(dataset))
+    experiments = list_experiments(model, options.leave_one_out)
+    passes = (len(experiments) + 1) * count
     Console(stderr=True).print(
-        f"leave_one_out: {len(wanted)} experts and {count} samples take {passes:,} forward passes.", highlight=False
+        f"leave_one_out: {len(experiments)} experts and {count} samples take {passes:,} forward passes.",
+        highlight=False,
     )
-    dataset = [samples.dataset[number] for number in range(count)]
-    loss, changes = measure_losses_without(model, dataset, wanted)
-    return replace(result, leave_one_out=changes, leave_one_out_baseline={"loss": loss, "samples": count})
+    loss, changes = measure_losses_without(model, [dataset[number] for number in range(count)], experiments)
+    return {"leave_one_out": to_records(changes), "leave_one_out_baseline": {"loss": loss, "samples": count}}
 
 
 def main(options: InspectOptions) -> int:
     """Run the command and print a table by layer."""
     result = inspect(options)
     console = make_table_console()
-    console.print(result_table(result))
+    console.print(_result_table(result))
     if options.json is not None:
         console.print(f"Every module is in {options.json}", highlight=False, markup=False)
     if options.html is not None:
@@ -156,8 +153,8 @@ def main(options: InspectOptions) -> int:
     return 0
 
 
-def _load_samples(options: InspectOptions) -> _Samples:
-    """Check the options, and read and encode the samples, before weights are loaded."""
+def _load_samples(options: InspectOptions) -> tuple[list[dict[str, Any]], Any, Any]:
+    """The samples as they go into the result, the encoded samples, and the tokenizer; loads no weights."""
     _check_options(options)
     config = check_model(options)
     check_adapter(options.adapter)
@@ -177,13 +174,22 @@ def _load_samples(options: InspectOptions) -> _Samples:
     warn_of_other_template(options.adapter, prompts)
     check_split("split", options.split, InspectOptions.split, options.data)
     filters = parse_mapping("filters", options.filters)
-    examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
+    rows = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options, "right")
     template = template_for(prompts, tokenizer, options.adapter)
     # Like in training, the end token is part of an answer only if the adapter was trained with it.
     has_end_token = trained.get("add_eos_token") is not False
-    dataset = encode_whole(examples, tokenizer, template, max_positions(config), has_end_token)
-    return _Samples(examples, dataset, task, template, tokenizer)
+    dataset = encode_whole(rows, tokenizer, template, max_positions(config), has_end_token)
+    samples = [
+        {
+            "id": str(row.get("id", number)),
+            "prompt": template.prompt(row["instruction"], row.get("input")),
+            "answer": row["output"],
+            "groups": {name: str(value) for name, value in task.group_values(row).items()} if task else {},
+        }
+        for number, row in enumerate(rows)
+    ]
+    return samples, dataset, tokenizer
 
 
 def _check_options(options: InspectOptions) -> None:
@@ -212,22 +218,54 @@ def _task_of(options: InspectOptions, trained: Any) -> Task | None:
         return None
 
 
+def _result_table(result: Mapping[str, Any]) -> Table:
+    """Means by layer, as a table for `rich`."""
+    table = Table(title=escape(f"{result['settings']['adapter']}: {result['samples']} samples"), caption=_CAPTION)
+    columns = ["layer", "experts", "balance", "entropy", "margin", "dead", "distance", "input overlap"]
+    columns += ["output overlap", "agreement", "below"]
+    if result["leave_one_out"] is not None:
+        samples = result["leave_one_out_baseline"]["samples"]
+        columns += [f"loss without an expert, {samples} samples, least", "most"]
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")  # no digit is cut
+    usage = result["usage"]["all"]
+    redundancy, left_out = _by_layer(result["redundancy"]), _by_layer(result["leave_one_out"] or ())
+    layer_of = {row["module"]: row["layer_index"] for row in usage}
+    agreement = pair_means(result["agreement"]["modules"], result["agreement"]["cramers_v"], layer_of.__getitem__)
+    for layer, rows in _by_layer(usage).items():
+        changes = [row["loss_change"] for row in left_out[layer]]
+        table.add_row(
+            "-" if layer is None else str(layer),
+            ", ".join(str(number) for number in sorted({len(row["shares"]) for row in rows})),
+            *(f"{fmean(row[name] for row in rows):.2f}" for name in ("balance", "entropy", "margin")),
+            str(sum(len(row["dead_experts"]) for row in rows)),
+            f"{fmean(row['distance'] for row in redundancy[layer]):.3g}",
+            _mean_text(row["input_overlap"] for row in redundancy[layer]),
+            _mean_text(row["output_overlap"] for row in redundancy[layer]),
+            _mean_text([agreement.get((layer, layer))]),
+            _mean_text([None if layer is None else agreement.get((layer, layer - 1))]),
+            *(f"{pick(changes):+.4f}" for pick in (min, max) if changes),
+        )
+    return table
+
+
+def _by_layer(rows: Sequence[Mapping[str, Any]]) -> dict[int | None, list[Mapping[str, Any]]]:
+    layers = defaultdict(list)
+    for row in rows:
+        layers[row["layer_index"]].append(row)
+    return layers
+
+
+def _mean_text(values: Iterable[float | None]) -> str:
+    """Mean of the known values as text; an overlap is None if a factor is still zero."""
+    known = [value for value in values if value is not None]
+    return f"{fmean(known):.2f}" if known else "-"
+
+
 def render_inspection(adapter: str, inspection: Mapping[str, Any]) -> str:
     """The page about an adapter from its folder and its `mola inspect` result; equal arguments give the same text."""
-    folder = Path(adapter)
-    weights = read_adapter_weights(folder)
-    run = Run(
-        folder,
-        record={},
-        curves={},
-        adapter=weights,
-        routing=None,
-        before=None,
-        after=None,
-        inspection=inspection,
-        export=None,
-        paths={},
-    )
+    weights = read_adapter_weights(Path(adapter))
+    run = Run(Path(adapter), {}, adapter=weights, inspection=inspection)
     gates = gates_section(run)
     sections = [
         Section("allocation", "Experts by layer", allocation_section(run) if weights else None),

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,16 @@ class Run:
 
     folder: Path  # the run folder, as the user named it
     record: Mapping[str, Any]  # its `run.json`
-    curves: Mapping[str, list[tuple[int, float]]]  # losses by step; keys `training` and `evaluation`, if logged
-    adapter: AdapterWeights | None  # None before the run has saved an adapter
-    routing: RoutingLog | None  # the telemetry of the routers over training
-    before: Mapping[str, Any] | None  # result of `mola evaluate` without the adapter
-    after: Mapping[str, Any] | None  # result of `mola evaluate` with the adapter
-    inspection: Mapping[str, Any] | None  # result of `mola inspect`
-    export: Mapping[str, Any] | None  # report of `mola convert --to lora`
-    paths: Mapping[str, Path]  # files of `before`, `after`, `inspection` and `export`, which may be missing
+    # losses by step; keys `training` and `evaluation`, if logged
+    curves: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)
+    adapter: AdapterWeights | None = None  # None before the run has saved an adapter
+    routing: RoutingLog | None = None  # the telemetry of the routers over training
+    before: Mapping[str, Any] | None = None  # result of `mola evaluate` without the adapter
+    after: Mapping[str, Any] | None = None  # result of `mola evaluate` with the adapter
+    inspection: Mapping[str, Any] | None = None  # result of `mola inspect`
+    export: Mapping[str, Any] | None = None  # report of `mola convert --to lora`
+    # files of `before`, `after`, `inspection` and `export`, which may be missing
+    paths: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -51,34 +53,31 @@ class Run:
         """Whether a module has several experts; also true before an adapter is saved."""
         return self.adapter is None or bool(self.adapter.redundancy) or self.routing is not None
 
+    @property
+    def has_experts_pattern(self) -> bool:
+        """Whether a pattern sets the number of experts of some modules, so that modules of one layer differ."""
+        config = self.adapter.config if self.adapter else self.record.get("adapter_settings", {})
+        return bool(config.get("num_experts_pattern"))
 
-def load_run(
-    run_dir: str,
-    before: str | None = None,
-    after: str | None = None,
-    inspection: str | None = None,
-    export: str | None = None,
-) -> Run:
+
+def load_run(run_dir: str, **results: str | None) -> Run:
     """Read a run folder and the results that belong to it.
 
     Args:
         run_dir: the folder.
-        before: result of `mola evaluate` without the adapter; by default `before.json` in the folder, if it exists.
-        after: result of `mola evaluate` with the adapter; by default `after.json`, if it exists.
-        inspection: result of `mola inspect`; by default `inspect.json`, if it exists.
-        export: report of `mola convert --to lora`; by default `export.json`, if it exists.
+        **results: files of `before`, `after`, `inspection` and `export`, see `Run`. A file that is None or not given
+            is looked for in the folder: `before.json`, `after.json`, `inspect.json`, `export.json`.
 
     Raises:
         MolaError: the folder holds no run, or a result file is missing or of a different kind.
     """
-    folder, record = Path(run_dir), read_record(run_dir)
-    given = {"before": before, "after": after, "inspection": inspection, "export": export}
-    for name, path in given.items():
+    folder, record = Path(run_dir), _read_record(run_dir)
+    for name, path in results.items():
         if path is not None and not Path(path).is_file():
             raise MolaError(
                 f"`{name}` must be a file: {path!r} is none. Pass a different path, or leave the option out."
             )
-    paths = {name: Path(path or folder / _RESULT_FILES[name]) for name, path in given.items()}
+    paths = {name: Path(results.get(name) or folder / default) for name, default in _RESULT_FILES.items()}
     return Run(
         folder,
         record,
@@ -90,12 +89,7 @@ def load_run(
     )
 
 
-def read_record(run_dir: str) -> dict[str, Any]:
-    """The `run.json` of a run folder.
-
-    Raises:
-        MolaError: the folder has no `run.json`.
-    """
+def _read_record(run_dir: str) -> dict[str, Any]:
     record = read_json_object(Path(run_dir) / "run.json")
     if "settings" not in record:
         missing = "it has no run.json of a run" if Path(run_dir).is_dir() else "there is no such folder"

@@ -22,7 +22,7 @@ from mola.files.reading import read_json_object
 from mola.reporting.adapter_weights import layers_of, layers_table, pattern_sentence, target_names, tensor_shapes
 from mola.reporting.formatting import markdown_table
 from mola.reporting.load_run import read_losses, step_of_weights
-from mola.reporting.run_summary import launcher_sentence
+from mola.reporting.run_summary import data_table, launcher_sentence
 
 CARD_FILE = "README.md"
 PLOT_FILE = "loss.png"
@@ -92,8 +92,7 @@ def write_card(folder: Path, record: Mapping[str, Any], evaluations: Sequence[Ma
     has_plot = plot_losses(read_losses(folder / "metrics.jsonl", step_of_weights(record)), folder / PLOT_FILE)
     if not has_plot:
         (folder / PLOT_FILE).unlink(missing_ok=True)
-    text = render_card(folder, record, evaluations, has_plot=has_plot)
-    return atomic_write_text(path, add_digest_line(text))
+    return atomic_write_text(path, add_digest_line(render_card(folder, record, evaluations, has_plot=has_plot)))
 
 
 def render_card(
@@ -103,6 +102,10 @@ def render_card(
     settings = record["settings"]
     config = read_json_object(folder / "adapter_config.json")
     place = record.get("repository") or str(folder)
+    no_plot = (
+        "No picture: matplotlib (`pip install 'mola-peft[plot]'`) was not installed, or nothing was logged. "
+        "The curve is in `metrics.jsonl`."
+    )
     sections = [
         f"# {place.rstrip('/').rpartition('/')[2]}",
         _introduction_section(config, settings, record),
@@ -111,17 +114,10 @@ def render_card(
         "## Training\n\n" + _training_section(record),
         "## Data\n\n" + _data_section(record),
         "## Results\n\n" + _results_section(record, evaluations),
-        "## Loss\n\n" + (f"![loss by step]({PLOT_FILE})" if has_plot else _NO_PLOT),
+        "## Loss\n\n" + (f"![loss by step]({PLOT_FILE})" if has_plot else no_plot),
         "## Versions\n\n" + markdown_table(("software", "version"), record["versions"].items()),
     ]
-    card = ModelCard(f"---\n{_front_matter(record).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
-    return str(card)
-
-
-_NO_PLOT = (
-    "No picture: matplotlib (`pip install 'mola-peft[plot]'`) was not installed, or nothing was logged. "
-    "The curve is in `metrics.jsonl`."
-)
+    return str(ModelCard(f"---\n{_front_matter(record).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
 def _front_matter(record: Mapping[str, Any]) -> ModelCardData:
@@ -196,9 +192,7 @@ def _experts_section(config: Mapping[str, Any], folder: Path) -> str:
 
 def _training_section(record: Mapping[str, Any]) -> str:
     settings = {name: record["settings"].get(name) for name in _SETTINGS}
-    settings["template"] = record.get("template") or settings.get(
-        "template"
-    )  # the template of a task is not set as an option
+    settings["template"] = record.get("template") or settings["template"]  # a task's template is not an option
     values = {
         **record["adapter_settings"],
         **settings,
@@ -220,13 +214,9 @@ def _training_section(record: Mapping[str, Any]) -> str:
 
 
 def _data_section(record: Mapping[str, Any]) -> str:
-    rows = [
-        (part, report["kept"], report["tokens"], report["trained_tokens"], f"`{record['data_fingerprints'][part]}`")
-        for part, report in record["data"].items()
-    ]
-    table = markdown_table(("part", "samples", "tokens", "tokens in the loss", "sha256 of the samples"), rows)
-    task = record["settings"].get("task")
-    return f"`{record['settings']['data']}`{f', task `{task}`' if task else ''}.\n\n{table}"
+    table, task = data_table(record), record["settings"].get("task")
+    start = f"`{record['settings']['data']}`{f', task `{task}`' if task else ''}."
+    return f"{start}\n\n{markdown_table(table.head, table.rows)}"
 
 
 def _results_section(record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -267,14 +257,11 @@ def plot_losses(curves: dict[str, list[tuple[int, float]]], target: Path) -> boo
 
 
 def why_no_matplotlib() -> str | None:
-    """None if matplotlib can be used, else why matplotlib (extra `plot`) cannot be used."""
+    """None if matplotlib (extra `plot`) can be used, else the reason why it cannot."""
     try:
         importlib.import_module("matplotlib.figure")
-    except ModuleNotFoundError as error:
-        if error.name == "matplotlib":
-            return "it is not installed"
-        return str(error)
-    except (ImportError, AttributeError) as error:  # for example, built for a different version of numpy
-        logger.warning("matplotlib cannot be used: %s", error)
+    except (ImportError, AttributeError) as error:  # AttributeError: it was built for a different version of numpy
+        if error.name != "matplotlib":  # installed, but broken
+            logger.warning("matplotlib cannot be used: %s", error)
         return str(error)
     return None

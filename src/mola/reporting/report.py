@@ -61,7 +61,8 @@ def report(options: ReportOptions) -> Path:
         MolaError: the folder holds no run, a result file is of a different kind, or the page would replace a file that
             mola did not write or that was changed since.
     """
-    run = load_run(options.run_dir, options.before, options.after, options.inspection, options.export)
+    results = {name: getattr(options, name) for name in ("before", "after", "inspection", "export")}
+    run = load_run(options.run_dir, **results)
     target = Path(options.output or run.folder / REPORT_FILE)
     if target.exists() and not (options.overwrite or target.is_dir() or is_own_file(target)):
         raise MolaError(

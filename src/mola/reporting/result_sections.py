@@ -153,7 +153,7 @@ def loss_section(run: Run) -> dict[str, Any]:
     return {
         "lines": lines,
         "axis": value_axis([value for line in lines for _, value in line.points], may_be_log=True),
-        "together": [(label, together) for label, (_, together) in curves.items() if together > 1],
+        "points_per_mean": [(label, count) for label, (_, count) in curves.items() if count > 1],
         "numbers": Table(head, rows, f"Loss by step{rows_note(len(steps))}"),
     }
 
@@ -258,6 +258,6 @@ def _title(prompt: str) -> str:
     return _shortened((question or max(lines, key=len, default="")).removeprefix("Question: "), 160)
 
 
-def _shortened(text: str, most: int) -> str:
-    left = len(text) - most
-    return text if left <= 0 else f"{text[:most]} … ({left:,} more characters in the result file)"
+def _shortened(text: str, max_characters: int) -> str:
+    left = len(text) - max_characters
+    return text if left <= 0 else f"{text[:max_characters]} … ({left:,} more characters in the result file)"

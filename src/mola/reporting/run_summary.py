@@ -23,7 +23,7 @@ def summarize_run(run: Run) -> dict[str, Any]:
     results = [(name, result) for name, result in (("before", run.before), ("after", run.after)) if result is not None]
     return {
         "is_mixture": method == "MOLA" and {"num_experts", "num_layers"} <= allocation.keys(),
-        "is_even": not _has_experts_pattern(run),
+        "is_even": not run.has_experts_pattern,
         "method": method,
         "allocation": allocation,
         "base": model_name(str(settings["base_model"])),
@@ -38,7 +38,7 @@ def summarize_run(run: Run) -> dict[str, Any]:
             ("Machine", machine.get("gpu") or machine.get("cpu")),
             ("Error", record.get("error")),
         ],
-        "data": _data_table(record),
+        "data": data_table(record),
     }
 
 
@@ -58,7 +58,7 @@ def run_figures(run: Run) -> list[tuple[str, str | None, str | None]]:
             "the best evaluation loss",
         ),
         *((label, _text(number, record.get("metrics", {}).get(name)), None) for name, label in _LOSSES.items()),
-        ("experts", None if _has_experts_pattern(run) else _text(number, allocation.get("num_experts")), None),
+        ("experts", None if run.has_experts_pattern else _text(number, allocation.get("num_experts")), None),
         (
             "trainable parameters",
             _text(number, trained),
@@ -77,13 +77,8 @@ def small_percent(share: float) -> str:
     return percent(share) if share >= 0.001 else percent(share, min(9, 1 - math.floor(math.log10(100 * share))))
 
 
-def _has_experts_pattern(run: Run) -> bool:
-    """Whether modules of one layer differ in their number of experts."""
-    config = run.adapter.config if run.adapter else run.record.get("adapter_settings", {})
-    return bool(config.get("num_experts_pattern"))
-
-
-def _data_table(record: Mapping[str, Any]) -> Table:
+def data_table(record: Mapping[str, Any]) -> Table:
+    """Number of samples and tokens, and digest, of each part of the data."""
     digests = record.get("data_fingerprints", {})
     rows = [
         (part, *(number(counts[key]) for key in ("kept", "tokens", "trained_tokens")), digests.get(part))

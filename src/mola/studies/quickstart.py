@@ -167,11 +167,8 @@ def _show(
     for name, sample in (("before", old), ("after", new)):
         words = f"{sample['predicted'] or 'no answer'} ({'correct' if sample['correct'] else 'wrong'})"
         console.print(f"{name}: {words}, in words: {' '.join(sample['output'].split())}", markup=False, highlight=False)
-    model = after.settings["base_model"]
     print(f"\n{summary['seconds']:.0f} s in all. The adapter is in {folder}. Query it:")
     first = next(number for number, line in enumerate(lines) if line.startswith("Context:"))
-    instruction = [
-        "--instruction",
-        "\n".join([*lines[first : lines.index(options) + 1], ""]),
-    ]  # the instruction used in training
-    print(shlex.join(["mola", "generate", "--base_model", str(model), "--adapter", str(folder), *instruction]))
+    instruction = "\n".join([*lines[first : lines.index(options) + 1], ""])  # as in training
+    command = ["mola", "generate", "--base_model", str(after.settings["base_model"]), "--adapter", str(folder)]
+    print(shlex.join([*command, "--instruction", instruction]))

@@ -28,18 +28,10 @@ from mola.studies.train_and_test import evaluation_of
 from mola.training.callbacks import MetricsFile
 from mola.training.train import TrainOptions, train
 from tests.grids import slow
-from tests.studies.comparison.comparisons import RECIPES, SETTINGS, TASKS, numbers, read
+from tests.studies.comparison.comparisons import RECIPES, TASKS, numbers, read
 from tests.waiting import PATIENCE, wait_until
 
 ONE = {"tasks": {"physics": TASKS["physics"]}, "evaluate_base": False}
-
-
-@pytest.fixture(scope="module")
-def whole(tiny_model_dir, data, tmp_path_factory):
-    """The comparison that nobody stopped, made once: folder and result."""
-    folder = tmp_path_factory.mktemp("whole") / "out"
-    options = {"base_model": str(tiny_model_dir), "data": str(data), "output_dir": str(folder), **SETTINGS}
-    return folder, compare(CompareOptions(**options, tasks=TASKS, recipes=RECIPES))
 
 
 # ---------------------------------------------------------------------- a finished comparison
@@ -116,6 +108,10 @@ def test_more_seeds_join_a_record(whole, run, tmp_path):
     more = run(record=str(record), seeds=[0, 1, 2])
     assert len(more.results) == len(result.results) + 4
     assert {row.seeds for row in more.rows if row.recipe in RECIPES} == {3}
+    # Results of seeds that are not asked for are kept, with other options too, and are in no table.
+    other = run(record=str(record), seeds=[3], learning_rate=0.001, **ONE)
+    assert {row.seeds for row in other.rows} == {1}
+    assert len(read(record)["runs"]) == len(more.results) + 2
 
 
 def test_existing_files_are_not_replaced(run, tmp_path):
@@ -233,19 +229,20 @@ def test_an_adapter_of_other_options_is_not_taken(whole, run, tmp_path):
     assert weights.stat().st_mtime_ns == before
 
 
-@pytest.mark.slow
 def test_without_adapters_the_results_stay(run, tmp_path):
-    result = run(tasks={"physics": TASKS["physics"]}, seeds=[0], keep_adapters=False)
-    folder = tmp_path / "out" / "physics" / "2468" / "seed-0"
+    asked = {**ONE, "seeds": [0], "save_strategy": "steps", "save_steps": 2, "recipes": {"lora": RECIPES["lora"]}}
+    result = run(**asked, keep_adapters=False)
+    folder = tmp_path / "out" / "physics" / "lora" / "seed-0"
     assert (folder / "test.json").is_file()
     assert not (folder / "adapter_model.safetensors").exists()
-    assert numbers(run(tasks={"physics": TASKS["physics"]}, seeds=[0]).results) == numbers(result.results)
+    assert not list(folder.glob("checkpoint-*"))
+    assert numbers(run(**asked).results) == numbers(result.results)
 
 
-def test_experts_from_a_file_of_mola_allocate(run, tmp_path):
+def test_experts_from_a_file_of_mola_allocate(run, tiny_model_dir, tmp_path):
     """The numbers belong to the identity of a run, not the name of the file."""
     file = tmp_path / "allocation.json"
-    words = ["--base_model", str(run.base_model), "--method", "triangle", "--budget", "12", "--output", str(file)]
+    words = ["--base_model", str(tiny_model_dir), "--method", "triangle", "--budget", "12", "--output", str(file)]
     assert main(["allocate", *words]) == 0
     asked = {**ONE, "seeds": [0], "recipes": {"found": {"num_experts": str(file), "r": "4"}}}
     (result,) = run(**asked).results
@@ -253,16 +250,6 @@ def test_experts_from_a_file_of_mola_allocate(run, tmp_path):
     file.write_text(json.dumps({**read(file), "num_experts": [3, 3, 3, 3]}))
     with pytest.raises(MolaError, match="physics/found/seed-0 was made with a different setting `num_experts`"):
         run(**asked)
-
-
-@pytest.mark.slow
-def test_results_of_other_seeds_are_kept_but_not_in_the_table(run, tmp_path):
-    """Nobody has compared their options with those of this comparison."""
-    first = run(seeds=[0], **ONE)
-    second = run(seeds=[1], learning_rate=0.001, test_limit=3, **ONE)
-    assert [row.seeds for row in second.rows] == [1, 1]
-    assert len(read(tmp_path / "out" / "compare.json")["runs"]) == 4
-    assert numbers(second.results[:2]) == numbers(first.results)
 
 
 def test_another_base_model_is_refused(whole, run, tiny_model_dir, tmp_path):
@@ -283,33 +270,21 @@ def test_another_base_model_is_refused(whole, run, tiny_model_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_another", [True, False])
-def test_a_record_may_go_to_a_machine_whose_dtype_is_another(is_another, run, monkeypatch, tmp_path):
+def test_a_record_goes_to_a_machine_whose_dtype_is_another(run, monkeypatch, tmp_path):
     """`auto` is bfloat16 on some processors and float32 on others; a dtype that is named is the same on all."""
     shared = {"tasks": ONE["tasks"], "seeds": [0], "recipes": {"lora": RECIPES["lora"]}}
     for dtype in ("auto", "float32"):
         run(**shared, dtype=dtype, record=str(tmp_path / dtype), output_dir=str(tmp_path / "first" / dtype))
     before = read(tmp_path / "auto")["runs"][0]["dtype"]
     here = cpu_has_native_bfloat16()
-    monkeypatch.setattr("mola.models.devices.cpu_has_native_bfloat16", lambda: here is not is_another)
+    monkeypatch.setattr("mola.models.devices.cpu_has_native_bfloat16", lambda: not here)
     checks._defaults.cache_clear()
     elsewhere = str(tmp_path / "elsewhere")
     assert run(**shared, dtype="float32", record=str(tmp_path / "float32"), output_dir=elsewhere).open == 0
     again = {**shared, "record": str(tmp_path / "auto"), "output_dir": elsewhere}
-    if not is_another:
-        assert run(**again, dtype="auto").open == 0
-    else:
-        with pytest.raises(MolaError, match=f"was made with a different model `dtype`: '{before}', now"):
-            run(**again, dtype="auto")
+    with pytest.raises(MolaError, match=f"was made with a different model `dtype`: '{before}', now"):
+        run(**again, dtype="auto")
     assert run(**again, dtype=before).open == 0
-
-
-@pytest.mark.slow
-def test_recipes_may_have_a_dtype_of_their_own(run):
-    recipes = {name: {**RECIPES["lora"], "dtype": name} for name in ("float32", "bfloat16")}
-    for _ in range(2):
-        result = run(tasks=ONE["tasks"], seeds=[0], recipes=recipes, reference="float32", dtype="auto")
-        assert [each.dtype for each in result.results if each.recipe != BASE] == ["float32", "bfloat16"]
 
 
 def test_picture_of_the_differences(whole, run, tmp_path, caplog):
@@ -332,10 +307,8 @@ def test_picture_of_the_differences(whole, run, tmp_path, caplog):
     ("changes", "message"),
     [
         ({"tasks": {}}, "`tasks` must not be empty"),
-        ({"recipes": {"a b": {}}}, "`recipes` must have names of letters"),
         ({"recipes": {"a": {"num_expert": "2"}}}, "no option of this command"),
         ({"recipes": {"a": {"seed": 3}}}, "`seed` cannot be set in `recipes.a`"),
-        ({"recipes": {"a": {"push-to-hub": True}}}, "`push_to_hub` cannot be set in `recipes.a`"),
         ({"recipes": {"a": {"filters": {"topic": "physics"}}}}, "`filters` is set twice for physics/a/seed-0"),
         (
             {"eval_strategy": "epoch", "save_strategy": "epoch", "eval_split": "test"},
@@ -345,18 +318,14 @@ def test_picture_of_the_differences(whole, run, tmp_path, caplog):
             {"recipes": {"a": {}, "b": {"test_limit": 4}}},
             "task `physics`: the recipes 'a' and 'b' must have the same test questions, got 8 and 4",
         ),
-        ({"recipes": {"a": {"learning_rate": -1}}}, "recipe `a`: `learning_rate`"),
         ({"task": None}, "`task` must name the task"),
-        ({"data": None}, "`data` must name the training data"),
         ({"reference": "none"}, "`reference` must be one of the recipes lora, 2468"),
         ({"seeds": [1, 1]}, "`seeds` must be a non-empty list of distinct numbers"),
         ({"seed": 5}, "`seed` has no effect"),
-        ({"push_to_hub": True}, "`push_to_hub` has no effect"),
         ({"resume_from_checkpoint": "last"}, "`resume_from_checkpoint` .* has no effect"),
         ({"tables": "table.xls"}, "`tables` must be files that end in"),
         ({"plots": "curves.pdf"}, "`plots` must be files that end in .png, .svg"),
         ({"recipes": {"a": {"num_experts": "2,2"}}}, "recipe `a`: `num_experts` needs one entry per decoder layer"),
-        ({"tasks": {"a": {"data": "nowhere.json"}}}, "task `a`.*nowhere.json"),
         ({"tasks": {"a": {"test_split": "tset"}}}, "task `a`.*split.*'tset'"),
     ],
 )
@@ -367,7 +336,7 @@ def test_wrong_comparisons_are_refused_before_anything_is_trained(run, tmp_path,
     assert not (tmp_path / "out" / "compare.json").exists()
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "nonsense", '{"format": 9, "runs": []}', '{"format": 1, "runs": [{}]}'])
+@pytest.mark.parametrize("text", ["nonsense", '{"format": 9, "runs": []}', '{"format": 1, "runs": [{}]}'])
 def test_a_file_that_is_not_a_record_is_kept(run, tmp_path, text):
     record = tmp_path / "record.json"
     record.write_text(text, encoding="utf-8")

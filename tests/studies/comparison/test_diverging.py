@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mola import MolaError
 from mola.training.callbacks import FiniteLoss
+from tests.grids import slow
 from tests.studies.comparison.comparisons import RECIPES, read
 
 ONE_TASK = {"tasks": {"physics": {"filters": {"topic": "physics"}}}, "evaluate_base": False}
@@ -64,7 +65,7 @@ def test_a_seed_that_diverges_stays_in_the_mean_of_its_recipe(run, monkeypatch, 
     assert one.seconds_training > 0
 
 
-@pytest.mark.parametrize("scoring", ["likelihood", "generate"])
+@pytest.mark.parametrize("scoring", ["likelihood", *slow("generate")])
 def test_answers_that_are_not_finite_count_as_wrong(run, scoring):
     """Weights may be finite and what they compute is not: with huge ones the test after the last step says so."""
     settings = {"scoring": scoring, "recipes": {"lora": RECIPES["lora"]}, "learning_rate": TOO_HIGH, "max_steps": 1}
@@ -91,7 +92,7 @@ def test_a_signal_before_a_divergence_interrupts(run, monkeypatch):
 
 @pytest.mark.parametrize(
     ("scoring", "said"),
-    [("likelihood", "scores of sample .* are NaN"), ("generate", "logits of an answer must be numbers")],
+    [("likelihood", "scores of sample .* are NaN"), *slow(("generate", "logits of an answer must be numbers"))],
 )
 def test_a_base_model_with_answers_that_are_not_finite_is_an_error(run, values, tmp_path, scoring, said):
     base = tmp_path / "base"

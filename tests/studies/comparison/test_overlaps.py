@@ -6,7 +6,8 @@ import pytest
 from datasets import load_from_disk
 
 from mola.errors import MolaError
-from tests.grids import slow
+from mola.studies.comparison.checks import check_runs, check_search
+from mola.studies.comparison.options import CompareOptions
 from tests.studies.comparison.comparisons import RECIPES
 
 ONE = {"recipes": {"lora": RECIPES["lora"]}, "seeds": [0], "evaluate_base": False}
@@ -38,10 +39,9 @@ def test_a_search_on_the_rows_of_the_test_is_refused(run, copied, rows):
         run(**{**ONE, **SEARCHED, "tasks": tasks(copied("validation", rows))})
 
 
-@pytest.mark.parametrize("rows", [None, 4])
-def test_a_checkpoint_chosen_by_the_rows_of_the_test_is_refused(run, copied, rows):
+def test_a_checkpoint_chosen_by_the_rows_of_the_test_is_refused(run, copied):
     with pytest.raises(MolaError, match="`load_best_model_at_end` would choose a checkpoint by the test questions of"):
-        run(**{**ONE, **CHOSEN, "tasks": tasks(copied("validation", rows))})
+        run(**{**ONE, **CHOSEN, "tasks": tasks(copied("validation", 4))})
 
 
 @pytest.mark.parametrize(
@@ -49,12 +49,12 @@ def test_a_checkpoint_chosen_by_the_rows_of_the_test_is_refused(run, copied, row
     [
         ({}, "train", "trained on"),
         (CHOSEN, "validation", "evaluation data, by which a checkpoint is chosen"),
-        *slow((SEARCHED, "validation", "in `tuning_split` ('validation')")),
+        (SEARCHED, "validation", "in `tuning_split` ('validation')"),
     ],
 )
-def test_shared_questions_give_one_warning(run, copied, caplog, changes, more, where):
-    test_data = copied("test", 5, more, 3)
-    assert run(**{**ONE, **changes, "tasks": tasks(test_data)}).status == "finished"
+def test_shared_questions_give_one_warning(values, copied, caplog, changes, more, where):
+    options = CompareOptions(**values(**{**ONE, **changes, "tasks": tasks(copied("test", 5, more, 3))}))
+    check_search(check_runs(options.tuning_runs), check_runs(options.runs))
     said = [record.message for record in caplog.records if "if they were new" in record.message]
     assert said == [
         f"task `questions`: 3 of the 8 test questions are also {where}. Accuracies count them as if they were new."

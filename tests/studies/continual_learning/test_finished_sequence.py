@@ -54,33 +54,18 @@ def test_a_stage_is_an_ordinary_training_that_starts_from_the_one_before(whole, 
 
 def test_numbers_are_those_of_mola_evaluate(whole, base_model, data):
     folder, result = whole
-    options = EvaluateOptions(
-        base_model=str(base_model),
-        task="sample",
-        data=str(data),
-        adapter=str(folder / FOLDERS[2]),
-        filters={"topic": "biology"},
-        scoring="likelihood",
-        batch_size=4,
-        dtype="float32",
-    )
-    expected = evaluate(options)
-    task = result.results[2]["tasks"]["biology"]
-    assert (task["correct"], task["total"], task["interval_95"]) == (
-        expected.correct,
-        expected.total,
-        expected.interval_95,
-    )
-    assert read(folder / FOLDERS[2] / "evaluation" / "02-biology.json")["samples"] == expected.samples
-
-
-def test_base_is_tested_on_all_tasks_and_not_part_of_the_metrics(whole, base_model, data):
-    _, result = whole
-    assert list(result.base) == list(STAGES)
     options = {"base_model": str(base_model), "task": "sample", "data": str(data), "scoring": "likelihood"}
-    expected = evaluate(EvaluateOptions(**options, batch_size=4, dtype="float32", filters=STAGES["words"]["filters"]))
-    assert result.base["words"]["correct"] == expected.correct
+    options |= {"batch_size": 4, "dtype": "float32"}
+    expected = evaluate(EvaluateOptions(**options, adapter=str(folder / FOLDERS[2]), filters={"topic": "biology"}))
+    task = result.results[2]["tasks"]["biology"]
+    assert task["correct"] == expected.correct
+    assert (task["total"], task["interval_95"]) == (expected.total, expected.interval_95)
+    assert read(folder / FOLDERS[2] / "evaluation" / "02-biology.json")["samples"] == expected.samples
+    # The base model is tested on all tasks, and is not part of the metrics.
+    assert list(result.base) == list(STAGES)
     assert len(result.results) == 3
+    expected = evaluate(EvaluateOptions(**options, filters=STAGES["words"]["filters"]))
+    assert result.base["words"]["correct"] == expected.correct
 
 
 def test_finished_sequence_is_read_back_without_loading_a_model(whole, base_model, values, capsys):

@@ -29,8 +29,3 @@ def test_metrics_stay_in_their_ranges(matrix):
     drop = performance_drop(matrix)
     assert (drop is None) == (len(matrix) == 1)
     assert drop is None or -1 <= drop <= 1
-
-
-@given(st.lists(accuracies, min_size=2, max_size=6))
-def test_performance_drop_is_zero_for_constant_accuracies(row):
-    assert performance_drop([row[: t + 1] for t in range(len(row))]) == 0

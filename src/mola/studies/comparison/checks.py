@@ -39,27 +39,14 @@ _OF_THE_ADAPTER = (*ADAPTER_DEFAULTS, "learning_rate", "weight_decay", "adapter"
 
 
 @dataclass
-class _Data:
-    """Data and base model of a run; see `Run` for the attributes."""
-
-    test: EvaluateOptions
-    fingerprints: dict[str, str]
-    num_questions: int
-    base_model: str
-    dtype: str
-    rule: str
-    questions: Questions = field(repr=False)
-
-
-@dataclass
-class Run(_Data):
+class Run:
     """One training with its test.
 
     Attributes:
         key: task, recipe and seed.
         options: options of the training; `output_dir` is the run folder.
-        test: options of the evaluation; adapter and output file are filled in later.
         settings: the training options that differ from their defaults. A result is kept only if they are unchanged.
+        test: options of the evaluation; adapter and output file are filled in later.
         fingerprints: sha256 of the training, evaluation and test examples and of a starting adapter, by part.
         num_questions: number of test questions.
         base_model: identity of the base weights, see `weights_identity` of `mola.models.base_model`.
@@ -68,9 +55,16 @@ class Run(_Data):
         questions: the test questions, see `mola.studies.overlaps`.
     """
 
-    key: Key = field(kw_only=True)
-    options: TrainAndTestOptions = field(kw_only=True)
-    settings: dict[str, Any] = field(kw_only=True)
+    key: Key
+    options: TrainAndTestOptions
+    settings: dict[str, Any]
+    test: EvaluateOptions
+    fingerprints: dict[str, str]
+    num_questions: int
+    base_model: str
+    dtype: str
+    rule: str
+    questions: Questions = field(repr=False)
 
     @property
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -91,78 +85,67 @@ def check_runs(runs_options: Mapping[Key, TrainAndTestOptions]) -> list[Run]:
     Raises:
         MolaError: a run is wrong (the message names task and recipe), or recipes have different test questions.
     """
-    known: dict[str, _Data] = {}
+    checked: set[str] = set()  # options whose model was checked
+    data_of: dict[str, dict[str, Any]] = {}  # options that affect the data -> what `_check_data` has found
     runs = []
     for key, options in runs_options.items():
         try:
-            runs.append(
-                Run(
-                    **vars(_checked(key, options, known)),
-                    key=key,
-                    options=options,
-                    settings=_non_default_settings(options),
-                )
-            )
+            runs.append(_check_run(key, options, checked, data_of))
         except MolaError as error:
             raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
     _check_same_questions(runs)
     return runs
 
 
-def _checked(key: Key, options: TrainAndTestOptions, known: dict[str, _Data]) -> _Data:
-    """Check one run. Checks are reused for runs that differ only in seed or adapter, since their data are the same."""
+def _check_run(key: Key, options: TrainAndTestOptions, checked: set[str], data_of: dict[str, dict[str, Any]]) -> Run:
+    """Check one run. A check is not repeated for runs that differ only in options that the check does not read."""
     values = {name: value for name, value in options.to_dict().items() if name not in NOT_COMPARED or name == "adapter"}
     if not options.validation_size:  # with a `validation_size`, the seed chooses the evaluation rows
         del values["seed"]
-    all_options = json.dumps(values, sort_keys=True, default=str)
-    if all_options in known:
-        return known[all_options]
-    base = base_config(options)
-    check_model_options(options, base)
     data_values = {name: value for name, value in values.items() if name not in _OF_THE_ADAPTER}
-    data_options = json.dumps(data_values, sort_keys=True, default=str)
-    if data_options not in known:
-        logger.info("Checking %s on %s.", key.recipe, key.task)
-        known[data_options] = _check_data(key, options, base)
-    found = known[data_options]
+    all_options, data_options = (json.dumps(each, sort_keys=True, default=str) for each in (values, data_values))
+    if all_options not in checked:
+        base = base_config(options)
+        check_model_options(options, base)
+        if data_options not in data_of:
+            logger.info("Checking %s on %s.", key.recipe, key.task)
+            data_of[data_options] = _check_data(key, options, base)
+        checked.add(all_options)
+    run = Run(key, options, _non_default_settings(options), **data_of[data_options])
     if options.adapter:
-        fingerprints = {**found.fingerprints, "adapter": weights_sha256(options.adapter) or ""}
-        found = _Data(**{**vars(found), "fingerprints": fingerprints})
-    known[all_options] = found
-    return found
+        run.fingerprints = {**run.fingerprints, "adapter": weights_sha256(options.adapter) or ""}
+    return run
 
 
-def _check_data(key: Key, options: TrainAndTestOptions, base: PretrainedConfig) -> _Data:
+def _check_data(key: Key, options: TrainAndTestOptions, base: PretrainedConfig) -> dict[str, Any]:
+    """Check training and test data, and the number of steps; the values of a `Run` that follow from them."""
     test = evaluation_of(options)
     task, examples, _ = check_evaluation(test)
     data = prepare_data(copy.copy(options), load_tokenizer_for(options, base), base)
     check_steps(options, data)
     questions = distinct_questions(examples)
     check_training(key.task, questions, test, options, data, is_search=bool(key.candidate))
-    return _Data(
-        test=test,
-        fingerprints={**data.fingerprints, "test": data_fingerprint(examples)},
-        num_questions=len(examples),
-        base_model=weights_identity(options.base_model or ""),
-        dtype=options.base_dtype,
-        rule=task.fingerprint(),
-        questions=questions,
-    )
+    return {
+        "test": test,
+        "fingerprints": {**data.fingerprints, "test": data_fingerprint(examples)},
+        "num_questions": len(examples),
+        "base_model": weights_identity(options.base_model or ""),
+        "dtype": options.base_dtype,
+        "rule": task.fingerprint(),
+        "questions": questions,
+    }
 
 
 def _non_default_settings(options: TrainAndTestOptions) -> dict[str, Any]:
     """The options of a training that differ from their defaults, without paths and dtypes."""
     defaults, values = _defaults(options.use_cpu), options.to_dict()
-    names = {item.name for item in fields(TrainAndTestOptions) if item.init} & values.keys()
-    names -= {*_PLACES, *_PRECISION}
+    names = {item.name for item in fields(TrainAndTestOptions) if item.init} & values.keys() - {*_PLACES, *_PRECISION}
     changed = {name: values[name] for name in sorted(names) if values[name] != defaults[name]}
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if values[name] != (options.base_dtype == dtype):  # mixed precision that the dtype does not imply
             changed[name] = values[name]
-    if os.path.isfile(
-        file := str(options.num_experts or "")
-    ):  # a file written by `mola allocate`: record its numbers, not its path
-        allocation = read_json(file)
+    if os.path.isfile(str(options.num_experts or "")):  # written by `mola allocate`: record its numbers, not its path
+        allocation = read_json(str(options.num_experts))
         changed["num_experts"] = [allocation.get(name) for name in ("num_experts", "num_experts_pattern")]
     return changed
 

@@ -11,8 +11,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,17 @@ from mola.files.atomic import atomic_write_bytes, atomic_write_json, atomic_writ
 from mola.files.terminal import make_table_console
 from mola.studies.comparison.checks import Run, check_runs, check_search
 from mola.studies.comparison.options import CompareOptions, Key
-from mola.studies.comparison.plots import check_matplotlib, draw_differences
 from mola.studies.comparison.record import BASE, FORMAT, Result, check_same, read_results
 from mola.studies.comparison.runs import evaluate_base_model, remove_weights, train_and_test
-from mola.studies.comparison.search import Found, search_results
 from mola.studies.comparison.tables import (
+    Found,
     Row,
+    check_matplotlib,
     comma_separated,
+    draw_differences,
     markdown,
     notes,
+    search_results,
     search_table,
     summarize,
     terminal_table,
@@ -48,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 RECORD_FILE = "compare.json"
 _POLL_SECONDS = 5.0  # between two looks at the results of other processes
-_TABLES, _PICTURES = (".csv", ".md"), (".png", ".svg")
 
 
 @dataclass
@@ -60,7 +60,7 @@ class CompareResult:
     results: list[Result]  # every finished run
     open: int  # number of runs left
     record: str  # the file with all results and settings
-    found: list[Found]  # the choices of the search, see `mola.studies.comparison.search.Found`
+    found: list[Found]  # the choices of the search, see `mola.studies.comparison.tables.Found`
 
 
 def compare(options: CompareOptions) -> CompareResult:
@@ -81,9 +81,8 @@ def compare(options: CompareOptions) -> CompareResult:
     read_results(path)  # a damaged record fails before the data are read
     searched, runs = check_runs(options.tuning_runs), check_runs(options.runs)
     check_search(searched, runs)
-    comparison = _Comparison(options, searched, runs, path)
     with sigterm_as_interrupt():
-        return comparison.run()
+        return _Comparison(options, searched, runs, path).run()
 
 
 def main(options: CompareOptions) -> int:
@@ -110,7 +109,7 @@ def main(options: CompareOptions) -> int:
 def _check_files(options: CompareOptions, is_new: bool) -> None:
     """Check the output files before the training: a new comparison must not replace a file."""
     check_writable(Path(options.output_dir or "") / RECORD_FILE)
-    for name, endings in (("tables", _TABLES), ("plots", _PICTURES)):
+    for name, endings in (("tables", (".csv", ".md")), ("plots", (".png", ".svg"))):
         for path in _paths(getattr(options, name)):
             if path.suffix not in endings:
                 raise MolaError(f"`{name}` must be files that end in {', '.join(endings)}: got {str(path)!r}.")
@@ -172,11 +171,9 @@ class _Comparison:
         return self._do_runs(self.runs)
 
     def _test_base(self) -> None:
-        firsts: dict[str, Run] = {}
-        for run in self.runs:
-            firsts.setdefault(run.key.task, run)
-        for task, run in firsts.items():
-            with self._lock(f"base-{task}", waits=True):
+        for task in self.options.tasks or {}:
+            run = next(run for run in self.runs if run.key.task == task)
+            with self._lock(f"base-{task}"):
                 self._read_record()
                 if Key(task, BASE, 0) not in {result.key for result in self.results}:
                     self._add(evaluate_base_model(run, self.folder / task / "base.json"))
@@ -189,9 +186,13 @@ class _Comparison:
         while left := self._left(runs):
             is_idle = True
             for run in left:
-                with self._lock("-".join(map(str, run.key)), waits=False) as is_mine:
+                try:
+                    lock = self._lock("-".join(map(str, run.key))).acquire(blocking=False)
+                except Timeout:
+                    continue  # a different process is doing this run
+                with lock:
                     self._read_record()
-                    if not is_mine or run not in self._left(runs):
+                    if run not in self._left(runs):
                         continue
                     is_idle = False
                     logger.info("Run %d of %d: %s.", 1 + runs.index(run), len(runs), run.key)
@@ -217,19 +218,9 @@ class _Comparison:
         keys = {run.key for run in self.runs}
         return [each for each in self.results if each.key in keys or each.recipe == BASE]
 
-    @contextmanager
-    def _lock(self, name: str, waits: bool) -> Iterator[bool]:
-        """Yield whether this process holds the lock during the block. A killed process frees its locks."""
-        lock = FileLock(self.folder / ".locks" / name, fallback_to_soft=False)  # a killed process keeps a soft lock
-        try:
-            lock.acquire(blocking=waits)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+    def _lock(self, name: str) -> FileLock:
+        """A lock among the processes of this comparison; not a soft one, which a killed process would keep."""
+        return FileLock(self.folder / ".locks" / name, fallback_to_soft=False)
 
     def _read_record(self) -> None:
         """Add the results that other processes have written.
@@ -248,7 +239,7 @@ class _Comparison:
         self._write("running")
 
     def _write(self, status: str, **more: Any) -> list[Row]:
-        with self._lock("record", waits=True):
+        with self._lock("record"):
             self._read_record()
             recipes, tasks = self.options.recipes or {}, self.options.tasks or {}
             rows = summarize(self._compared(), [*recipes], [*tasks], str(self.options.reference))

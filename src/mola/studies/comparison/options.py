@@ -159,7 +159,8 @@ class CompareOptions(TrainAndTestOptions):
             if wrong := values.keys() & {*_SET_BY_COMPARISON, "output_dir", *(_NOT_IN_TUNE if where == "tune" else ())}:
                 raise MolaError(f"`{min(wrong)}` cannot be set in `{where}`: the comparison sets it.")
         # Tasks and recipes may replace an option of all runs. An option in `tune` must not be set anywhere else.
-        set_for_all = [name for name in parts["tune"] if self._given[name] != _default(name)]
+        defaults = {item.name: item.default for item in fields(TrainAndTestOptions)}
+        set_for_all = [name for name in parts["tune"] if self._given[name] != defaults[name]]
         count = Counter([*set_for_all, *(name for values in parts.values() for name in values)])
         if twice := [name for name in count if count[name] > 1]:
             raise MolaError(
@@ -174,10 +175,6 @@ class CompareOptions(TrainAndTestOptions):
             return TrainAndTestOptions(**{**self._given, **changes, **seed_and_folder})
         except (ValueError, TypeError, ImportError) as error:  # MolaError, and TrainingArguments' own checks
             raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
-
-
-def _default(name: str) -> Any:
-    return next(item.default for item in fields(TrainAndTestOptions) if item.name == name)
 
 
 def _candidates(tune: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

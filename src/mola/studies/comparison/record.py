@@ -85,9 +85,6 @@ def check_same(results: Sequence[Result], runs: Sequence[Run]) -> None:
     """Raise if a result comes from different options, data or weights than its run has now.
 
     Results of tasks, recipes or seeds that are not among `runs` are ignored.
-
-    Raises:
-        MolaError: a result differs; the message names the run and the first difference.
     """
     # The base model is tested with the test options of a task's first run.
     wanted = {Key(run.key.task, BASE, 0): run for run in reversed(runs)} | {run.key: run for run in runs}
@@ -117,16 +114,9 @@ def _identity_of(result: Result, wanted: Mapping[str, Mapping[str, Any]]) -> dic
 
 
 def begin_or_resume(place: Path, identity: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the identity of a new run folder or result file, or compare it with that of an existing one.
+    """Check that the run folder or result file `place` was begun with this identity, see `Run.identity`.
 
-    The identity is in the file `NAME.begun.json` beside `place`.
-
-    Args:
-        place: the run folder, or the file of a result.
-        identity: see `Run.identity`.
-
-    Raises:
-        MolaError: `place` was begun with a different identity, or the file with its identity is missing.
+    The identity is in the file `NAME.begun.json` beside `place`, which is written if there is nothing in `place` yet.
     """
     path = place.with_name(f"{place.stem}.begun.json")
     if not (any(place.iterdir()) if place.is_dir() else place.exists()):

@@ -1,20 +1,23 @@
-"""The table of a comparison: its rows, and their text for the terminal, Markdown and CSV."""
+"""What a comparison has found: the choices of its search, the rows of its table, their text and their picture."""
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from mola.errors import MolaError
 from mola.evaluation.differences import Difference, paired_difference
-from mola.reporting.formatting import computers, duration, markdown_table, points
-from mola.studies.comparison.options import MARK
+from mola.reporting.formatting import duration, machines_text, markdown_table, points
+from mola.reporting.model_card import why_no_matplotlib
+from mola.studies.comparison.options import MARK, CompareOptions
 from mola.studies.comparison.record import BASE, Result
-from mola.studies.comparison.search import Found
 
 ALL_TASKS = "mean of the tasks"
 HEADER = ("task", "recipe", "trainable parameters", "seeds", "accuracy", "difference", "95 %", "verdict")
@@ -31,6 +34,51 @@ _SEARCH_NOTE = (
 )
 
 
+# ---------------------------------------------------------------------- the search for options
+
+
+@dataclass(frozen=True)
+class Found:
+    """The search result for one recipe on one task."""
+
+    task: str
+    recipe: str
+    accuracies: dict[str, float]  # candidate -> mean accuracy over the tuning seeds
+    chosen: str  # the best candidate; the first one of equal candidates
+    edges: list[str] = field(default_factory=list)  # options whose best value is the lowest or highest one tried
+    diverged: dict[str, list[int]] = field(default_factory=dict)  # candidate -> seeds whose training diverged
+
+
+def search_results(options: CompareOptions, results: Sequence[Result]) -> list[Found]:
+    """Choose a candidate for every task and recipe. All runs of the search must be in `results`."""
+    by_key = {result.key: result for result in results}
+    found = []
+    for task, recipe in dict.fromkeys((key.task, key.recipe) for key in options.runs):
+        means, diverged = {}, {}
+        for candidate in options.candidates:
+            keys = [key for key in options.tuning_runs if (key.task, key.recipe) == (task, recipe + candidate)]
+            means[candidate] = fmean(by_key[key].accuracy for key in keys)
+            if seeds := [key.seed for key in keys if by_key[key].diverged_at is not None]:
+                diverged[candidate] = seeds
+        chosen = max(means, key=lambda candidate: round(means[candidate], 9))  # equal means may differ by rounding
+        found.append(Found(task, recipe, means, chosen, _edges(options.candidates, chosen), diverged))
+    return found
+
+
+def _edges(candidates: Mapping[str, Mapping[str, Any]], chosen: str) -> list[str]:
+    """Options whose chosen value is the lowest or highest one tried, so that a better value may lie beyond."""
+    found = []
+    for name, best in candidates[chosen].items():
+        values = {candidate[name] for candidate in candidates.values()}
+        is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        if is_number and len(values) > 1 and best in (min(values), max(values)):
+            found.append(name)
+    return found
+
+
+# ---------------------------------------------------------------------- the table
+
+
 @dataclass(frozen=True)
 class Row:
     """One recipe on one task, or on the mean of all tasks."""
@@ -42,9 +90,7 @@ class Row:
     num_experts: list[list[int]]  # distinct numbers of experts by layer, over the runs of all seeds
     accuracy: float  # mean over seeds, a share
     seeds: int  # number of seeds
-    difference: (
-        Difference | None
-    )  # from the reference; None for the reference, the base model, and without a common seed
+    difference: Difference | None  # from the reference; None for the reference, the base model, and no common seed
     diverged: list[int] = field(default_factory=list)  # seeds whose training diverged: all answers count as wrong
 
 
@@ -60,25 +106,26 @@ def summarize(results: Sequence[Result], recipes: Sequence[str], tasks: Sequence
     rows = []
     for task in tasks:
         of_task = [each for each in results if each.task == task]
-        marks = {name: _marks([each for each in of_task if each.recipe == name]) for name in (*recipes, BASE)}
+        marks = {name: _marks(of_task, task, name) for name in (*recipes, BASE)}
         rows += _rows(task, of_task, marks, reference, None)
     if len(tasks) > 1:
         counts = [next((each.total for each in results if each.task == task), 0) for task in tasks]
-        marks = {name: _marks_of_tasks(results, name, tasks) for name in (*recipes, BASE)}
+        marks = {name: _marks_of_tasks(results, tasks, name) for name in (*recipes, BASE)}
         rows += _rows(ALL_TASKS, [each for each in results if each.task in tasks], marks, reference, counts)
     return rows
 
 
-def _marks(results: Sequence[Result]) -> dict[int, np.ndarray]:
-    """Seed -> marks as numbers; all results are of one recipe on one task."""
-    return {each.seed: np.array([float(mark) for mark in each.marks]) for each in results}
+def _marks(results: Sequence[Result], task: str, recipe: str) -> dict[int, np.ndarray]:
+    """Seed -> marks as numbers."""
+    chosen = [each for each in results if (each.task, each.recipe) == (task, recipe)]
+    return {each.seed: np.array([float(mark) for mark in each.marks]) for each in chosen}
 
 
-def _marks_of_tasks(results: Sequence[Result], recipe: str, tasks: Sequence[str]) -> dict[int, np.ndarray]:
+def _marks_of_tasks(results: Sequence[Result], tasks: Sequence[str], recipe: str) -> dict[int, np.ndarray]:
     """Marks of all tasks side by side, weighted so that their mean is the mean of the tasks' accuracies."""
-    by_task = [_marks([each for each in results if (each.task, each.recipe) == (task, recipe)]) for task in tasks]
+    by_task = [_marks(results, task, recipe) for task in tasks]
     found = {}
-    for seed in sorted(set.intersection(*(set(marks) for marks in by_task))):
+    for seed in sorted(set.intersection(*map(set, by_task))):
         parts = [marks[seed] for marks in by_task]
         size = sum(map(len, parts))
         found[seed] = np.concatenate([part * size / (len(parts) * len(part)) for part in parts])
@@ -159,12 +206,11 @@ def notes(rows: Sequence[Row], reference: str, results: Sequence[Result]) -> lis
         )
     runs = [each for each in results if each.recipe != BASE]
     if runs:
-        training, testing = (
-            duration(sum(getattr(each, f"seconds_{part}") for each in runs)) for part in ("training", "testing")
-        )
+        training = duration(sum(each.seconds_training for each in runs))
+        testing = duration(sum(each.seconds_testing for each in runs))
         found.append(
             f"{len(runs)} trainings took {training}, their tests {testing}. Machine of each process: "
-            f"{computers(each.machine for each in runs)}."
+            f"{machines_text(each.machine for each in runs)}."
         )
     return found
 
@@ -204,26 +250,54 @@ def markdown(rows: Sequence[Row], found: Sequence[Found], reference: str, result
 
 def comma_separated(rows: Sequence[Row]) -> str:
     """All numbers unrounded, one line per task and recipe."""
+    names = ["task", "recipe", "trainable_parameters", "has_reference_budget", "seeds", "accuracy"]
+    of_difference = ["difference", "difference_low", "difference_high", "difference_seeds", "verdict"]
     text = io.StringIO()
-    columns: tuple[str, ...] = (
-        "task",
-        "recipe",
-        "trainable_parameters",
-        "has_reference_budget",
-        "seeds",
-        "accuracy",
-        "difference",
-    )
-    columns += ("difference_low", "difference_high", "difference_seeds", "verdict", "num_experts", "diverged_seeds")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*names, *of_difference, "num_experts", "diverged_seeds"])
     for row in rows:
-        line = {name: getattr(row, name) for name in columns[:6]}
-        line["num_experts"] = " ".join("-".join(map(str, each)) for each in row.num_experts)
-        line["diverged_seeds"] = " ".join(map(str, row.diverged))
-        if difference := row.difference:
-            low, high = difference.interval or ("", "")
-            line |= {"difference": difference.value, "difference_low": low, "difference_high": high}
-            line |= {"difference_seeds": difference.seeds, "verdict": difference.verdict}
-        writer.writerow(line)
+        difference: Sequence[Any] = [""] * len(of_difference)
+        if (found := row.difference) is not None:
+            difference = found.value, *(found.interval or ("", "")), found.seeds, found.verdict
+        experts = " ".join("-".join(map(str, each)) for each in row.num_experts)
+        values = [getattr(row, name) for name in names]
+        writer.writerow([*values, *difference, experts, " ".join(map(str, row.diverged))])
     return text.getvalue()
+
+
+# ---------------------------------------------------------------------- the picture, which needs matplotlib
+
+
+def check_matplotlib() -> None:
+    """Raise if matplotlib is missing or cannot be imported."""
+    if (reason := why_no_matplotlib()) is not None:
+        raise MolaError(f"`plots` needs matplotlib: {reason}. pip install 'mola-peft[plot]', or leave the option out.")
+
+
+def draw_differences(rows: Sequence[Row], form: str) -> bytes | None:
+    """One picture with a panel for each task, in the format `png` or `svg`; None if no row has an interval yet."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # without pyplot, which chooses a window system
+
+    compared = [row for row in rows if row.difference is not None and row.difference.interval is not None]
+    parts = [(task, list(members)) for task, members in groupby(compared, key=lambda row: row.task)]
+    if not parts:
+        return None
+    heights = [1.2 + 0.28 * len(members) for _, members in parts]  # inches
+    with rc_context({"svg.hashsalt": "mola", "font.size": 9}):
+        figure = Figure(figsize=(6.4, sum(heights)), layout="constrained")
+        all_axes = figure.subplots(len(parts), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (task, members) in zip(all_axes, parts, strict=True):
+            for place, row in enumerate(members):
+                assert row.difference is not None
+                assert row.difference.interval is not None
+                ends = [100 * bound for bound in row.difference.interval]
+                axes.plot(ends, [place, place], color="C0", linewidth=2.0)
+                axes.plot(100 * row.difference.value, place, "o", color="C0", markersize=5)
+            axes.axvline(0, color="black", linewidth=0.8)
+            axes.set(title=task, xlabel="points above the reference (95 % interval)", ylim=(len(members) - 0.5, -0.5))
+            axes.set_yticks(range(len(members)), [row.recipe for row in members])
+            axes.grid(axis="x", alpha=0.3)
+        picture = io.BytesIO()
+        figure.savefig(picture, format=form, dpi=130, metadata={"Date": None} if form == "svg" else None)
+    return picture.getvalue()

@@ -6,6 +6,7 @@
 """
 
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,6 @@ from mola.studies.continual_learning.metrics import (
     performance_drop,
     result_table,
 )
-from mola.studies.continual_learning.options import ContinualOptions
 from mola.studies.continual_learning.record import (
     BASE_KEY,
     EVALUATION_FOLDER,
@@ -33,11 +33,10 @@ from mola.studies.continual_learning.record import (
     START_KEY,
     check_same_sequence,
     clear_sequence,
-    clear_tests,
     read_record,
     stage_entries,
 )
-from mola.studies.continual_learning.stages import Stage, check_stages
+from mola.studies.continual_learning.stages import ContinualOptions, Stage, check_stages
 from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_resume
 from mola.training.checkpoints import has_finished
 from mola.training.run_folder import check_start_is_kept, locked, without_token
@@ -88,8 +87,13 @@ def _begin_or_resume(folder: Path, options: ContinualOptions, stages: Sequence[S
     check_same_sequence(before, stages, folder, weights)
     weights[BASE_KEY] = weights[BASE_KEY] or before.get(BASE_KEY, "")
     if before.get(START_KEY) != weights[START_KEY] or before.get(BASE_KEY, weights[BASE_KEY]) != weights[BASE_KEY]:
-        clear_tests(folder / START_FOLDER)  # these tests measured different weights
+        _clear_tests(folder / START_FOLDER)  # these tests measured different weights
     return _Sequence(options, stages, stage_entries(stages, record), weights)
+
+
+def _clear_tests(folder: Path) -> None:
+    """Delete the test results in the folder of a stage, or in that of the tests before the first stage."""
+    shutil.rmtree(folder / EVALUATION_FOLDER, ignore_errors=True)
 
 
 def main(options: ContinualOptions) -> int:
@@ -148,7 +152,7 @@ class _Sequence:
         """Record the checksum of the stage's adapter; delete its tests if they measured a different adapter."""
         checksum = file_sha256(stage.folder / WEIGHTS_FILE)
         if entry["adapter_sha256"] != checksum:
-            clear_tests(stage.folder)  # before the record has the new checksum, so that a kill in between is harmless
+            _clear_tests(stage.folder)  # before the record has the new checksum, so that a kill in between is harmless
             entry["adapter_sha256"] = checksum
         self._write("running")
 

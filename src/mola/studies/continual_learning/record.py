@@ -30,11 +30,7 @@ _LEFTOVERS = (f".{RECORD_FILE}.", WRITE_TEST)  # left by a call that was killed 
 
 
 def read_record(folder: Path, overwrite: bool) -> dict[str, Any] | None:
-    """The record of an earlier call in this folder; None for a new folder.
-
-    Raises:
-        MolaError: the folder cannot be written, holds something else, or the record is unreadable.
-    """
+    """The record of an earlier call in this folder; None for a new folder."""
     if os.path.exists(folder) and not folder.is_dir():
         raise MolaError(f"`output_dir` must be a folder: {str(folder)!r} is a file. Pass a different name.")
     path = check_writable(folder / RECORD_FILE)
@@ -76,17 +72,9 @@ def check_same_sequence(
 ) -> None:
     """Raise if a begun stage has changed, or was trained on weights that are missing or have changed.
 
-    Stages that were not begun may be changed, added and removed.
-
-    Args:
-        record: record of the earlier call.
-        stages: stages of this call.
-        folder: folder of the sequence.
-        weights: checksums of the starting adapter (`START_KEY`) and of the base model (`BASE_KEY`). The latter is ""
-            if the weights are missing, and is not compared in that case.
-
-    Raises:
-        MolaError: a stage differs; the message names the stage and the difference.
+    Stages that were not begun may be changed, added and removed. `weights` are the checksums of the starting adapter
+    (`START_KEY`) and of the base model (`BASE_KEY`). The latter is "" if the weights are missing, and is not compared
+    in that case.
     """
     known = {entry["folder"] for entry in record["stages"]}
     for index, entry in enumerate(record["stages"]):
@@ -139,11 +127,6 @@ def _check_same_stage(entry: Mapping[str, Any], stage: Stage) -> None:
             f"stage `{stage.name}`: the adapter in {str(stage.folder)!r} is not the adapter that was trained in it. "
             "Restore that adapter, or delete the folder and the later ones."
         )
-
-
-def clear_tests(folder: Path) -> None:
-    """Delete the test results in the folder of a stage, or in that of the tests before the first stage."""
-    shutil.rmtree(folder / EVALUATION_FOLDER, ignore_errors=True)
 
 
 def clear_sequence(folder: Path, record: Mapping[str, Any]) -> None:

@@ -1,15 +1,18 @@
-"""The stages of a sequence. All are checked before the first is trained: data, lengths, steps, allocation, tests."""
+"""The stages of a sequence: their options, and their checks before the first stage is trained."""
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mola.data.encode import data_fingerprint
 from mola.data.examples import distinct_questions
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
-from mola.studies.continual_learning.options import ContinualOptions
+from mola.models.quantization import QUANTIZATION_OPTIONS
+from mola.options.fields import START, Group, option, parse_named_mappings
+from mola.options.parsing import convert
 from mola.studies.overlaps import Questions, check_training
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
 from mola.training.checks import check_steps
@@ -23,8 +26,92 @@ from mola.training.model import (
     load_tokenizer_for,
     training_changes,
 )
+from mola.training.options import ADAPTER_DEFAULTS, TRAINING_ONLY
 
 logger = logging.getLogger(__name__)
+
+# All stages train one adapter on one base model in one dtype.
+_SAME_IN_ALL_STAGES = (
+    "base_model",
+    *(name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY),
+    "dtype",
+    *QUANTIZATION_OPTIONS,
+    "bf16",
+    "fp16",
+    "use_cpu",
+    "trust_remote_code",
+)
+_SET_BY_SEQUENCE = ("adapter", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+
+
+@dataclass
+class ContinualOptions(TrainAndTestOptions):
+    """Options of `mola continual`: those below, and every option of `mola train` as the default of all stages.
+
+    The options of the stages are made from the values given here; changing a field afterwards has no effect on
+    them.
+
+    Attributes:
+        stage_options: options of each stage by name, in the order of training.
+
+    Raises:
+        MolaError: a value is outside its range, options contradict each other, or a stage is wrong.
+    """
+
+    _start: ClassVar = START
+    stages: dict[str, Any] | str | None = option(
+        None, "The tasks in the order of training: name -> options of that stage; a mapping, JSON."
+    )
+
+    _test: ClassVar = Group("test")
+    evaluate_base: bool = option(
+        False, "Also test all tasks before the first stage: the base model, or `adapter` if it is set."
+    )
+
+    def __post_init__(self) -> None:
+        # TrainingArguments replaces some values, so the stages get them as they were given.
+        given = {item.name: getattr(self, item.name) for item in fields(TrainAndTestOptions) if item.init}
+        super().__post_init__()
+        self.check_one_process("mola continual", ", or run `mola train --adapter` stage by stage")
+        self.stages = parse_named_mappings(
+            "stages", self.stages, '{"physics": {"task": "scienceqa", "data": "physics.json"}}'
+        )
+        self.stage_options: dict[str, TrainAndTestOptions] = {}
+        for number, (name, values) in enumerate(self.stages.items(), start=1):
+            try:
+                before = [stage.output_dir for stage in self.stage_options.values()]
+                changes = self._changes(name, values)
+                chained = self._chained(before[-1] if before else None)
+                folder = Path(self.output_dir or "") / f"{number:02d}-{name}"
+                self.stage_options[name] = TrainAndTestOptions(
+                    **{**given, "overwrite_output_dir": False, **chained, **changes, "output_dir": str(folder)}
+                )
+            except (ValueError, TypeError, ImportError) as error:  # MolaError, and TrainingArguments' own checks
+                raise MolaError(f"stage `{name}`: {error}") from error
+
+    def _changes(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that `stages` sets for one stage."""
+        changes = convert(TrainAndTestOptions, values, f"stages.{name}")
+        for key in changes:
+            if key in _SAME_IN_ALL_STAGES:
+                raise MolaError(f"`{key}` must be the same in all stages: set it beside `stages`, not inside.")
+            if key in _SET_BY_SEQUENCE:
+                raise MolaError(f"`{key}` cannot be set for one stage: it follows from the order of the stages.")
+            if key in TRAINING_ONLY and self.adapter is not None and getattr(self, key) is None:
+                raise MolaError(
+                    f"`{key}` of one stage needs a value for all stages, since with `adapter` the default is "
+                    "the value of the previous stage: set it beside `stages`, too."
+                )
+        return changes
+
+    def _chained(self, previous: str | None) -> dict[str, Any]:
+        """The options with which a stage starts from the previous stage's adapter, the folder `previous`."""
+        if previous is None:
+            return {}
+        settings: dict[str, Any] = dict.fromkeys(ADAPTER_DEFAULTS)
+        for name in TRAINING_ONLY:
+            settings[name] = getattr(self, name) if self.adapter is not None else self.adapter_setting(name)
+        return {**settings, "adapter": previous}
 
 
 @dataclass
@@ -44,10 +131,7 @@ class Stage:
 
 
 def check_stages(options: ContinualOptions) -> list[Stage]:
-    """Check all stages without loading weights.
-
-    Returns:
-        The stages in the order of training.
+    """The stages in the order of training. Checks data, lengths, steps, allocation and tests; loads no weights.
 
     Raises:
         MolaError: a stage is wrong; the message names the stage and the fault.
@@ -77,12 +161,8 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
         except MolaError as error:
             raise MolaError(f"stage `{name}`: {error}") from error
         fingerprints = {**data.fingerprints, "test": data_fingerprint(test_examples)}
-        stages.append(Stage(name, stage_options, test, _settings_to_compare(stage_options, number == 1), fingerprints))
+        settings = {name: value for name, value in stage_options.to_dict().items() if name not in NOT_COMPARED}
+        if number == 1:  # later stages start from the previous stage, so their `adapter` is only a path
+            settings["adapter"] = stage_options.adapter
+        stages.append(Stage(name, stage_options, test, settings, fingerprints))
     return stages
-
-
-def _settings_to_compare(options: TrainAndTestOptions, is_first: bool) -> dict[str, Any]:
-    """The options of a stage that must stay the same to resume it."""
-    values = {name: value for name, value in options.to_dict().items() if name not in NOT_COMPARED}
-    # Later stages start from the previous stage, so their `adapter` is only a path.
-    return {**values, "adapter": options.adapter} if is_first else values
