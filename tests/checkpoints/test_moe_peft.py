@@ -17,6 +17,7 @@ from mola.cli import main
 from mola.exporting.convert import ConvertOptions, convert
 from mola.models.adapters import check_adapter
 from tests.checkpoints.moe_peft_reference import LLAMA_SIZES, Llama, make_settings, make_tensors, write
+from tests.grids import slow
 
 LINEARS = [f"model.layers.{layer}.{name}" for layer in range(4) for name in LLAMA_SIZES]
 Q = "mola.layers.1.self_attn.q_proj"
@@ -130,7 +131,7 @@ def test_experts_keep_half_precision_and_routers_are_float32(tmp_path):
     }
 
 
-@pytest.mark.parametrize("r", [1, 3, 4, 8, 10])
+@pytest.mark.parametrize("r", [1, 3, 10])
 def test_rslora_keeps_its_scale(tmp_path, r):
     settings = make_settings(["q_proj"], r=r, lora_alpha=20, use_rslora=True)
     adapter = read_moe_peft(write(tmp_path / "a", settings, make_tensors(settings)), LINEARS)
@@ -157,7 +158,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["phi", "phi3", "mistral", *slow("qwen2", "gemma", "gemma2")])
 def test_names_of_all_families_but_chatglm(tmp_path, family):
     config = AutoConfig.for_model(
         family,
@@ -224,10 +225,8 @@ def test_report_names_routers_left_out(tmp_path, tiny_model_dir):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "MIXLORA"}, "`peft_type` .* must be 'MOLA', got 'MIXLORA'. MixLoRA has one router"),
-        ({"peft_type": "LORAMOE"}, "LoRAMoE weights all experts"),
+        ({"peft_type": "MIXLORA"}, "`peft_type` .* must be 'MOLA', got 'MIXLORA'"),
         ({"peft_type": "LORA"}, "PEFT's own format"),
-        ({"peft_type": "IA3"}, "not an adapter of MoE-PEFT"),
         ({"routing_strategy": "mixlora-dynamic"}, "`routing_strategy` .* must be 'mola', got 'mixlora-dynamic'"),
         ({"bias": "all"}, "`bias` .* must be 'none', got 'all'"),
         ({"top_k": ...}, r"\['top_k'\] missing"),
@@ -265,17 +264,6 @@ def test_broken_weights_are_refused(tmp_path, remove, add, message):
     folder = write(tmp_path / "a", settings, {**kept, **add})
     with pytest.raises(MolaError, match=message):
         read_moe_peft(folder, LINEARS)
-
-
-def test_a_pickle_that_would_run_code_is_refused(tmp_path):
-    class Harmful:
-        def __reduce__(self):
-            return (tmp_path.joinpath("ran").write_text, ("yes",))
-
-    folder = write(tmp_path / "a", make_settings(), {Q: Harmful()})
-    with pytest.raises(MolaError, match="cannot be read as tensors"):
-        read_moe_peft(folder, LINEARS)
-    assert not (tmp_path / "ran").exists()
 
 
 def test_chatglm_names_are_refused_with_the_reason(tmp_path):
@@ -316,15 +304,14 @@ def test_other_base_models_are_refused_before_writing(tmp_path, tiny_model_dir):
 # ---------------------------------------------------------------------- unconverted, given as adapter
 
 
-@pytest.mark.parametrize("changes", [{}, {"routing_strategy": ..., "use_rslora": True}], ids=str)
 @pytest.mark.parametrize(
-    "command",
+    ("command", "changes"),
     [
-        ["evaluate", "--task", "sample", "--data", "none.json"],
-        ["generate", "--instruction", "Name a metal."],
-        ["train", "--task", "sample", "--data", "none.json", "--output_dir"],
+        (["evaluate", "--task", "sample", "--data", "none.json"], {}),
+        (["generate", "--instruction", "Name a metal."], {"routing_strategy": ..., "use_rslora": True}),
+        (["train", "--task", "sample", "--data", "none.json", "--output_dir"], {}),
     ],
-    ids=lambda command: command[0],
+    ids=["evaluate", "generate", "train"],
 )
 def test_an_unconverted_adapter_gives_the_command_that_converts_it(tmp_path, tiny_model_dir, capsys, command, changes):
     settings = make_settings(["q_proj"], **changes)

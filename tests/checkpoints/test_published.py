@@ -124,9 +124,9 @@ def test_one_number_for_all_layers_is_written_as_a_list():
         ({"exclude_modules": ["lm_head"]}, "`exclude_modules` cannot be expressed"),
         ({"target_modules": r".*\.(q|v)_proj"}, "`target_modules` must be a list"),
         ({"target_modules": ["q_proj"]}, r"plain names, \['q_proj', 'v_proj'\]"),
-        ({"num_experts": [2, 2]}, r"`num_experts` 2 .*need \(2, 2, 'features'\)"),
-        ({"r": [2, 3]}, r"`r` 3 need"),
-        ({"num_experts": [2, 1]}, "`num_experts` 1 needs the tensors"),
+        ({"num_experts": [2, 2]}, r"`num_experts` 2 .*needs tensors .*'A': \(2, 2\)"),
+        ({"r": [2, 3]}, r"`r` 3 needs tensors"),
+        ({"num_experts": [2, 1]}, "`num_experts` 1 and `r` 2 needs tensors"),
         ({"router": "soft"}, "`router` cannot be expressed.*got 'soft'"),
     ],
 )

@@ -28,8 +28,6 @@ def test_evaluation_with_an_adapter_differs_from_the_base(options, tiny_model, t
     ("change", "message"),
     [
         ({"batch_size": 0}, "`batch_size`.*0"),
-        ({"max_new_tokens": 0}, "`max_new_tokens`.*0"),
-        ({"limit": 0}, "`limit`.*0"),
         ({"seed": -1}, "`seed` must be a whole number from 0 .*: got -1"),
         ({"dtype": "half"}, "half"),
         ({"device": "tpu9"}, "tpu9"),
@@ -42,13 +40,8 @@ def test_evaluation_with_an_adapter_differs_from_the_base(options, tiny_model, t
         ({"max_new_tokens": 1000}, r"1024 positions: sample 'test-0' has \d+ prompt tokens, and 1000"),
     ],
 )
-def test_wrong_options_are_refused_before_the_weights_are_read(change, message, options, tiny_model_dir, tmp_path):
-    folder = tmp_path / "no-weights"
-    folder.mkdir()
-    for file in tiny_model_dir.iterdir():
-        if file.suffix != ".safetensors":
-            (folder / file.name).write_bytes(file.read_bytes())
-    wrong = EvaluateOptions(**asdict(options) | {"base_model": str(folder)} | change)
+def test_wrong_options_are_refused_before_the_weights_are_read(change, message, options, no_weights_dir):
+    wrong = EvaluateOptions(**asdict(options) | {"base_model": str(no_weights_dir)} | change)
     with pytest.raises(MolaError, match=message):
         evaluate(wrong)
 
@@ -137,15 +130,10 @@ def test_a_length_of_answers_that_are_not_generated_is_warned_of(pair_options, c
     assert "`max_new_tokens` is not used" in caplog.text
 
 
-def test_answers_of_another_task_are_refused_before_the_weights_are_read(pair_options, tiny_model_dir, tmp_path):
-    folder = tmp_path / "no-weights"
-    folder.mkdir()
-    for file in tiny_model_dir.iterdir():
-        if file.suffix != ".safetensors":
-            (folder / file.name).write_bytes(file.read_bytes())
+def test_answers_of_another_task_are_refused_before_the_weights_are_read(pair_options, no_weights_dir):
     rows = [{"instruction": "x", "output": f"Answer: The answer is {word}.", "answer": word} for word in ("y", "Y")]
     Path(pair_options.data).write_text(json.dumps(rows))
-    pair_options.base_model, pair_options.scoring = str(folder), "generate"
+    pair_options.base_model, pair_options.scoring = str(no_weights_dir), "generate"
     with pytest.raises(MolaError, match="`answer` of sample 'test-1' must be one of 'n', 'y' .*got 'Y'"):
         evaluate(pair_options)
 

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from mola.evaluation.differences import interval_over_questions, paired_difference, two_way_error, verdict_of
+from tests.grids import slow
 
 
 def test_value_is_the_difference_of_the_accuracies():
@@ -42,7 +43,7 @@ def test_few_different_answers_give_no_narrower_interval_than_none():
     assert bounds[-1] < 0.04
 
 
-@pytest.mark.parametrize(("hard", "slip"), [(0.01, 0.0002), (0.01, 0.005), (0.04, 0.01)])
+@pytest.mark.parametrize(("hard", "slip"), [(0.01, 0.0002), *slow((0.01, 0.005), (0.04, 0.01))])
 def test_interval_holds_the_true_difference_where_nearly_all_answers_are_right(hard, slip):
     """One recipe never answers a few of the questions; both are wrong now and then."""
     generator, rounds, hits = np.random.default_rng(2), 300, 0

@@ -17,6 +17,7 @@ from mola.generation.generate import GenerateOptions, _choose_template
 from mola.models.prompts import template_for
 from tests.damage import change_tensors
 from tests.exporting.conftest import base, load, logits, saved
+from tests.grids import slow
 
 
 def test_exported_lora_merges_into_a_model_folder(tiny_model_dir, mixture, tmp_path, run):
@@ -30,7 +31,7 @@ def test_exported_lora_merges_into_a_model_folder(tiny_model_dir, mixture, tmp_p
     assert "adapter_config.json" not in names
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float32)])
 def test_the_merged_model_has_the_dtype_of_its_base(tiny_model_dir, lora, tmp_path, run, dtype):
     base(tiny_model_dir).to(dtype).save_pretrained(tmp_path / "base")
     for file in tiny_model_dir.glob("*token*"):
@@ -107,8 +108,16 @@ def test_merging_into_shared_weights_is_refused(target, tied_dir, tmp_path, refu
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
-@pytest.mark.parametrize("more", [{}, {"trainable_token_indices": [3, 5]}, {"modules_to_save": ["lm_head"]}], ids=list)
-@pytest.mark.parametrize("kind", [LoraConfig, MolaConfig])
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (LoraConfig, {"trainable_token_indices": [3, 5]}),
+        (MolaConfig, {"modules_to_save": ["lm_head"]}),
+        *slow((LoraConfig, {}), (LoraConfig, {"modules_to_save": ["lm_head"]}), (MolaConfig, {})),
+        *slow((MolaConfig, {"trainable_token_indices": [3, 5]})),
+    ],
+    ids=str,
+)
 def test_other_modules_of_a_tied_model_merge(kind, more, tied_dir, tmp_path, run):
     one = {} if kind is LoraConfig else {"num_experts": 1, "top_k": 1}
     config = kind(target_modules=["q_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM", **one, **more)

@@ -176,8 +176,8 @@ def test_accuracies_by_generation_equal_those_of_mola_evaluate(tiny_model_dir, m
     run("convert", mixture, "--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, *asked, *same)
     report = report_of(tmp_path / "lora")
     assert report["settings"]["scoring"] == "generate"
-    for name, adapter in (("lora", tmp_path / "lora"), ("mixture", mixture), ("base", None)):
-        words = {"task": source["task"], "data": source["test"], "adapter": adapter and str(adapter)}
+    for name, adapter in (("lora", tmp_path / "lora"), ("mixture", mixture)):
+        words = {"task": source["task"], "data": source["test"], "adapter": str(adapter)}
         alone = evaluate(
             EvaluateOptions(str(tiny_model_dir), **words, scoring="generate", device="cpu", dtype="float32")
         )
@@ -344,24 +344,17 @@ def test_usage_weights_come_from_the_training(tiny_model_dir, mixture, tmp_path,
         (["--rank", "2", "--method", "regression"], "`method` regression needs `data` or `text`"),
         (["--rank", "2", "--method", "svd"], "`method` must be one of regression, mean, usage: got 'svd'"),
         (["--rank", "2", "--task", "sample"], "`task` must be given with `data` or `test`"),
-        (["--rank", "2", "--test", "x.json"], "`task` must be given with `data` or `test`"),
         (["--rank", "2", "--text", "none.txt"], "`text` cannot be read"),
-        (["--rank", "2", "--test", "x", "--scoring", "guess"], "`scoring` must be one of"),
-        (["--rank", "2", "--text", "x", "--fit_passes", "0"], "`fit_passes` must be at least 1, got 0"),
+        (["--rank", "2", "--text", "x", "--fit_passes", "0"], "`fit_passes` must be at least 1: got 0"),
         (["--rank", "2", "--text", "x", "--answer_weight", "0"], "`answer_weight` must be above 0, got 0.0"),
         (["--rank", "2", "--fit_passes", "3"], "`fit_passes` has no effect without `data` or `text`: got 3"),
-        (["--rank", "2", "--memory_gb", "-1"], "`memory_gb` has no effect without `data` or `text`: got -1.0"),
-        (["--rank", "2", "--scoring", "generate"], "`scoring` has no effect without `test`: got 'generate'"),
-        (["--rank", "2", "--text", "x", "--split", "test"], "`split` has no effect without `data`: got 'test'"),
-        (["--rank", "2", "--text", "x", "--limit", "-1"], "`limit` must be at least 1, got -1"),
-        (["--rank", "2", "--dtype", "float17"], "`dtype` has no effect without `data`"),
+        (["--rank", "2", "--text", "x", "--limit", "-1"], "`limit` must be at least 1: got -1"),
         (["--rank", "2", "--text", "x", "--seed", "3"], "`seed` is only for --from lora, got 3"),
         (["--rank", "2", "--limit", "7"], "`limit` has no effect without `data` or `text` or `test_text`: got 7"),
         (
             ["--rank", "2", "--text", "x", "--method", "mean", "--answer_weight", "2"],
-            "`answer_weight` belongs to `method` regression, but `method` is mean: got 2.0",
+            "`answer_weight` is not used by `method` mean: got 2.0",
         ),
-        (["--rank", "2", "--top_k", "2"], "`top_k` is only for --from published and --from lora, got '2'"),
     ],
 )
 def test_wrong_options(mixture, no_weights_dir, tmp_path, refusal, flags, message):
@@ -382,15 +375,8 @@ def test_unusable_test_questions_are_refused_before_the_model_loads(
     ):
         (tmp_path / "test.json").write_text(json.dumps([rows[0] | change]))
         assert message in refusal("convert", mixture, *words, "--task", "sample", "--test", tmp_path / "test.json")
-
-
-def test_a_link_to_a_folder_stays_a_link(mixture, tiny_model_dir, tmp_path, run):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    run("convert", mixture, "--to", "lora", "--base_model", tiny_model_dir, "--rank", 2, "--output", tmp_path / "link")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "elsewhere" / "adapter_config.json").is_file()
-    assert not list(tmp_path.glob(".*"))
+    words += ["--task", "sample", "--test", questions / "test.json", "--scoring", "guess"]
+    assert "`scoring` must be one of" in refusal("convert", mixture, *words)
 
 
 def test_wrong_sources(mixture, lora, no_weights_dir, tmp_path, refusal):
@@ -402,18 +388,12 @@ def test_wrong_sources(mixture, lora, no_weights_dir, tmp_path, refusal):
     assert "`bias` of the adapter must be 'none'" in refusal("convert", mixture, *flags)
 
 
-def test_too_little_memory(mixture, tiny_model_dir, questions, tmp_path, refusal, run):
-    flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--data", questions / "train.json"]
-    flags += ["--task", "sample", "--dtype", "float32", "--device", "cpu"]
-    assert "`memory_gb` must be at least" in refusal(
-        "convert", mixture, *flags, "--memory_gb", 1e-6, "--output", tmp_path / "no"
-    )
-
-
-def test_layers_are_fitted_in_parts(mixture, tiny_model_dir, questions, tmp_path, run):
+def test_layers_are_fitted_in_parts(mixture, tiny_model_dir, questions, tmp_path, run, refusal):
     """With `--fit_passes` or too little memory, later parts are fitted to the inputs of the converted ones."""
     flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--data", questions / "train.json"]
-    flags += ["--task", "sample", "--dtype", "float32", "--device", "cpu", "--output"]
+    flags += ["--task", "sample", "--limit", 20, "--dtype", "float32", "--device", "cpu", "--output"]
+    message = refusal("convert", mixture, *flags, tmp_path / "no", "--memory_gb", 1e-6)
+    assert "`memory_gb` must be at least" in message
     for name, more in {"once": (), "memory": ("--memory_gb", 2e-4), "parts": ("--fit_passes", 3)}.items():
         run("convert", mixture, *flags, tmp_path / name, *more)
     found = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in ("once", "parts", "memory")}

@@ -210,9 +210,6 @@ BROKEN = {
     },
     "`--load-format mola` needs the adapter's folder": {"extra": {"adapter": ""}},
     "no such folder": {"extra": {"adapter": "nowhere"}},
-    "`load_format` 'nonsense' cannot be used": {"extra": {"load_format": "nonsense"}},
-    "`load_format` 'tensorizer' cannot be used": {"extra": {"load_format": "tensorizer"}},
-    "`load_format` 'modelexpress' cannot be used": {"extra": {"load_format": "modelexpress"}},
 }
 
 

@@ -35,8 +35,8 @@ def seed():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (2, 1), (3, 2), (3, 3), (8, 2)])
-@pytest.mark.parametrize("shape", [(1,), (TOKENS,), (60,), (2, 3)])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (3, 2), (8, 2)])
+@pytest.mark.parametrize("shape", [(1,), (2, 3)])
 @pytest.mark.parametrize("products", ["in its dtype", "in float32", "by a function"])
 def test_one_linear_is_that_of_mola(num_experts, top_k, shape, dtype, products):
     layer, x = layer_of(num_experts, top_k, dtype=dtype), torch.randn(*shape, IN).to(dtype)
@@ -54,8 +54,8 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shapes", SHAPES)
-@pytest.mark.parametrize("left_out", [None, 0, 1])
-@pytest.mark.parametrize("tokens", [1, TOKENS, 60])
+@pytest.mark.parametrize("left_out", [None, 1])
+@pytest.mark.parametrize("tokens", [1, TOKENS])
 def test_fused_linears_keep_a_router_each(shapes, left_out, tokens):
     layers, x = [layer_of(**shape) for shape in SHAPES[shapes]], torch.randn(tokens, IN)
     starts = [sum(layer.out_features for layer in layers[:number]) for number in range(len(layers))]
@@ -73,8 +73,7 @@ def test_equal_logits_choose_as_mola():
     torch.testing.assert_close(output, layer(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_experts", [1, 4])
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("num_experts", "ranks"), [(1, 2), (4, 3)])
 def test_slices_of_the_input_add_up(ranks, num_experts):
     """As in a row-parallel linear: logits are summed over ranks, outputs later."""
     layer, x = layer_of(num_experts, top_k=min(num_experts, 2)), torch.randn(TOKENS, IN)
@@ -94,7 +93,7 @@ def test_slices_of_the_input_add_up(ranks, num_experts):
     torch.testing.assert_close(total + layer.base_layer(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("is_fused", [False, True])
 def test_slices_of_the_output_lie_side_by_side(ranks, is_fused):
     """Four heads of queries and two of keys and of values, which four ranks share in pairs; or one linear for all."""

@@ -40,12 +40,6 @@ _TRAINING_ONLY = ("lora_init", "router_init_range", "router_loss", "router_aux_l
 # Tasks that use the base model's own head.
 _TASKS = ("CAUSAL_LM", "QUESTION_ANS", None)
 
-_OTHER_METHODS = {
-    "LORA": "Plain LoRA of MoE-PEFT has PEFT's own format: try it as `adapter` without converting",
-    "MIXLORA": "MixLoRA has one router per feed-forward block, which a router per linear cannot express",
-    "LORAMOE": "LoRAMoE weights all experts of the feed-forward block, which is a different method",
-}
-
 
 class MoePeftAdapter(NamedTuple):
     """An adapter of MoE-PEFT in mola's terms."""
@@ -95,10 +89,11 @@ def read_moe_peft(folder: str | Path, linears: Iterable[str]) -> MoePeftAdapter:
 
 
 def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
-    peft_type = settings.get("peft_type")
-    if peft_type != "MOLA":
-        reason = _OTHER_METHODS.get(str(peft_type), "This is not an adapter of MoE-PEFT with `mola` routing")
-        raise MolaError(f"`peft_type` in {path} must be 'MOLA', got {peft_type!r}. {reason}.")
+    if settings.get("peft_type") != "MOLA":
+        raise MolaError(
+            f"`peft_type` in {path} must be 'MOLA', got {settings.get('peft_type')!r}. MoE-PEFT's other methods cannot "
+            "be converted; its plain LoRA has PEFT's own format and needs no conversion."
+        )
     unknown = sorted(set(settings) - {*_REQUIRED, *_ALSO_KNOWN, *_TRAINING_ONLY})
     missing = [name for name in _REQUIRED if name not in settings]
     if unknown or missing:
@@ -108,14 +103,11 @@ def _check_settings(settings: Mapping[str, Any], path: Path) -> None:
         )
     for name, wanted in (("routing_strategy", "mola"), ("bias", "none")):
         if settings.get(name, wanted) != wanted:
-            raise MolaError(
-                f"`{name}` in {path} must be {wanted!r}, got {settings[name]!r}. Other adapters of MoE-PEFT cannot "
-                "be converted."
-            )
+            raise MolaError(f"`{name}` in {path} must be {wanted!r}, got {settings[name]!r}: it cannot be converted.")
     if settings.get("task_type") not in _TASKS:
         raise MolaError(
             f"`task_type` in {path} must be one of {[name for name in _TASKS if name]}, got {settings['task_type']!r}. "
-            "mola adapts causal language models with their own head; an adapter of a classifier cannot be converted."
+            "An adapter of a classifier cannot be converted."
         )
 
 
@@ -125,9 +117,8 @@ def _locate(module: str, linears: Iterable[str]) -> str:
     if len(found) != 1:
         count = f"{len(found)} of them ({', '.join(found)})" if found else "none"
         raise MolaError(
-            f"`base_model` must have one linear {module!r}, like the adapter: it has {count}. The adapter belongs "
-            "to a different base model, or to an architecture for which MoE-PEFT has names of its own, such as "
-            "ChatGLM, whose adapters cannot be converted."
+            f"`base_model` must have one linear {module!r}, like the adapter: it has {count}. Pass the adapter's base "
+            "model. Adapters of ChatGLM, for which MoE-PEFT has names of its own, cannot be converted."
         )
     return found[0]
 
@@ -149,16 +140,12 @@ def _check_targets(targets: list[str], adapted: list[str], linears: Collection[s
     if extra or missing:
         raise MolaError(
             f"`target_modules` in {path} and the weights disagree: {extra or 'no linears'} with experts that it does "
-            f"not name, {missing or 'no linears'} without experts that it names. Was the file changed, or is it "
-            "incomplete?"
+            f"not name, {missing or 'no linears'} without experts that it names. The file is incomplete or changed."
         )
     # MoE-PEFT accepts the names of all its architectures and ignores those that a model does not have.
-    absent = sorted(set(targets) - set(linears))
-    return (
-        [f"target_modules: the base model has no {', '.join(absent)}; MoE-PEFT does not adapt them either"]
-        if absent
-        else []
-    )
+    if absent := sorted(set(targets) - set(linears)):
+        return [f"target_modules: the base model has no {', '.join(absent)}; MoE-PEFT does not adapt them either"]
+    return []
 
 
 def _last_part(name: str) -> str:

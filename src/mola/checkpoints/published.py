@@ -198,35 +198,25 @@ def to_published(
     return settings, published
 
 
-_REASONS = {
-    "use_rslora": "Its scale is lora_alpha / r: set `lora_alpha` to lora_alpha * sqrt(r) and `use_rslora` to false.",
-    **dict.fromkeys(
-        ("num_experts_pattern", "rank_pattern", "alpha_pattern"),
-        "The format has one number for all linears of a layer.",
-    ),
-    "router": "The format has linear routers only.",
-}
-
-
 def _check_expressible(config: MolaConfig) -> None:
     not_expressible = {
-        "bias": config.bias != "none" and config.bias,
+        "bias": config.bias not in ("none", None),
         "router": config.router != DEFAULT_ROUTER,
-        "modules_to_save": config.modules_to_save,
         "layers_to_transform": config.layers_to_transform is not None,  # 0 also chooses a layer
-        "exclude_modules": config.exclude_modules,
-        "target_parameters": config.target_parameters,
-        "use_rslora": config.use_rslora,
-        "num_experts_pattern": config.num_experts_pattern,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
-        "trainable_token_indices": config.trainable_token_indices,
+        **{
+            name: bool(getattr(config, name))
+            for name in (
+                *("modules_to_save", "exclude_modules", "target_parameters", "trainable_token_indices"),
+                *("use_rslora", "num_experts_pattern", "rank_pattern", "alpha_pattern"),
+            )
+        },
     }
     for name, is_set in not_expressible.items():
         if is_set:
             raise MolaError(
-                f"`{name}` cannot be expressed in the research code's format, got {getattr(config, name)!r}. "
-                f"{_REASONS.get(name, 'Only adapters of the same linears in every decoder layer can be written.')}"
+                f"`{name}` cannot be expressed in the research code's format, got {getattr(config, name)!r}. It has "
+                "experts with linear routers in the same linears of every decoder layer, with one number of experts "
+                "and one rank per layer, and the scale lora_alpha / r."
             )
 
 
@@ -261,19 +251,15 @@ def _same_in_every_layer(modules: Iterable[str]) -> tuple[int, list[str]]:
 
 
 def _check_parts(module: str, parts: Mapping[str, torch.Tensor], num_experts: int, r: int) -> None:
-    wanted = {"A", "B", "router"} if num_experts > 1 else {"A", "B"}
-    if set(parts) != wanted:
+    expected: dict[str, tuple[int, ...]] = {"A": (num_experts, r), "B": (num_experts, r)}
+    if num_experts > 1:
+        expected["router"] = (num_experts,)
+    found = {part: tuple(tensor.shape[:-1]) for part, tensor in parts.items()}
+    if found != expected:
         raise MolaError(
-            f"{module!r} with `num_experts` {num_experts} needs the tensors {sorted(wanted)}, the file has "
-            f"{sorted(parts)}. The file is incomplete, or adapter_config.json was changed."
+            f"{module!r} with `num_experts` {num_experts} and `r` {r} needs tensors of the shapes {expected} before "
+            f"their features; the file has {found}. The file is incomplete, or adapter_config.json was changed."
         )
-    for part, tensor in parts.items():
-        leading = (num_experts,) if part == "router" else (num_experts, r)
-        if tensor.dim() != len(leading) + 1 or tuple(tensor.shape[:-1]) != leading:
-            raise MolaError(
-                f"{module!r} has mola_{part} of shape {tuple(tensor.shape)}; `num_experts` {num_experts} and `r` {r} "
-                f"need {(*leading, 'features')}. Was adapter_config.json changed?"
-            )
     if "router" in parts and parts["router"].shape[-1] != parts["A"].shape[-1]:
         raise MolaError(
             f"{module!r} has a router for {parts['router'].shape[-1]} features and experts for {parts['A'].shape[-1]}; "

@@ -3,14 +3,11 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from mola.data.encode import data_fingerprint
@@ -19,6 +16,7 @@ from mola.data.templates import Template
 from mola.errors import NotFiniteError
 from mola.evaluation.questions import MAX_NEW_TOKENS, Question, checked_questions, end_text
 from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, binary_metrics, constant_prediction
+from mola.files import terminal
 from mola.files.environment import machine_description, software_versions
 from mola.generation import predicting
 from mola.generation.likelihood import option_log_probabilities
@@ -26,14 +24,11 @@ from mola.options.fields import check_positive
 
 logger = logging.getLogger(__name__)
 
-# Padding changes the answers of these models, although it is masked.
-_PADDING_ENTERS_STATE = ("rwkv", "recurrent_gemma", "xlstm")  # recurrent models, whose state reads the padding
-_PADDING_MOVES_WINDOWS = (
-    "deepseek_v4",
-    "minimax_m3_vl",
-    "minimax_m3_vl_text",
-    "blt",
-)  # they cut a sequence into windows
+# Padding changes the answers of these types of model, although it is masked.
+_PADDING_COUNTS = (
+    *("rwkv", "recurrent_gemma", "xlstm"),  # recurrent models, whose state reads the padding
+    *("deepseek_v4", "minimax_m3_vl", "minimax_m3_vl_text", "blt"),  # models that cut a sequence into windows
+)
 
 
 @dataclass
@@ -91,7 +86,7 @@ def evaluate_examples(
     on_batch: Callable[[list[dict[str, Any]]], None] | None = None,
     show_progress: bool = True,
 ) -> EvaluateResult:
-    """Ask a loaded model the examples' questions and score its answers; model and tokenizer are left unchanged.
+    """Let a loaded model answer the examples' questions and score its answers; model and tokenizer stay unchanged.
 
     Args:
         model: causal language model, in training or eval mode.
@@ -126,24 +121,18 @@ def evaluate_examples(
         [remaining[i] for i in batch]
         for batch in predicting.batches_by_length([lengths[i] for i in remaining], batch_size)
     ]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with (
-        Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress,
-        predicting.inference_state(model),
-    ):
-        bar = progress.add_task(escape(task.name), total=len(questions), completed=len(records))
-        for batch in batches:
+    with predicting.inference_state(model):
+        for batch in terminal.show_progress(batches, f"{task.name}, batches") if show_progress else batches:
             start = time.perf_counter()
-            answers = list(_answer_batch(model, tokenizer, task, [questions[i] for i in batch], max_new_tokens))
+            samples = _answer_batch(model, tokenizer, task, [questions[i] for i in batch], max_new_tokens)
             seconds = (time.perf_counter() - start) / len(batch)
             new = [
-                {"index": index, "seconds": seconds, "sample": _sample(questions[index], *answer)}
-                for index, answer in zip(batch, answers, strict=True)
+                {"index": index, "seconds": seconds, "sample": sample}
+                for index, sample in zip(batch, samples, strict=True)
             ]
             records.update(zip(batch, new, strict=True))
             if on_batch is not None:
                 on_batch(new)
-            progress.update(bar, completed=len(records))
     settings = {
         "task": task.name,
         "template": template.name if isinstance(template, Template) else template,
@@ -165,13 +154,12 @@ def evaluate_examples(
 def _why_one_by_one(model: Any, longest: int) -> str | None:
     """None if an answer does not depend on the other samples of its batch, else the reason why it does.
 
-    Args:
-        model: the model.
-        longest: tokens of the longest sample, with its answer.
+    `longest` is the number of tokens of the longest sample, with its answer.
     """
-    if longest > (predicting.max_length_of_shared_rope(model.config) or longest):
+    max_length = predicting.max_length_of_shared_rope(model.config)
+    if max_length is not None and longest > max_length:
         return "positions of this model depend on a batch's longest sample"
-    if getattr(model.config, "model_type", None) in (*_PADDING_ENTERS_STATE, *_PADDING_MOVES_WINDOWS):
+    if getattr(model.config, "model_type", None) in _PADDING_COUNTS:
         return "padding changes the answers of this type of model"
     if predicting.prompt_learning_configs(model):
         return "padding would come between the virtual tokens and the prompt"
@@ -179,45 +167,59 @@ def _why_one_by_one(model: Any, longest: int) -> str | None:
 
 
 def _answer_batch(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    questions: Sequence[Question],
-    max_new_tokens: int,
-) -> Iterator[tuple[str, str | None]]:
-    """Yield the output text and the extracted answer of each question."""
-    template, prompts = questions[0].template, [question.prompt for question in questions]
-    if questions[0].options:
-        end = end_text(tokenizer, template)
-        texts = [question.option_texts(end) for question in questions]
-        scores = option_log_probabilities(model, tokenizer, texts, template, prompts)
-        for question, values in zip(questions, scores, strict=True):
-            if any(map(math.isnan, values)):
-                raise NotFiniteError(
-                    f"the scores of sample {question.example['id']!r} are NaN and cannot be compared. Pass "
-                    "--dtype float32 or bfloat16, and check that the weights of `base_model` are finite."
-                )
-            answer = question.options[values.index(max(values))]
-            yield question.prefix + answer, answer
-        return
-    encoded = predicting.encode_before_answer(tokenizer, prompts, template)
+    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, questions: Sequence[Question], max_new_tokens: int
+) -> list[dict[str, Any]]:
+    """The sample of each question, as in the result."""
+    predictions: Sequence[str | None]
+    if questions[0].options:  # scoring by likelihood
+        predictions = options = _choose_options(model, tokenizer, questions)
+        outputs = [question.prefix + option for question, option in zip(questions, options, strict=True)]
+    else:
+        outputs = _generate_outputs(model, tokenizer, questions, max_new_tokens)
+        predictions = [
+            task.extract_answer(output, question.example["num_choices"])
+            for question, output in zip(questions, outputs, strict=True)
+        ]
+    return [
+        {
+            "id": question.example["id"],
+            "prompt": question.prompt,
+            "output": output,
+            "predicted": predicted,
+            "answer": question.example["answer"],
+            "correct": predicted == question.example["answer"],
+        }
+        for question, output, predicted in zip(questions, outputs, predictions, strict=True)
+    ]
+
+
+def _choose_options(model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[str]:
+    """The most probable option of each question."""
+    template = questions[0].template
+    end = end_text(tokenizer, template)
+    texts, prompts = [each.option_texts(end) for each in questions], [each.prompt for each in questions]
+    chosen = []
+    scores = option_log_probabilities(model, tokenizer, texts, template, prompts)
+    for question, values in zip(questions, scores, strict=True):
+        if any(map(math.isnan, values)):
+            raise NotFiniteError(
+                f"the scores of sample {question.example['id']!r} are NaN and cannot be compared. Pass "
+                "--dtype float32 or bfloat16, and check that the weights of `base_model` are finite."
+            )
+        chosen.append(question.options[values.index(max(values))])
+    return chosen
+
+
+def _generate_outputs(
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], max_new_tokens: int
+) -> list[str]:
+    """The text that greedy decoding writes after each prompt."""
+    template = questions[0].template
+    prompts = predicting.encode_before_answer(tokenizer, [question.prompt for question in questions], template)
     ends = [] if template is None else template.ending(tokenizer)[:1]
-    outputs = predicting.generate_batch(
-        model, tokenizer, encoded, ends=ends, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+    return predicting.generate_batch(
+        model, tokenizer, prompts, ends=ends, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
     )
-    for question, output in zip(questions, outputs, strict=True):
-        yield output, task.extract_answer(output, question.example["num_choices"])
-
-
-def _sample(question: Question, output: str, predicted: str | None) -> dict[str, Any]:
-    return {
-        "id": question.example["id"],
-        "prompt": question.prompt,
-        "output": output,
-        "predicted": predicted,
-        "answer": question.example["answer"],
-        "correct": predicted == question.example["answer"],
-    }
 
 
 def _result(

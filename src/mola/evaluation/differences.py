@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -39,14 +38,12 @@ def paired_difference(
             equally. In this case the marks of a task with `n` of all `Q` questions are multiplied by `Q / (tasks * n)`.
     """
     values = marks.astype(float) - reference
-    value = float(values.mean())
-    if min(values.shape) < 2:
-        only = "one seed" if len(values) < 2 else "one question"
-        return Difference(value, None, f"{only}: no verdict", len(values))
-    interval = _interval(
-        value, two_way_error(values), questions_by_task or [values.shape[1]], 1 - (1 - LEVEL) / comparisons
-    )
-    return Difference(value, interval, verdict_of(value, interval), len(values))
+    value, (seeds, questions) = float(values.mean()), values.shape
+    if min(seeds, questions) < 2:
+        return Difference(value, None, f"one {'seed' if seeds < 2 else 'question'}: no verdict", seeds)
+    level = 1 - (1 - LEVEL) / comparisons
+    interval = _interval(value, *two_way_error(values), questions_by_task or [questions], level)
+    return Difference(value, interval, verdict_of(value, interval), seeds)
 
 
 def interval_over_questions(marks: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
@@ -58,7 +55,7 @@ def interval_over_questions(marks: np.ndarray, reference: np.ndarray) -> tuple[f
     """
     values = marks.astype(float) - reference
     error = float(stats.sem(values)) if np.ptp(values) > 0 else 0.0
-    return _interval(float(values.mean()), StandardError(error, len(values) - 1.0), [len(values)], LEVEL)
+    return _interval(float(values.mean()), error, len(values) - 1.0, [len(values)], LEVEL)
 
 
 def verdict_of(value: float, interval: tuple[float, float]) -> str:
@@ -73,14 +70,7 @@ def verdict_of(value: float, interval: tuple[float, float]) -> str:
     return f"no difference above {bound:.1f} points"
 
 
-class StandardError(NamedTuple):
-    """Standard error of a mean."""
-
-    error: float
-    df: float  # degrees of freedom
-
-
-def two_way_error(values: np.ndarray) -> StandardError:
+def two_way_error(values: np.ndarray) -> tuple[float, float]:
     r"""Standard error of the mean of values by seed and question, for other seeds and other questions.
 
     Seeds and questions both count as drawn at random, and every seed answers every question (a crossed design). With
@@ -91,11 +81,14 @@ def two_way_error(values: np.ndarray) -> StandardError:
     Args:
         values: `(S, Q)`, at least two of each.
 
+    Returns:
+        The standard error, and its degrees of freedom.
+
     Source: Satterthwaite 1946, Biometrics Bulletin 2:110; Searle, Casella, McCulloch 1992, Variance Components, 4.
     """
     num_seeds, num_questions = values.shape
     if np.ptp(values) == 0:
-        return StandardError(0.0, float(min(num_seeds, num_questions) - 1))
+        return 0.0, float(min(num_seeds, num_questions) - 1)
     by_seed, by_question = values.mean(1), values.mean(0)
     rest = values - by_seed[:, None] - by_question + values.mean()
     ms_seeds = num_questions * float(by_seed.var(ddof=1))
@@ -104,37 +97,31 @@ def two_way_error(values: np.ndarray) -> StandardError:
     ms_rest = float((rest**2).sum()) / df_rest
     total = max(ms_seeds + ms_questions - ms_rest, ms_seeds, ms_questions)
     parts = ms_seeds**2 / (num_seeds - 1) + ms_questions**2 / (num_questions - 1) + ms_rest**2 / df_rest
-    return StandardError(math.sqrt(total / values.size), max(1.0, total**2 / parts))
+    return math.sqrt(total / values.size), max(1.0, total**2 / parts)
 
 
-def _interval(value: float, spread: StandardError, questions: Sequence[int], level: float) -> tuple[float, float]:
-    """Student's interval, widened for kinds of questions that were not asked; within -1 and 1.
+def _interval(
+    value: float, error: float, df: float, questions_by_task: Sequence[int], level: float
+) -> tuple[float, float]:
+    r"""Student's interval of the mean over equally weighted tasks, within -1 and 1.
 
-    `questions` has the number of questions of each task; the mean of the tasks is what the interval is for.
+    It is widened for questions on which recipe and reference differ and which were not asked. If nearly all answers
+    agree, the standard error is near 0 although such questions may exist. Three half widths are computed, and the
+    widest is used. With `n` questions in each of `T` tasks:
+        1. t(df) error
+        2. t(df') error', as if every task had two more questions, one that only the recipe answers correctly and one
+           that only the reference does: error' ** 2 = error ** 2 + sum(2 / (T n) ** 2). The added part is constant, so
+           df' = error' ** 4 df / error ** 4 (Satterthwaite). With few seeds this alone could be narrower than 1.
+        3. sum((1 - p ** (1 / n)) / T), p = (1 - level) / 2: the largest share of a kind of question that none of the
+           asked ones is of (Clopper-Pearson).
+
+    Source of 2: after Agresti and Coull 1998, The American Statistician 52:119, who add such cases to a share.
     """
-    errors = [each for each in (spread, _with_added_questions(spread, questions)) if each.error > 0]
-    half = max(float(stats.t.ppf((1 + level) / 2, each.df)) * each.error for each in errors)
-    # Of a kind of question that none of n questions is of, the share is at most 1 - p ** (1 / n) (Clopper-Pearson).
+    weight = 1 / len(questions_by_task)
+    total = error**2 + sum(2 * (weight / count) ** 2 for count in questions_by_task)
+    widened = math.sqrt(total), total**2 * df / error**4 if error**4 > 0 else math.inf
+    spreads = [each for each in ((error, df), widened) if each[0] > 0]
+    half = max(float(stats.t.ppf((1 + level) / 2, freedom)) * spread for spread, freedom in spreads)
     log_p = math.log((1 - level) / 2)
-    weight = 1 / len(questions)
-    unseen = -sum(weight * math.expm1(log_p / count) for count in questions)
-    half = max(half, unseen)
+    half = max(half, -sum(weight * math.expm1(log_p / count) for count in questions_by_task))
     return max(value - half, -1.0), min(value + half, 1.0)
-
-
-def _with_added_questions(spread: StandardError, questions: Sequence[int]) -> StandardError:
-    r"""Add two questions to every task, one that only the recipe answers correctly, one only the reference.
-
-    Without these questions the error is near 0 if nearly all answers agree, although a few questions on which they
-    differ may have been missed. With `n` questions in each of `T` tasks:
-        error ** 2 + sum(2 / (T n) ** 2)
-    The added part is constant, so the degrees of freedom grow with its share (Satterthwaite). With few seeds the
-    interval could become narrower by this; `_interval` uses the wider of the two.
-
-    Source: after Agresti and Coull 1998, The American Statistician 52:119, who add such cases to a share.
-    """
-    weight = 1 / len(questions)
-    added = sum(2 * (weight / count) ** 2 for count in questions)
-    total = spread.error**2 + added
-    df = total**2 * spread.df / spread.error**4 if spread.error**4 > 0 else math.inf
-    return StandardError(math.sqrt(total), df)

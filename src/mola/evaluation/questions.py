@@ -62,7 +62,7 @@ def checked_questions(
     max_new_tokens: int = MAX_NEW_TOKENS,
     limit: int | None = None,
 ) -> tuple[list[Question], list[int]]:
-    """The questions and their lengths in tokens, without a model.
+    """The questions, and the tokens of the longest text that the model will see for each of them; needs no model.
 
     Args:
         tokenizer: the model's.
@@ -78,10 +78,17 @@ def checked_questions(
             leaves no room for its answer, or (likelihood) the possible answers of an example are unknown.
     """
     questions = make_questions(task, examples, template, scoring, tokenizer)
-    _check_answers(task, examples)
     if scoring == "generate":
         warn_unread_outputs(task, examples)
-    return questions, _question_lengths(tokenizer, questions, scoring, max_new_tokens, limit)
+    layout = questions[0].template
+    end = end_text(tokenizer, layout)
+    # The texts that the model will see for each question: its options, or the prompt alone.
+    texts = [question.option_texts(end) or [question.prompt] for question in questions]
+    encoded = iter(predicting.encode_prompts(tokenizer, [text for each in texts for text in each], layout))
+    longest = [max(itertools.islice(encoded, len(each)), key=len) for each in texts]
+    num_new_tokens = max_new_tokens if scoring == "generate" else 0
+    predicting.check_lengths([example["id"] for example in examples], longest, num_new_tokens, limit)
+    return questions, [len(ids) for ids in longest]
 
 
 def make_questions(
@@ -103,16 +110,7 @@ def make_questions(
     layout = template if isinstance(template, Template) else get_template(template, tokenizer)
     questions = []
     for example in examples:
-        if not example.get("answer"):
-            cure = (
-                "Evaluate a task with an answer rule."
-                if task.answer is None
-                else "Add the column, or prepare the source with `mola prepare`."
-            )
-            raise MolaError(
-                f"`data` must have answers: sample {example['id']!r} of the task {task.name!r} has `answer` "
-                f"{example.get('answer')!r}. {cure}"
-            )
+        _check_answer(example, task)
         prompt = layout.prompt(example["instruction"], example["input"])
         if scoring == "likelihood":
             options = tuple(answer_options(example, task))
@@ -121,6 +119,25 @@ def make_questions(
         else:
             questions.append(Question(example, prompt, template=layout))
     return questions
+
+
+def _check_answer(example: Mapping[str, Any], task: Task) -> None:
+    """Raise for a sample that would always count as wrong, because the task reads its answer from no text."""
+    answer, rule = example.get("answer"), task.answer
+    if not answer:
+        cure = "Add the column, or prepare the source with `mola prepare`."
+        raise MolaError(
+            f"`data` must have answers: sample {example['id']!r} of the task {task.name!r} has `answer` {answer!r}. "
+            + ("Evaluate a task with an answer rule." if rule is None else cure)
+        )
+    if rule is None:
+        return
+    possible = list(LETTERS[: example["num_choices"]]) if rule.words is None else list(rule.words.values())
+    if answer not in possible:
+        raise MolaError(
+            f"`answer` of sample {example['id']!r} must be one of {', '.join(map(repr, dict.fromkeys(possible)))} for "
+            f"the task {task.name!r}: got {answer!r}. Correct it, or run `mola prepare` on the raw data."
+        )
 
 
 def answer_options(example: Mapping[str, Any], task: Task) -> list[str]:
@@ -164,21 +181,6 @@ def split_at_answer(example: Mapping[str, Any], task: Task) -> tuple[str, str]:
     )
 
 
-def _check_answers(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
-    """Raise if the task cannot read an expected answer from any text: the sample would always count as wrong."""
-    if task.answer is None:
-        return
-    words = task.answer.words
-    for example in examples:
-        possible = list(LETTERS[: example["num_choices"]]) if words is None else list(words.values())
-        if example["answer"] not in possible:
-            known = ", ".join(map(repr, dict.fromkeys(possible)))
-            raise MolaError(
-                f"`answer` of sample {example['id']!r} must be one of {known} for the task {task.name!r}: got "
-                f"{example['answer']!r}. Correct it, or run `mola prepare` on the raw data."
-            )
-
-
 def warn_unread_outputs(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
     """Warn once if the task does not find the answer in the expected output of some examples."""
     if task.answer is None:
@@ -194,24 +196,6 @@ def warn_unread_outputs(task: Task, examples: Sequence[Mapping[str, Any]]) -> No
             "model that writes these outputs counts as wrong.",
             *(task.name, len(unread), len(examples), unread[0]),
         )
-
-
-def _question_lengths(
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    scoring: str,
-    max_new_tokens: int,
-    limit: int | None,
-) -> list[int]:
-    """Tokens of each question as the model will see it: its prompt, or the longest of its option texts."""
-    template, names = questions[0].template, [question.example["id"] for question in questions]
-    end = end_text(tokenizer, template)
-    texts = [question.option_texts(end) or [question.prompt] for question in questions]
-    encoded = iter(predicting.encode_prompts(tokenizer, [text for each in texts for text in each], template))
-    longest = [max(itertools.islice(encoded, len(each)), key=len) for each in texts]
-    num_new_tokens = max_new_tokens if scoring == "generate" else 0
-    predicting.check_lengths(names, longest, num_new_tokens, limit)
-    return [len(ids) for ids in longest]
 
 
 def end_text(tokenizer: PreTrainedTokenizerBase, template: Template | None) -> str:

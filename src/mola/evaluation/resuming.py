@@ -19,6 +19,7 @@ from mola.errors import MolaError
 from mola.files.atomic import append_lines, check_writable
 from mola.files.environment import software_versions
 from mola.models.devices import resolve_device, resolve_dtype
+from mola.options.fields import find_difference
 
 logger = logging.getLogger(__name__)
 
@@ -54,26 +55,20 @@ class AnswersFile:
             if not complete:
                 return []
             made_with, *records = [json.loads(line) for line in complete]
-            if not all(isinstance(entry, dict) for entry in (made_with, *records)):
-                raise ValueError("a line is no JSON object")
         except (OSError, ValueError) as error:
             raise MolaError(f"`{self.path}` cannot be read ({error}). Delete the file to start again.") from error
-        differences = [
-            f"{key} {made_with.get(key)!r} there, {self.made_with.get(key)!r} now"
-            for key in sorted({*made_with, *self.made_with})
-            if made_with.get(key) != self.made_with.get(key)
-        ]
-        if not differences:
+        key = find_difference(made_with, self.made_with)
+        if key is None:
             return records
-        if discard_others:
-            logger.warning("%s: discarding %d samples made with other settings.", self.path, len(records))
-            self.remove()
-            return []
-        raise MolaError(
-            f"`{self.path}` holds {len(records)} samples of an unfinished run with other settings: "
-            f"{'; '.join(differences)}. Use the same settings to resume it, a different `output`, or "
-            "`overwrite` to discard it."
-        )
+        if not discard_others:
+            raise MolaError(
+                f"`{self.path}` holds {len(records)} samples of an unfinished run with other settings: {key} "
+                f"{made_with.get(key)!r} there, {self.made_with.get(key)!r} now. Use the same settings to resume it, "
+                "a different `output`, or `overwrite` to discard it."
+            )
+        logger.warning("%s: discarding %d samples made with other settings.", self.path, len(records))
+        self.remove()
+        return []
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add answered samples."""
@@ -87,13 +82,7 @@ class AnswersFile:
 
 
 def answers_made_with(options: Any, task: Task, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Everything that the answers depend on: options, data, task, weights, versions, device and dtype.
-
-    Args:
-        options: an `EvaluateOptions`.
-        task: its task.
-        examples: its examples.
-    """
+    """Everything that the answers depend on: an `EvaluateOptions`, data, task, weights, versions, device and dtype."""
     device = resolve_device(options.device)
     settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite")}
     # `data_fingerprint` covers the texts; the right answer and the number of choices decide the score.

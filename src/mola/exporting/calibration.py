@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,33 +31,22 @@ _BATCH_TOKENS = 1024
 _HELD_OUT_INTERVAL = 10  # one row in ten is held out
 _NO_LIMIT = 1 << 30
 
-
-@dataclass(frozen=True)
-class Row:
-    """The tokens of one sample.
-
-    Attributes:
-        ids: token ids of prompt and answer.
-        labels: the same ids, with `IGNORED` for the prompt.
-    """
-
-    ids: Sequence[int]
-    labels: Sequence[int]
+_Item = TypeVar("_Item")
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """The rows of one data source.
+class Row(NamedTuple):
+    """The tokens of one sample."""
 
-    Attributes:
-        fitted: rows to fit to.
-        held_out: different rows, to measure on.
-        too_long: number of rows left out because they are longer than the model's positions.
-    """
+    ids: Sequence[int]  # token ids of prompt and answer
+    labels: Sequence[int]  # the same ids, with `IGNORED` for the prompt
 
-    fitted: list[Row]
-    held_out: list[Row]
-    too_long: int = 0
+
+class Calibration(NamedTuple):
+    """The rows of one data source."""
+
+    fitted: list[Row]  # rows to fit to
+    held_out: list[Row]  # different rows, to measure on
+    too_long: int = 0  # number of rows left out because they are longer than the model's positions
 
 
 def read_task(options: ConvertOptions) -> Task | None:
@@ -69,8 +58,7 @@ def read_task(options: ConvertOptions) -> Task | None:
     Raises:
         MolaError: `task` is missing with `data` or `test`, is given without them, or is wrong.
     """
-    is_needed = options.data is not None or options.test is not None
-    if is_needed != (options.task is not None):
+    if (options.data is None and options.test is None) != (options.task is None):
         raise MolaError(
             f"`task` must be given with `data` or `test`, and only with these: got task {options.task!r}, data "
             f"{options.data!r}, test {options.test!r}."
@@ -79,10 +67,10 @@ def read_task(options: ConvertOptions) -> Task | None:
         return None
     task = load_task(options.task)
     trained = {trained_template(source) for source in options.source}
-    is_one_template = len(trained) == 1
-    name = options.template or (next(iter(trained)) if is_one_template else None) or task.template
+    common = next(iter(trained)) if len(trained) == 1 else None
+    name = options.template or common or task.template
     check_template(name)
-    if is_one_template:
+    if len(trained) == 1:
         warn_of_other_template(options.source[0], name)
     elif options.template is None:
         logger.warning(
@@ -114,24 +102,20 @@ def read_test(options: ConvertOptions, task: Task) -> Calibration:
 def _read_rows(
     options: ConvertOptions, path: str, task: Task, source: str, split: str, limit: int | None
 ) -> tuple[list[Row], int]:
-    """Read rows of a data file; also return the number of rows that are too long, which are left out."""
+    """The rows of a data file that fit the model, at most `limit`, and the number of rows that are too long."""
     tokenizer = load_tokenizer(str(options.base_model), "right", options.trust_remote_code)
     examples = load_examples(path, task, split, limit=None if limit is None else limit + 1)
-    if limit is not None and len(examples) > limit:
-        examples = examples[:limit]
-        _warn_of_limit(f"samples of {path}", limit)
-    dataset, report = encode_examples(
-        examples,
-        tokenizer,
-        template_for(task.template, tokenizer, source),
-        cutoff_len=_max_length(options),
-        truncation="drop",
-    )
+    if limit is not None:
+        examples = _first(examples, limit, f"samples of {path}")
+    template = template_for(task.template, tokenizer, source)
+    dataset, report = encode_examples(examples, tokenizer, template, cutoff_len=_max_length(options), truncation="drop")
     return [Row(row["input_ids"], row["labels"]) for row in dataset], report.dropped
 
 
-def _warn_of_limit(what: str, limit: int) -> None:
-    logger.warning("Only the first %d %s are read. `limit` sets this number.", limit, what)
+def _first(rows: list[_Item], limit: int, what: str) -> list[_Item]:
+    if len(rows) > limit:
+        logger.warning("Only the first %d %s are read. `limit` sets this number.", limit, what)
+    return rows[:limit]
 
 
 def read_general_text(options: ConvertOptions, option: str) -> Calibration:
@@ -156,9 +140,7 @@ def read_general_text(options: ConvertOptions, option: str) -> Calibration:
     size = min(_PIECE_LENGTH, _max_length(options)) - len(begin)
     pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
     rows = [Row([*begin, *piece], [*begin, *piece]) for piece in pieces if len(piece) + len(begin) > 1]
-    if len(rows) > options.limit:
-        rows = rows[: options.limit]
-        _warn_of_limit(f"pieces of {path}", options.limit)
+    rows = _first(rows, options.limit, f"pieces of {path}")
     if option == "text":
         return _hold_out(rows, 0, path)
     if not rows:
@@ -173,13 +155,10 @@ def _max_length(options: ConvertOptions) -> int:
 
 def _hold_out(rows: list[Row], too_long: int, path: str) -> Calibration:
     if len(rows) < 2:
-        raise MolaError(
-            f"data to fit to must have at least 2 rows, of which one is held out: {path!r} has "
-            f"{len(rows)}. Pass more rows."
-        )
+        raise MolaError(f"data to fit to must have at least 2 rows, one of them held out: {path!r} has {len(rows)}.")
     interval = min(_HELD_OUT_INTERVAL, len(rows))
-    held_out = rows[interval - 1 :: interval]
-    return Calibration([row for i, row in enumerate(rows) if i % interval != interval - 1], held_out, too_long)
+    fitted = [row for number, row in enumerate(rows, 1) if number % interval]
+    return Calibration(fitted, rows[interval - 1 :: interval], too_long)
 
 
 def batches(rows: Sequence[Row]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -80,24 +80,23 @@ def convert_from_lora(options: ConvertOptions, output: Path) -> MixtureReport:
     check_seed(options.seed)
     if not 0 <= options.noise < math.inf:
         raise MolaError(f"`noise` must be at least 0, got {options.noise}. Pass 0 for equal copies.")
-    loras = [read_lora(Path(source), _on_meta(options)) for source in sources]
-    base = _on_meta(options)
+    loras = [read_lora(Path(source), model_on_meta(base_model, options.trust_remote_code)) for source in sources]
+    base = model_on_meta(base_model, options.trust_remote_code)
     model: Any = get_peft_model(base, _make_config(options, loras, base))
-    config, layers = (
-        model.peft_config["default"],
-        mola_layers(model),
-    )  # the config now has plain numbers instead of notations
-    _check_num_experts(layers, len(loras), options.noise)
+    config = model.peft_config["default"]  # with plain numbers instead of notations
+    layers = {name.removeprefix(PREFIX): layer for name, layer in mola_layers(model).items()}
+    num_experts = {name: layer.num_experts["default"] for name, layer in layers.items()}
+    _check_num_experts(num_experts, len(loras), options.noise)
     if options.data is None:  # with data the adapters are loaded, and loading warns too
         for source in sources:
             warn_other_base(base_model, source, read_settings(Path(source)))
     notes: list[str] = []
-    routers = _fit_routers(options, sources, [name.removeprefix(PREFIX) for name in layers], notes)
-    tensors = _make_tensors(options, layers, loras, config, {} if routers is None else routers.weights)
+    routers = _fit_routers(options, sources, layers, notes)
+    tensors = _make_tensors(options, layers, loras, config, routers.weights if routers else {})
     for source, lora in zip(options.source, loras, strict=True):
         if missing := len(layers) - len(lora):
             notes.append(f"{source} does not adapt {missing} linears: in these, its expert starts at zero")
-    if routers is not None and (unreached := len(layers) - len(routers.weights)):
+    if routers and (unreached := len(layers) - len(routers.weights)):
         notes.append(f"{unreached} linears got no token: their routers are fresh")
     has_one_prompt = len({(trained_template(source), own_chat(source)) for source in sources}) == 1
     if not has_one_prompt:
@@ -109,19 +108,8 @@ def convert_from_lora(options: ConvertOptions, output: Path) -> MixtureReport:
         config.save_pretrained(str(folder), auto_mapping_dict=None)
         if has_one_prompt:
             hand_on_prompts(sources[0], folder)
-    return MixtureReport(
-        output,
-        list(options.source),
-        {name.removeprefix(PREFIX): layer.num_experts["default"] for name, layer in layers.items()},
-        config.r,
-        config.lora_alpha,
-        {} if routers is None else routers.right,
-        notes,
-    )
-
-
-def _on_meta(options: ConvertOptions) -> nn.Module:
-    return model_on_meta(str(options.base_model), options.trust_remote_code)
+    right = routers.right if routers else {}
+    return MixtureReport(output, list(options.source), num_experts, config.r, config.lora_alpha, right, notes)
 
 
 def _make_config(options: ConvertOptions, loras: Sequence[Mapping[str, Factors]], base: Any) -> MolaConfig:
@@ -143,16 +131,14 @@ def _make_config(options: ConvertOptions, loras: Sequence[Mapping[str, Factors]]
     )
 
 
-def _check_num_experts(layers: Mapping[str, MolaLinear], num_adapters: int, noise: float) -> None:
-    numbers = {name: layer.num_experts["default"] for name, layer in layers.items()}
-    for name, number in numbers.items():
+def _check_num_experts(num_experts: Mapping[str, int], num_adapters: int, noise: float) -> None:
+    for name, number in num_experts.items():
         if number < num_adapters:
             raise MolaError(
-                f"`num_experts` must be at least {num_adapters}, one for each adapter: {name.removeprefix(PREFIX)!r} "
-                f"has {number}. Raise it, such as --num_experts {num_adapters}{',' if num_adapters > 9 else ''}, or "
-                "leave adapters out."
+                f"`num_experts` must be at least {num_adapters}, one for each adapter: {name!r} has {number}. Raise "
+                f"it, such as --num_experts {num_adapters}{',' if num_adapters > 9 else ''}, or leave adapters out."
             )
-    if noise != ConvertOptions.noise and set(numbers.values()) == {num_adapters}:
+    if noise != ConvertOptions.noise and set(num_experts.values()) == {num_adapters}:
         raise MolaError(f"`noise` ({noise}) is for copies, but every adapter becomes exactly one expert. Leave it out.")
 
 
@@ -168,42 +154,41 @@ def _make_tensors(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         for name, layer in layers.items():
-            module = name.removeprefix(PREFIX)
-            found = [lora.get(module) for lora in loras]
-            parts = _make_experts(found, layer, config, options.noise, routers.get(module))
-            tensors |= {f"{name}.mola_{part}": value for part, value in parts.items() if value is not None}
+            adapters = [lora.get(name) for lora in loras]
+            parts = _make_experts(adapters, layer, config, options.noise, routers.get(name))
+            tensors |= {f"{PREFIX}{name}.mola_{part}": value for part, value in parts.items() if value is not None}
     return tensors
 
 
 def _make_experts(
-    found: Sequence[Factors | None], layer: MolaLinear, config: Any, noise: float, router: torch.Tensor | None
+    adapters: Sequence[Factors | None], layer: MolaLinear, config: Any, noise: float, router: torch.Tensor | None
 ) -> dict[str, torch.Tensor | None]:
-    """A, B and router of one linear; `found` has each adapter's factors, None for an unadapted linear."""
+    """A, B and router of one linear; `adapters` has each adapter's factors, None if it does not adapt the linear."""
     num_experts = layer.num_experts["default"]
     A = torch.empty(num_experts, config.r, layer.in_features)
     B = torch.empty(num_experts, config.r, layer.out_features)
     rows = torch.empty(num_experts, layer.in_features) if num_experts > 1 else None
     initialize(True, A, B, rows, nn.Identity())
     for expert in range(num_experts):
-        source = found[expert % len(found)]
+        source = adapters[expert % len(adapters)]
         if source is not None:
             rank = source.A.shape[0]
             # Beyond the adapter's rank, A stays random and B zero: this adds nothing, and both can be trained.
             A[expert, :rank] = source.A
             B[expert, :rank] = source.B.t() * (source.scaling * config.r / config.lora_alpha)
-            if expert >= len(found):
+            if expert >= len(adapters):
                 for part in (A[expert, :rank], B[expert, :rank]):
                     part += noise * part.std(correction=0) * torch.randn_like(part)
     if rows is not None and router is not None:
         # The initial random rows divide an adapter's tokens among its copies.
-        is_first = torch.tensor([expert < len(found) for expert in range(num_experts)]).unsqueeze(1)
-        which = torch.arange(num_experts) % len(found)
+        is_first = torch.tensor([expert < len(adapters) for expert in range(num_experts)]).unsqueeze(1)
+        which = torch.arange(num_experts) % len(adapters)
         rows = router.float()[which] + rows.masked_fill(is_first, 0.0)
     return {"A": A, "B": B, "router": rows}
 
 
 def _fit_routers(
-    options: ConvertOptions, sources: Sequence[str], modules: Sequence[str], notes: list[str]
+    options: ConvertOptions, sources: Sequence[str], modules: Iterable[str], notes: list[str]
 ) -> Routers | None:
     """Fit routers to `data`, and add notes about rows that are left out. Return None without data."""
     task = read_task(options)
@@ -220,6 +205,5 @@ def _fit_routers(
     notes += note_overlaps(by_path)
     names = {str(number): source for number, source in enumerate(sources)}
     model: Any = load_model(str(options.base_model), names, options.dtype, options.device, options.trust_remote_code)
-    linears = dict(model.named_modules())
-    by_name = {name: linears[f"{PREFIX}{name}"] for name in modules}
-    return fit_routers(model, by_name, data, options.memory_gb)
+    linears = {name: model.get_submodule(f"{PREFIX}{name}") for name in modules}
+    return fit_routers(model, linears, data, options.memory_gb)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import shlex
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mola.checkpoints.adapter_folder import foreign_format, read_settings, read_tensors
 from mola.errors import MolaError
-from mola.exporting.mixtures import NAME
+from mola.exporting.mixtures import NAME, Mixture
 from mola.files.digests import WEIGHTS_FILE
 from mola.models.adapters import check_shape, put_lora_into
 from mola.tuner import MolaConfig
@@ -46,77 +45,67 @@ _KEEP_BASE_WEIGHT = (True, False, "gaussian", "orthogonal", "eva")
 
 
 class Factors(NamedTuple):
-    """The update `scaling * B A` of one module by one LoRA.
+    """The update `scaling * B A` of one module by one LoRA."""
 
-    Attributes:
-        A: `(r, in)`.
-        B: `(out, r)`.
-        scaling: the factor of the update, as computed by PEFT.
-    """
-
-    A: torch.Tensor
-    B: torch.Tensor
+    A: torch.Tensor  # `(r, in)`
+    B: torch.Tensor  # `(out, r)`
     scaling: float
 
 
 def write_lora(
     folder: Path,
+    lora: LoraConfig,
     updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    rank: int,
-    config: MolaConfig,
-    base: nn.Module,
     other_tensors: Mapping[str, torch.Tensor],
-    stacked_ranks: Mapping[str, int],
 ) -> None:
     """Write a LoRA whose scale is 1 everywhere.
 
     Args:
         folder: the folder to write to.
-        updates: name of the module in a PeftModel -> `B (out, r)` and `A (r, in)`. A module of a lower rank than `rank`
-            is filled up with zeros, since more programs read one rank than a rank per module. A module of a higher
-            rank keeps its rank.
-        rank: the rank of most modules.
-        config: the mixture's configuration, for the settings that are kept.
-        base: the adapted model, which has the names and classes of the linears.
+        lora: see `make_lora_config`.
+        updates: name of the module in a PeftModel -> `B (out, r)` and `A (r, in)`. A module of a lower rank than
+            `lora.r` is filled up with zeros, since more programs read one rank than a rank per module.
         other_tensors: tensors that are not the experts of linears: `modules_to_save` and LoRAs of stacked experts.
-        stacked_ranks: name of a parameter with stacked experts -> the rank of their LoRAs.
     """
-    tensors, own_ranks = dict(other_tensors), {}
+    tensors = dict(other_tensors)
     for module, (B, A) in updates.items():
-        missing = max(rank - A.shape[0], 0)
-        parts = {"A": nn.functional.pad(A, (0, 0, 0, missing)), "B": nn.functional.pad(B, (0, missing))}
-        for part, value in parts.items():
-            tensors[f"{module}.lora_{part}.weight"] = value.float().contiguous()
-        if A.shape[0] > rank:
-            own_ranks[module.removeprefix(PREFIX)] = A.shape[0]
-    own_ranks |= {name: r for name, r in stacked_ranks.items() if r > rank}
-    lora = make_lora_config(updates, rank, config, base, stacked_ranks, own_ranks)
+        missing = max(lora.r - A.shape[0], 0)
+        padded = {"A": nn.functional.pad(A, (0, 0, 0, missing)), "B": nn.functional.pad(B, (0, missing))}
+        tensors |= {f"{module}.lora_{part}.weight": value.float().contiguous() for part, value in padded.items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     lora.save_pretrained(str(folder))
 
 
 def make_lora_config(
-    modules: Collection[str],
+    experts: Mapping[str, Mixture],
     rank: int,
-    config: MolaConfig,
-    base: nn.Module,
+    mixture: MolaConfig,
+    adapted: nn.Module,
     stacked_ranks: Mapping[str, int],
-    own_ranks: Mapping[str, int] | None = None,
 ) -> LoraConfig:
-    """The configuration of a LoRA on these modules; `own_ranks` holds the ranks that differ from `rank`."""
-    known = dict(base.named_modules())
-    shared = {name: value for name in _SHARED_SETTINGS if (value := getattr(config, name, None))}
+    """The configuration of the LoRA that replaces a mixture.
+
+    Args:
+        experts: name of the module in a PeftModel -> its experts.
+        rank: the rank of all modules, except those whose single expert has a higher rank.
+        mixture: the mixture's configuration, for the settings that are kept.
+        adapted: the model with the mixture, which may be on the meta device.
+        stacked_ranks: name of a parameter with stacked experts -> the rank of their LoRAs.
+    """
+    known = dict(adapted.named_modules())
+    single = {name.removeprefix(PREFIX): each.A.shape[1] for name, each in experts.items() if len(each.A) == 1}
+    own_ranks = {name: r for name, r in (*single.items(), *stacked_ranks.items()) if r > rank}
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=choose_target_names([name.removeprefix(PREFIX) for name in modules], base),
+        target_modules=choose_target_names([name.removeprefix(PREFIX) for name in experts], adapted),
         target_parameters=list(stacked_ranks) or None,
-        rank_pattern=dict(own_ranks or {}),
-        alpha_pattern=dict(own_ranks or {}),
-        fan_in_fan_out=any(isinstance(known[name].get_base_layer(), Conv1D) for name in modules),
+        rank_pattern=dict(own_ranks),
+        alpha_pattern=dict(own_ranks),
+        fan_in_fan_out=any(isinstance(known[name].get_base_layer(), Conv1D) for name in experts),
         inference_mode=True,
-        base_model_name_or_path=config.base_model_name_or_path,
-        **shared,
+        base_model_name_or_path=mixture.base_model_name_or_path,
+        **{name: value for name in _SHARED_SETTINGS if (value := getattr(mixture, name, None))},
     )
 
 
@@ -127,11 +116,16 @@ def choose_target_names(names: list[str], base: nn.Module) -> list[str]:
     return leaves if len(matching) == len(names) else sorted(names)
 
 
-def check_peft_places_lora(lora: LoraConfig, modules: Collection[str], meta_base: nn.Module) -> None:
+def check_peft_places_lora(lora: LoraConfig, modules: Collection[str], model_on_meta: nn.Module) -> None:
     """Check that PEFT puts a LoRA into the modules for which it has tensors.
 
     For some architectures PEFT mistakes names of linears for names used by older models, and would silently leave
-    their tensors out. The LoRA is put into `meta_base`, the base model without weights.
+    their tensors out.
+
+    Args:
+        lora: the LoRA's configuration.
+        modules: names of the modules in a PeftModel.
+        model_on_meta: the base model without weights; the LoRA is put into it.
 
     Raises:
         MolaError: PEFT puts the LoRA into different modules.
@@ -142,15 +136,14 @@ def check_peft_places_lora(lora: LoraConfig, modules: Collection[str], meta_base
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            adapted = get_peft_model(meta_base, config)
+            adapted = get_peft_model(model_on_meta, config)
         except ValueError as error:  # PEFT mistook a name for part of stacked experts
             raise MolaError(f"{reason}: {error}") from error
     found = {name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
     if missing := sorted(set(modules) - found):
         raise MolaError(
-            f"{reason}: PEFT would put the LoRA tensors of {missing[0].removeprefix(PREFIX)!r} elsewhere, which is one "
-            f"of {len(missing)} such linears. To export the adapter, train with `exclude_modules` or different "
-            "`target_modules`, such as the linears of attention."
+            f"{reason}: {len(missing)} of them, such as {missing[0].removeprefix(PREFIX)!r}. To export the adapter, "
+            "train with `exclude_modules` or different `target_modules`, such as the linears of attention."
         )
 
 
@@ -195,27 +188,23 @@ def read_lora(folder: Path, model_on_meta: nn.Module) -> dict[str, Factors]:
         MolaError: the adapter is of a different kind, does something that experts cannot, or does not fit the model.
     """
     _check_expressible(folder)
-    tensors = read_tensors(folder)
-    model = put_lora_into(model_on_meta, folder)
-    layers: dict[str, Any] = {
-        name.removeprefix(PREFIX): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
-    }
+    tensors, model = read_tensors(folder), put_lora_into(model_on_meta, folder)
     found = {}
-    for name, layer in layers.items():
-        if not len(layer.lora_A) or not math.isfinite(layer.scaling["default"]):
+    for key, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        name, scaling = key.removeprefix(PREFIX), layer.scaling.get("default", math.nan)
+        if not len(layer.lora_A) or not math.isfinite(scaling):
             raise MolaError(f"`source` must adapt linears with a finite scale: {str(folder)!r} does not in {name!r}.")
-        A, B = (
-            check_shape(tensors.pop(key, None), tuple(weights["default"].weight.shape), key, folder).float()
-            for key, weights in (
-                (f"{PREFIX}{name}.lora_A.weight", layer.lora_A),
-                (f"{PREFIX}{name}.lora_B.weight", layer.lora_B),
-            )
-        )
-        found[name] = Factors(A, B, layer.scaling["default"])
+        factors = {}
+        for part in "AB":
+            weight: Any = getattr(layer, f"lora_{part}")["default"].weight
+            tensor_name = f"{key}.lora_{part}.weight"
+            tensor = check_shape(tensors.pop(tensor_name, None), tuple(weight.shape), tensor_name, folder)
+            factors[part] = tensor.float()
+        found[name] = Factors(factors["A"], factors["B"], scaling)
         # PEFT also saves the frozen weight of an adapted head or of adapted embeddings.
-        frozen_key = f"{PREFIX}{name}.base_layer.weight"
-        if frozen_key in tensors:
-            check_shape(tensors.pop(frozen_key), tuple(layer.get_base_layer().weight.shape), frozen_key, folder)
+        tensors.pop(f"{key}.base_layer.weight", None)
     if tensors:
         raise MolaError(f"{str(folder)!r} has a tensor that belongs to no adapted linear: {next(iter(tensors))!r}.")
     return found
@@ -223,13 +212,11 @@ def read_lora(folder: Path, model_on_meta: nn.Module) -> dict[str, Factors]:
 
 def _check_expressible(folder: Path) -> None:
     settings = read_settings(folder)
-    is_foreign = foreign_format(settings) is not None
-    if settings.get("peft_type") != "LORA" or is_foreign:
-        is_mola = settings.get("peft_type") == "MOLA" and not is_foreign
-        advice = f" `mola convert {shlex.quote(str(folder))} --to lora ...` makes a LoRA of it." if is_mola else ""
+    peft_type = settings.get("peft_type")
+    if peft_type != "LORA" or foreign_format(settings) is not None:
         raise MolaError(
-            f"`source` must be LoRA adapters of PEFT for --from lora: {str(folder)!r} has peft_type "
-            f"{settings.get('peft_type')!r}{', of a different program' if is_foreign else ''}.{advice}"
+            f"`source` must be LoRA adapters of PEFT for --from lora: {str(folder)!r} has peft_type {peft_type!r}, or "
+            "files of a different program. --to lora makes a LoRA of a mixture."
         )
     reasons = {name: why for name, why in _NOT_EXPRESSIBLE.items() if settings.get(name)}
     if settings.get("bias", "none") != "none":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -16,15 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from mola.architecture.layer_stacks import module_kinds
-from mola.data.tasks import Task
-from mola.data.templates import Template
 from mola.errors import MolaError
 from mola.evaluation.core import EvaluateResult, evaluate_examples
 from mola.evaluation.differences import interval_over_questions
-from mola.exporting.calibration import Row, answer_mask, batches
+from mola.exporting.calibration import Row, answer_mask, batches, token_ids
 from mola.exporting.mixtures import Lora, Mixture, gated_hidden, replaced_by_loras
-from mola.exporting.moments import all_logits_if_head, hooked_inputs, run
+from mola.exporting.moments import watch_inputs
 from mola.files.environment import machine_description, software_versions
+from mola.generation.predicting import device_of
 from mola.reporting.formatting import points
 from mola.tuner.layer import MolaLinear
 
@@ -129,16 +127,14 @@ def explained_shares(
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in several}
     updates = {name: loras[name].update for name in several}
 
-    def add(name: str, x: torch.Tensor) -> None:
+    def add(name: str, x: torch.Tensor, number: int) -> None:
         x = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
         B, A = updates[name]
         y = gated_hidden(layers[name], experts[name].A, x) @ experts[name].B.to(x).flatten(0, 1)
         rest = y - (x @ A.to(x).t()) @ B.to(x).t()
         sums[name] += torch.stack([each.square().sum() for each in (rest, y)]).cpu().double()
 
-    with hooked_inputs(several, add):
-        for ids, _ in batches(rows):
-            run(model, ids, **all_logits_if_head(model, several.values()))
+    watch_inputs(model, several, token_ids(rows), add)
     return {name: 1 - (rest / total).item() if total > 0 else None for name, (rest, total) in sums.items()}
 
 
@@ -166,55 +162,44 @@ def measure_divergence(
         count += len(targets)
     if not torch.isfinite(total).all():
         raise MolaError(
-            "mixture and LoRA must give finite logits to be compared: the KL divergence and the losses of base, "
-            f"mixture and LoRA sum up to {', '.join(f'{each:g}' for each in total.tolist())}. Pass --dtype float32 or "
-            "bfloat16."
+            "mixture and LoRA must give finite logits to be compared: KL divergence and losses of base, mixture and "
+            f"LoRA are {', '.join(f'{each:g}' for each in total.tolist())}. Pass --dtype float32 or bfloat16."
         )
-    kl, base_loss, mixture_loss, lora_loss = (total / max(count, 1)).tolist()
-    return kl, {"base": base_loss, "mixture": mixture_loss, "lora": lora_loss}
+    kl, *means = (total / max(count, 1)).tolist()
+    return kl, dict(zip(("base", "mixture", "lora"), means, strict=True))
 
 
 def _log_probabilities(model: Any, ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Log-probabilities `(tokens, vocabulary)` of the next token at the positions `wanted (samples, length - 1)`."""
-    logits = run(model, ids, logits_to_keep=0)[:, :-1]
+    logits = model(input_ids=ids.to(device_of(model)), logits_to_keep=0, use_cache=False).logits[:, :-1]
     return torch.log_softmax(logits[wanted.to(logits.device)].float(), dim=-1)
 
 
 def measure_accuracies(
-    model: Any,
-    tokenizer: Any,
-    task: Task,
-    examples: Sequence[Mapping[str, Any]],
-    layers: Mapping[str, MolaLinear],
-    loras: Mapping[str, Lora],
-    scoring: str,
-    template: Template | None = None,
+    model: Any, layers: Mapping[str, MolaLinear], loras: Mapping[str, Lora], **evaluation: Any
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Accuracies of base, mixture and LoRA on the same questions, and their differences from the mixture's."""
-    contexts = {
-        "base": model.disable_adapter,
-        "mixture": nullcontext,
-        "lora": lambda: replaced_by_loras(layers, loras),
-    }
-    results: dict[str, EvaluateResult] = {}
-    for name, context in contexts.items():
-        with context():
-            results[name] = evaluate_examples(
-                *(model, tokenizer, task, examples),
-                template=template,
-                scoring=scoring,
-                batch_size=16,
-                show_progress=False,
-            )
+    """Accuracies of base, mixture and LoRA on the same questions, and their differences from the mixture's.
+
+    `evaluation` holds the arguments of `evaluate_examples` besides the model.
+    """
+
+    def evaluate() -> EvaluateResult:
+        return evaluate_examples(model, batch_size=16, show_progress=False, **evaluation)
+
+    with model.disable_adapter():
+        base = evaluate()
+    mixture = evaluate()
+    with replaced_by_loras(layers, loras):
+        lora = evaluate()
+    results = {"base": base, "mixture": mixture, "lora": lora}
     keys = ("accuracy", "correct", "total", "interval_95")
     accuracy = {name: {key: getattr(result, key) for key in keys} for name, result in results.items()}
-    correctness = {
-        name: np.array([sample["correct"] for sample in result.samples], dtype=float)
-        for name, result in results.items()
-    }
-    mixture = correctness.pop("mixture")
+    marks = {name: np.array([float(sample["correct"]) for sample in each.samples]) for name, each in results.items()}
     differences = {
-        name: {"value": float((each - mixture).mean()), "questions_95": interval_over_questions(each, mixture)}
-        for name, each in correctness.items()
+        name: {
+            "value": float((marks[name] - marks["mixture"]).mean()),
+            "questions_95": interval_over_questions(marks[name], marks["mixture"]),
+        }
+        for name in ("base", "lora")
     }
     return accuracy, differences

@@ -19,7 +19,6 @@ from mola.checkpoints.adapter_folder import read_tensors
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, check_new_folder, write_new_folder
 from mola.files.failures import memory_error_reason
-from mola.files.reading import read_json_object
 from mola.generation.predicting import end_token_ids
 from mola.models.adapters import check_adapter, check_fits, check_lora
 from mola.models.base_model import load_config
@@ -34,8 +33,6 @@ from mola.tuner import MolaConfig
 from mola.tuner.merging import check_no_shared_weights
 
 __all__ = ["MergeOptions", "main", "merge"]
-
-_GENERATION_FILE = "generation_config.json"
 
 
 @dataclass
@@ -86,10 +83,8 @@ def merge(options: MergeOptions) -> Path:
         warn_of_unknown_tokens(adapter, chat, tokenizer)
         use_chat(tokenizer, chat)
     with write_new_folder("output", output) as folder:
-        _save(merged, folder)
+        _save(merged, folder, None if chat is None else end_token_ids(merged, tokenizer))
         tokenizer.save_pretrained(folder)
-        if chat is not None:
-            _set_end_tokens(folder / _GENERATION_FILE, end_token_ids(merged, tokenizer))
         hand_on_template(adapter, folder)
     return output
 
@@ -126,31 +121,23 @@ def _own_dtype(config: Any, base_model: str) -> str:
     return next((name for name, dtype in DTYPES.items() if dtype == own), "float32")
 
 
-def _save(model: Any, folder: Path) -> None:
-    """Save a model with its generation settings unchanged, even if Transformers calls them invalid.
+def _save(model: Any, folder: Path, end_tokens: list[int] | None) -> None:
+    """Save a model; `end_tokens`, if given, replace the tokens that end an answer in its generation settings.
 
-    Some older base models have invalid settings, for example a temperature without sampling. Many versions of
-    Transformers refuse to save such settings.
+    The settings are written without Transformers, which refuses to save some settings of older base models, for example
+    a temperature without sampling.
     """
     own: Any = getattr(model, "generation_config", None)
-    try:
-        if own is not None:
-            own.validate(strict=True)
-    except ValueError:
-        model.generation_config = type(own)()
+    if own is None:
         model.save_pretrained(folder)
-        model.generation_config = own
-        atomic_write_json(folder / _GENERATION_FILE, json.loads(own.to_json_string()))
-    else:
-        model.save_pretrained(folder)
-
-
-def _set_end_tokens(path: Path, ends: list[int]) -> None:
-    """Write the tokens that end an answer into the saved file: Transformers refuses to save some changed settings."""
-    settings = read_json_object(path)
-    own = settings.get("eos_token_id")
-    if settings and ends != (own if isinstance(own, list) else [own]):
-        atomic_write_json(path, settings | {"eos_token_id": ends})
+        return
+    settings = json.loads(own.to_json_string())
+    known = settings.get("eos_token_id")
+    if end_tokens is not None and end_tokens != (known if isinstance(known, list) else [known]):
+        settings["eos_token_id"] = end_tokens
+    model.generation_config = type(own)()
+    model.save_pretrained(folder)
+    atomic_write_json(folder / "generation_config.json", settings)
 
 
 def main(options: MergeOptions) -> int:

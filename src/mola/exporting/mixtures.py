@@ -47,6 +47,12 @@ class Mixture(NamedTuple):
     A: torch.Tensor
     B: torch.Tensor
 
+    @property
+    def highest_rank(self) -> int:
+        """The highest rank that an update by these experts can have."""
+        num_experts, r, in_features = self.A.shape
+        return min(num_experts * r, in_features, self.B.shape[2])
+
     def left(self, gates: torch.Tensor | None = None) -> torch.Tensor:
         """The B of all experts side by side, each times its gate if gates are given: float64 `(out, E r)`."""
         B = in_float64(self.B)
@@ -86,12 +92,9 @@ def as_loras(layers: Mapping[str, MolaLinear], updates: Mapping[str, Update]) ->
     found = {}
     for name, (B, A) in updates.items():
         like = layers[name].mola_A[NAME]
-        to = {
-            "device": like.device,
-            "dtype": torch.promote_types(like.dtype, torch.float32),
-        }  # like a LoRA that PEFT loads
-        parts = (A.to(**to).unsqueeze(0), B.t().to(**to).contiguous().unsqueeze(0))
-        found[name] = Lora(*(nn.Parameter(part, requires_grad=False) for part in parts))
+        dtype = torch.promote_types(like.dtype, torch.float32)  # like a LoRA that PEFT loads
+        parts = (A.to(like.device, dtype), B.t().to(like.device, dtype).contiguous())
+        found[name] = Lora(*(nn.Parameter(part.unsqueeze(0), requires_grad=False) for part in parts))
     return found
 
 

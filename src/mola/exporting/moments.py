@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +10,7 @@ from torch import nn
 
 from mola.errors import MolaError
 from mola.files.terminal import show_progress
-from mola.generation.predicting import base_of, last_positions
-
-TokenIds = torch.Tensor  # (samples, length); all rows of a batch have one length, so there is no padding
-Features = Callable[[str, torch.Tensor], torch.Tensor]
+from mola.generation.predicting import base_of, device_of, last_positions
 
 
 class Moments(NamedTuple):
@@ -29,24 +25,26 @@ class Moments(NamedTuple):
     cross: dict[str, torch.Tensor]
 
 
-@torch.no_grad()
-def group_by_input(model: Any, modules: Mapping[str, nn.Module], row: TokenIds) -> list[list[str]]:
-    """Group the names of modules that get the same tensor as input, such as q, k and v; uses one forward pass.
+def group_by_input(model: Any, modules: Mapping[str, nn.Module], row: torch.Tensor) -> list[list[str]]:
+    """Group the names of modules that get the same tensor as input, such as q, k and v.
 
     The groups have the order in which the model computes them. A module that gets no input forms its own group.
-    """
-    groups: list[
-        tuple[torch.Tensor, list[str]]
-    ] = []  # keeps the tensors alive, so that no new tensor reuses their memory
 
-    def record(name: str, x: torch.Tensor) -> None:
+    Args:
+        model: the model, which runs once.
+        modules: name -> module.
+        row: token ids `(1, length)`.
+    """
+    # The tensors are kept alive, so that no new tensor has the identity of an earlier one.
+    groups: list[tuple[torch.Tensor, list[str]]] = []
+
+    def record(name: str, x: torch.Tensor, number: int) -> None:
         if groups and groups[-1][0] is x:
             groups[-1][1].append(name)
         elif not any(name in names for _, names in groups):
             groups.append((x, [name]))
 
-    with hooked_inputs(modules, record):
-        run(model, row)
+    watch_inputs(model, modules, [row], record)
     reached = {name for _, names in groups for name in names}
     return [names for _, names in groups] + [[name] for name in modules if name not in reached]
 
@@ -85,13 +83,12 @@ def split_by_memory(sizes: Sequence[int], budget: float, min_parts: int = 1) -> 
     return parts
 
 
-@torch.no_grad()
 def gather_moments(
     model: Any,
     modules: Mapping[str, nn.Module],
     groups: Sequence[Sequence[str]],
-    features: Features,
-    batches: Sequence[TokenIds],
+    features: Callable[[str, torch.Tensor], torch.Tensor],
+    batches: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor] | None = None,
 ) -> list[Moments | None]:
     """Gather moments in one pass over the batches.
@@ -101,7 +98,7 @@ def gather_moments(
         modules: name -> module.
         groups: names of modules with the same input.
         features: computes `h (N, m)` from a module's name and its input `(N, in)`, which is at least float32.
-        batches: the token ids of each batch.
+        batches: token ids `(samples, length)`, without padding.
         weights: the token weights of each batch, in the batch's shape; None gives every token the weight 1.
 
     Returns:
@@ -112,59 +109,58 @@ def gather_moments(
     """
     # For each group: name of the linear -> its cross moments, and "" -> the second moments.
     found: list[dict[str, torch.Tensor]] = [{} for _ in groups]
-    weight = torch.ones(())
     place = {name: (index, name == names[0]) for index, names in enumerate(groups) for name in names}
 
-    def add(name: str, x: torch.Tensor) -> None:
+    def add(name: str, x: torch.Tensor, number: int) -> None:
         index, is_first = place[name]
         x = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
-        sums = [(name, features(name, x))] + ([("", x)] if is_first else [])
+        weighted = x
         # Some linears get patches of tokens, or only some of the tokens. For these linears every row has weight 1.
-        weighted = x * weight.to(x).reshape(-1, 1) if weight.numel() in (1, len(x)) else x
-        for key, left in sums:
+        if weights is not None and weights[number].numel() == len(x):
+            weighted = x * weights[number].to(x).reshape(-1, 1)
+        for key, left in [(name, features(name, x))] + ([("", x)] if is_first else []):
             product = left.t() @ weighted
+            device = "cpu" if product.device.type == "mps" else product.device  # MPS has no float64
             if key not in found[index]:
-                found[index][key] = torch.zeros_like(product, dtype=torch.float64, device=_float64_device(product))
-            found[index][key] += product.to(found[index][key].device)
+                found[index][key] = torch.zeros_like(product, dtype=torch.float64, device=device)
+            found[index][key] += product.to(device)
 
-    with hooked_inputs({name: modules[name] for name in place}, add):
-        for number in show_progress(range(len(batches)), "Reading the data"):
-            weight = weight if weights is None else weights[number]
-            run(model, batches[number], **all_logits_if_head(model, (modules[name] for name in place)))
+    watch_inputs(model, {name: modules[name] for name in place}, show_progress(batches, "Reading the data"), add)
     for names, sums in zip(groups, found, strict=True):
         if not all(torch.isfinite(each).all() for each in sums.values()):
             raise MolaError(f"inputs of {names[0]!r} must be finite numbers, but are not. Pass --dtype float32.")
     return [Moments(sums.pop(""), sums) if sums else None for sums in found]
 
 
-@contextmanager
-def hooked_inputs(modules: Mapping[str, nn.Module], callback: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Call `callback` with a module's name and input before each of its forward passes, until the context ends."""
+@torch.no_grad()
+def watch_inputs(
+    model: Any,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[torch.Tensor],
+    callback: Callable[[str, torch.Tensor, int], None],
+) -> None:
+    """Run a model on batches, and call `callback` before each forward pass of each of some modules.
+
+    Args:
+        model: the model.
+        modules: name -> module.
+        batches: token ids `(samples, length)`.
+        callback: gets the module's name, its input, and the number of the batch.
+    """
+    device, head = device_of(model), getattr(base_of(model), "get_output_embeddings", lambda: None)()
+    # The head computes the last position only, unless it is among the modules.
+    is_watched = any(module is head for module in modules.values())
+    logits_to_keep = 0 if is_watched else last_positions(1, device)
+    number = -1
 
     def hook(name: str) -> Any:
-        return lambda module, inputs: callback(name, inputs[0])
+        return lambda module, inputs: callback(name, inputs[0], number)
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
     try:
-        yield
+        for ids in batches:
+            number += 1
+            model(input_ids=ids.to(device), logits_to_keep=logits_to_keep, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-
-
-def all_logits_if_head(model: Any, modules: Iterable[nn.Module]) -> dict[str, int]:
-    """Arguments for `run` that make the head, if it is among the modules, get every token instead of the last only."""
-    find = getattr(base_of(model), "get_output_embeddings", None)
-    head = None if find is None else find()
-    return {"logits_to_keep": 0} if any(module is head for module in modules) else {}
-
-
-def run(model: Any, ids: TokenIds, **arguments: Any) -> torch.Tensor:
-    """Run the model on token ids and return its logits; by default only the last position's logits."""
-    device = next(model.parameters()).device
-    arguments = {"logits_to_keep": last_positions(1, device), "use_cache": False} | arguments
-    return model(input_ids=ids.to(device), **arguments).logits
-
-
-def _float64_device(like: torch.Tensor) -> torch.device:
-    return torch.device("cpu") if like.device.type == "mps" else like.device  # MPS has no float64

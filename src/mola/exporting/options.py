@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from mola.errors import MolaError
-from mola.options.fields import START, Group, convert_paths, option
+from mola.options.fields import START, Group, check_positive, convert_paths, option
 
 METHODS = ("regression", "mean", "usage")
 
@@ -100,41 +100,34 @@ class ConvertOptions:
         convert_paths(self)
 
 
-_READ_ALWAYS = ("source", "output", "source_format", "target_format")
-_REQUIRED: dict[str, tuple[str, ...]] = {
-    "--from published": ("base_model", "top_k"),
-    "--from moe_peft": ("base_model",),
-    "--from lora": ("base_model", "num_experts"),
-    "--to published": (),
-    "--to lora": ("base_model", "rank"),
-}
-_DATA = ("data", "task", "template", "split", "limit", "memory_gb", "dtype", "device")
-_OPTIONAL: dict[str, tuple[str, ...]] = {
-    "--from published": ("trust_remote_code",),
-    "--from moe_peft": ("trust_remote_code",),
-    "--from lora": ("top_k", "noise", "seed", "trust_remote_code", *_DATA),
-    "--to published": (),
+_DATA = ("data", "task", "template", "split", "limit", "memory_gb", "dtype", "device", "trust_remote_code")
+# Direction -> the options that it requires, and the options that it reads if they are given.
+_DIRECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "--from published": (("base_model", "top_k"), ("trust_remote_code",)),
+    "--from moe_peft": (("base_model",), ("trust_remote_code",)),
+    "--from lora": (("base_model", "num_experts"), ("top_k", "noise", "seed", *_DATA)),
+    "--to published": ((), ()),
     "--to lora": (
-        *("method", "fit_passes", "answer_weight", "test", "test_text", "scoring", "text", "trust_remote_code"),
-        *_DATA,
+        ("base_model", "rank"),
+        ("method", "fit_passes", "answer_weight", "test", "test_text", "scoring", "text", *_DATA),
     ),
 }
+_REGRESSION = ("fit_passes", "answer_weight", "memory_gb")
 # Option -> options of which one must be given, or the option has no effect.
 _NEEDS_ONE_OF = {
-    **dict.fromkeys(("fit_passes", "answer_weight", "memory_gb"), ("data", "text")),
+    **dict.fromkeys(_REGRESSION, ("data", "text")),
     "limit": ("data", "text", "test_text"),
     **dict.fromkeys(("dtype", "device"), ("data", "text", "test", "test_text")),
     "split": ("data",),
     "template": ("task",),
     "scoring": ("test",),
 }
-_REGRESSION = ("fit_passes", "answer_weight", "memory_gb")
-_WHY_REQUIRED = {
-    "base_model": "its config.json is needed to check that the shapes fit",
-    "top_k": "the files do not hold it, and a wrong number gives different outputs without an error. Pass the value of "
-    "the training command, such as --top_k 2",
-    "rank": "it is the size of the LoRA. The rank of one expert is a good start, such as --rank 8",
-    "num_experts": "such as --num_experts 4, or one number per layer",
+_CURES = {
+    "base_model": "Its config.json says which shapes the tensors must have.",
+    "top_k": "The files do not hold it, and a wrong number gives different outputs without an error. Pass the value of "
+    "the training command, such as --top_k 2.",
+    "rank": "It is the size of the LoRA. The rank of one expert is a good start, such as --rank 8.",
+    "num_experts": "Pass one number such as --num_experts 4, or one number per layer.",
 }
 
 
@@ -147,51 +140,34 @@ def check_direction(options: ConvertOptions) -> str:
     Raises:
         MolaError: not exactly one direction is given, a required option is missing, or an option would be ignored.
     """
-    direction = _direction(options)
-    for name in _REQUIRED[direction]:
-        if getattr(options, name) is None:
-            raise MolaError(f"`{name}` must be given with {direction}: {_WHY_REQUIRED[name]}.")
-    if len(options.source) > 1 and direction != "--from lora":
-        raise MolaError(
-            f"`source` must be one adapter for {direction}, got {options.source}. Only --from lora accepts several."
-        )
-    if options.limit < 1:
-        raise MolaError(f"`limit` must be at least 1, got {options.limit}.")
-    _check_no_option_is_ignored(options, direction)
-    return direction
-
-
-def _direction(options: ConvertOptions) -> str:
     ways = {"--from": options.source_format, "--to": options.target_format}
-    given = {way: name for way, name in ways.items() if name is not None}
-    if len(given) != 1:
-        raise MolaError(
-            f"exactly one of `--from` and `--to` must be given, got {options.source_format!r} and "
-            f"{options.target_format!r}. The directions are {', '.join(_REQUIRED)}."
-        )
-    ((way, name),) = given.items()
-    direction = f"{way} {name}"
-    if direction not in _REQUIRED:
-        known = [each.partition(" ")[2] for each in _REQUIRED if each.startswith(f"{way} ")]
-        raise MolaError(f"`{way}` must be {' or '.join(map(repr, known))}, got {name!r}.")
-    return direction
+    given = " ".join(f"{way} {name}" for way, name in ways.items() if name is not None)
+    if given not in _DIRECTIONS:
+        raise MolaError(f"exactly one of {', '.join(_DIRECTIONS)} must be given, got {given or 'none'}.")
+    required = _DIRECTIONS[given][0]
+    for name in required:
+        if getattr(options, name) is None:
+            raise MolaError(f"`{name}` must be given with {given}. {_CURES[name]}")
+    if len(options.source) > 1 and given != "--from lora":
+        raise MolaError(f"`source` must be one adapter for {given}, got {options.source}. --from lora accepts several.")
+    check_positive(limit=options.limit)
+    _check_no_option_is_ignored(options, given)
+    return given
 
 
 def _check_no_option_is_ignored(options: ConvertOptions, direction: str) -> None:
-    read = {*_READ_ALWAYS, *_REQUIRED[direction], *_OPTIONAL[direction]}
+    always_read = {"source", "output", "source_format", "target_format"}
+    is_read = {name: always_read.union(*names) for name, names in _DIRECTIONS.items()}
     given: dict[str, Any] = {
         each.name: value for each in fields(options) if (value := getattr(options, each.name)) != each.default
     }
     for name, value in given.items():
-        if name not in read:
-            readers = [each for each in _REQUIRED if name in (*_REQUIRED[each], *_OPTIONAL[each])]
+        if name not in is_read[direction]:
+            readers = [each for each, names in is_read.items() if name in names]
             raise MolaError(f"`{name}` is only for {' and '.join(readers)}, got {value!r}. Leave it out.")
-        needed = [other for other in _NEEDS_ONE_OF.get(name, ()) if other in read]
-        if needed and not any(other in given for other in needed):
+        needed = [other for other in _NEEDS_ONE_OF.get(name, ()) if other in is_read[direction]]
+        if needed and not given.keys() & needed:
             others = " or ".join(f"`{other}`" for other in needed)
             raise MolaError(f"`{name}` has no effect without {others}: got {value!r}. Add one, or leave it out.")
         if name in _REGRESSION and options.method in ("mean", "usage"):
-            raise MolaError(
-                f"`{name}` belongs to `method` regression, but `method` is {options.method}: got {value!r}. Leave one "
-                "of them out."
-            )
+            raise MolaError(f"`{name}` is not used by `method` {options.method}: got {value!r}. Leave it out.")

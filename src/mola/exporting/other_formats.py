@@ -81,10 +81,7 @@ def convert_to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     source, base_model = Path(os.path.expanduser(options.source[0])), str(options.base_model)
     found = foreign_format(read_settings(source))
     if found not in (None, options.source_format):
-        raise MolaError(
-            f"`--from` must be the format of the source, got {options.source_format!r}: {options.source[0]!r} is in "
-            f"the format {found!r}. Pass --from {found}."
-        )
+        raise MolaError(f"{options.source[0]!r} is in the format {found!r}. Pass --from {found}.")
     model = model_on_meta(base_model, options.trust_remote_code)
     num_layers = count_decoder_layers(model, base_model)
     not_saved: dict[str, Any] = {}
@@ -99,7 +96,7 @@ def convert_to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     num_experts, r, top_k = (
         resolve_per_layer(getattr(config, name), num_layers, name) for name in ("num_experts", "r", "top_k")
     )
-    used_top_k = effective_top_k(num_experts, top_k)
+    top_k = effective_top_k(num_experts, top_k)
     check_fits(model, config, tensors)
     modules = adapted_modules(tensors)
     if without_router := sum(f"{module}.mola_router" not in tensors for module in modules):
@@ -114,7 +111,7 @@ def convert_to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     return ConvertReport(
         output=output,
         num_experts=num_experts,
-        top_k=used_top_k,
+        top_k=top_k,
         r=r,
         lora_alpha=config.lora_alpha,
         target_modules=list(dict.fromkeys(module.rpartition(".")[2] for module in modules)),
@@ -162,10 +159,9 @@ def convert_to_published(options: ConvertOptions, output: Path) -> ConvertReport
     settings = read_settings(source)
     peft_type, found = settings.get("peft_type"), foreign_format(settings)
     if peft_type != "MOLA" or found:
-        hint = f" To read it use --from {found}." if found else ""
         raise MolaError(
             f"`source` must be an adapter of mola for --to published, got peft_type {peft_type!r} in "
-            f"{options.source[0]!r}{f', in the format {found!r}' if found else ''}.{hint}"
+            f"{options.source[0]!r}." + (f" Pass --from {found} to convert it to mola's format." if found else "")
         )
     config: Any = MolaConfig.from_pretrained(str(source))
     tensors = read_tensors(source)

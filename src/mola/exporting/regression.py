@@ -13,6 +13,7 @@ import torch
 from mola.exporting.calibration import Row, answer_weights, token_ids
 from mola.exporting.mixtures import Mixture, Update, as_loras, gated_hidden, replaced_by_loras
 from mola.exporting.moments import gather_moments, group_by_input, moment_bytes, split_by_memory
+from mola.exporting.options import ConvertOptions
 from mola.tuner.layer import MolaLinear
 
 _RIDGE = 1e-4  # a smaller value trusts the data more; chosen from 1e-2 to 1e-5 on held-out rows
@@ -99,10 +100,7 @@ def fit_updates(
     layers: Mapping[str, MolaLinear],
     experts: Mapping[str, Mixture],
     rows: Sequence[Row],
-    rank: int,
-    memory_gb: float,
-    passes: int,
-    answer_weight: float,
+    options: ConvertOptions,
 ) -> tuple[dict[str, Update], list[str]]:
     """Fit one update to the experts of every linear by reduced-rank regression on data.
 
@@ -114,43 +112,40 @@ def fit_updates(
         layers: the adapted linears of the model.
         experts: the experts of the layers.
         rows: the data.
-        rank: rank of linears with several experts.
-        memory_gb: memory for moments in GB; less memory makes more parts.
-        passes: the lowest number of parts; there are at most as many parts as groups of layers.
-        answer_weight: weight of tokens that predict a token of an answer or a text; other tokens have weight 1.
+        options: `rank` of linears with several experts, `memory_gb` for moments (less memory makes more parts),
+            `fit_passes` (the lowest number of parts) and `answer_weight`.
 
     Returns:
         The updates, and the names of linears that no token reached, which get the mean of their experts.
     """
-    tokens, weights = token_ids(rows), answer_weights(rows, answer_weight)
+    rank = int(options.rank or 0)
+    tokens, weights = token_ids(rows), answer_weights(rows, options.answer_weight)
+    updates = {name: mean_of_experts(experts[name], rank) for name in layers}
     several = {name: layer for name, layer in layers.items() if len(experts[name].A) > 1}
-    updates = {name: mean_of_experts(experts[name], rank) for name in layers if name not in several}
     groups = group_by_input(model, several, tokens[0][:1])
     sizes = [
         moment_bytes(experts[names[0]].A.shape[2], (experts[name].A[..., 0].numel() for name in names))
         for names in groups
     ]
-
-    def features(name: str, x: torch.Tensor) -> torch.Tensor:
-        return gated_hidden(layers[name], experts[name].A, x)
-
-    unreached = []
-    for part in split_by_memory(sizes, memory_gb * 1e9, passes):
+    fitted: list[str] = []
+    unreached: list[str] = []
+    for part in split_by_memory(sizes, options.memory_gb * 1e9, options.fit_passes):
         names = [groups[index] for index in part]
-        converted = as_loras(layers, {name: update for name, update in updates.items() if name in several})
-        with replaced_by_loras(layers, converted):
-            found = gather_moments(model, layers, names, features, tokens, weights)
-        for index, moments in enumerate(found):
-            found[index] = None  # frees the memory of the moments one by one
+        with replaced_by_loras(layers, as_loras(layers, {name: updates[name] for name in fitted})):
+            found = gather_moments(
+                model, layers, names, lambda name, x: gated_hidden(layers[name], experts[name].A, x), tokens, weights
+            )
+        for same_input in names:
+            moments = found.pop(0)  # frees the memory of the moments one by one
+            fitted += same_input
             if moments is None:
-                unreached += names[index]
-                updates |= {name: mean_of_experts(experts[name], rank) for name in names[index]}
+                unreached += same_input
                 continue
             root, ridge = ridge_cholesky(moments.second, _RIDGE)
-            for name in names[index]:
+            for name in same_input:
                 # The ridge pulls towards the mean of the experts, not towards zero.
                 mean = experts[name].right().to(root.device) / len(experts[name].A)
                 left = experts[name].left().to(root.device)
                 B, A = solve_low_rank(root, moments.cross[name] + mean * ridge, left, rank)
                 updates[name] = B.cpu(), A.cpu()
-    return {name: updates[name] for name in layers}, unreached
+    return updates, unreached

@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from mola.architecture.linears import linear_sizes
 from mola.exporting.calibration import Calibration, token_ids
-from mola.exporting.moments import (
-    all_logits_if_head,
-    gather_moments,
-    group_by_input,
-    hooked_inputs,
-    moment_bytes,
-    run,
-    split_by_memory,
-)
+from mola.exporting.moments import gather_moments, group_by_input, moment_bytes, split_by_memory, watch_inputs
 from mola.exporting.regression import ridge_cholesky, solve_full
 
 _MARGIN = 4.0  # mean lead of the correct expert's logit; with two experts this gives it a gate of 0.98
 
 
 class Routers(NamedTuple):
-    """Fitted routers.
+    """Fitted routers; a module that no token reached is left out."""
 
-    Attributes:
-        weights: module -> float64 `(adapters, in)`; a module that no token reached is left out.
-        right: module -> share of held-out tokens whose own adapter has the largest logit, mean over adapters.
-    """
-
-    weights: dict[str, torch.Tensor]
-    right: dict[str, float]
+    weights: dict[str, torch.Tensor]  # module -> float64 `(adapters, in)`
+    right: dict[str, float]  # module -> share of held-out tokens whose own adapter has the largest logit
 
 
 def solve_router(seconds: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
@@ -77,60 +64,49 @@ def fit_routers(model: Any, modules: Mapping[str, Any], data: Sequence[Calibrati
     # Half of the memory: the sum over adapters and the moments of one adapter exist at the same time.
     for part in split_by_memory(sizes, memory_gb * 1e9 / 2):
         names = [groups[index] for index in part]
-        sums: list[torch.Tensor | None] = [None] * len(names)
+        seconds: list[torch.Tensor | None] = [None] * len(names)
         means: list[list[torch.Tensor]] = [[] for _ in names]
         for number, own in enumerate(rows):
-            for active in (str(number), None):
-                for index, (second, mean) in enumerate(_input_means(model, active, modules, names, own)):
-                    means[index] += [] if mean is None else [mean]
-                    sums[index] = second if (before := sums[index]) is None or second is None else before.add_(second)
-        for same_input, total, each in zip(names, sums, means, strict=True):
+            model.set_adapter(str(number))
+            for context in (nullcontext, model.disable_adapter):
+                with context():
+                    for index, (second, mean) in _input_means(model, modules, names, own).items():
+                        means[index].append(mean)
+                        before = seconds[index]
+                        seconds[index] = second if before is None else before.add_(second)
+        for same_input, total, each in zip(names, seconds, means, strict=True):
             if total is not None and len(each) == 2 * len(rows):
                 mean = torch.stack(each).view(len(rows), 2, -1).mean(1)
                 weights |= dict.fromkeys(same_input, solve_router(total.div_(2), mean).cpu())
     return Routers(weights, _first_choice_shares(model, modules, data, weights))
 
 
-def _activated(model: Any, adapter: str | None) -> AbstractContextManager[None]:
-    if adapter is None:
-        return model.disable_adapter()
-    model.set_adapter(adapter)
-    return nullcontext()
-
-
 def _input_means(
-    model: Any,
-    adapter: str | None,
-    modules: Mapping[str, Any],
-    groups: Sequence[Sequence[str]],
-    rows: Sequence[torch.Tensor],
-) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """The means of `x x^T` and of `x` for each group of modules; None for a group that no token reached."""
-
-    def one(name: str, x: torch.Tensor) -> torch.Tensor:
-        return x.new_ones(len(x), 1)
-
+    model: Any, modules: Mapping[str, Any], groups: Sequence[Sequence[str]], rows: Sequence[torch.Tensor]
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Index of a group of modules -> the means of `x x^T` and of `x`; groups that no token reached are left out."""
     tokens = sum(each.numel() for each in rows)
-    with _activated(model, adapter):
-        found = zip(gather_moments(model, modules, groups, one, rows), groups, strict=True)
-    return [(None, None) if m is None else (m.second / tokens, m.cross[names[0]][0] / tokens) for m, names in found]
+    moments = gather_moments(model, modules, groups, lambda name, x: x.new_ones(len(x), 1), rows)
+    return {
+        index: (found.second / tokens, found.cross[groups[index][0]][0] / tokens)
+        for index, found in enumerate(moments)
+        if found is not None
+    }
 
 
-@torch.no_grad()
 def _first_choice_shares(
     model: Any, modules: Mapping[str, Any], data: Sequence[Calibration], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, float]:
+    """Name of a module -> share of held-out tokens whose own adapter has the largest logit, mean over adapters."""
     hits = {name: torch.zeros(len(data), 2, dtype=torch.float64) for name in weights}
-    number = 0
+    adapter = 0
 
-    def count(name: str, x: torch.Tensor) -> None:
+    def count(name: str, x: torch.Tensor, number: int) -> None:
         x = x.reshape(-1, x.shape[-1]).float()
         chosen = (x @ weights[name].to(x).t()).argmax(1)
-        hits[name][number] += torch.tensor([(chosen == number).sum().item(), len(x)], dtype=torch.float64)
+        hits[name][adapter] += torch.tensor([(chosen == adapter).sum().item(), len(x)], dtype=torch.float64)
 
-    with hooked_inputs({name: modules[name] for name in weights}, count):
-        for number, each in enumerate(data):
-            model.set_adapter(str(number))
-            for ids in token_ids(each.held_out):
-                run(model, ids, **all_logits_if_head(model, modules.values()))
+    for adapter, each in enumerate(data):
+        model.set_adapter(str(adapter))
+        watch_inputs(model, {name: modules[name] for name in weights}, token_ids(each.held_out), count)
     return {name: (counts[:, 0] / counts[:, 1].clamp(min=1)).mean().item() for name, counts in hits.items()}

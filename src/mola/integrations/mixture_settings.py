@@ -135,26 +135,30 @@ def continued_config(
     check_digest(Path(folder, kwargs.get("subfolder") or ""))
     if not isinstance(config, MolaConfig):
         raise MolaError(f"{folder!r} is of type {config.peft_type}, not a mixture.")
-    layers = LayerStacks.of(model).num_layers or 1
     for name in sorted(set(settings) - set(TRAINING_ONLY)):
-        own, other = getattr(config, name), settings[name]
-        if own == other:
-            continue
-        if name in ("num_experts", "top_k", "r"):
-            is_same = resolve_per_layer(own, layers, name) == resolve_per_layer(other, layers, name)
-            if name == "num_experts":
-                is_same = is_same and pattern_with(other, None) in (None, {}, config.num_experts_pattern)
-        elif name in ("target_parameters", "modules_to_save", "layers_to_transform"):  # in any order
-            is_same = isinstance(own, list) and isinstance(other, list) and sorted(own) == sorted(other)
-        else:  # there are several ways to write the same target modules
-            is_same = name == "target_modules" and (
-                linear_shapes(model, own, config.exclude_modules) == linear_shapes(model, other)
-            )
-        if not is_same:
+        if not _is_same(name, settings[name], config, model):
             raise MolaError(
-                f"`{prefix}{name}` is {own!r} in {folder!r}, not {other!r}: leave it out, or start with new experts."
+                f"`{prefix}{name}` is {getattr(config, name)!r} in {folder!r}, not {settings[name]!r}: leave it out, "
+                "or start with new experts."
             )
     return dataclasses.replace(config, **{name: settings[name] for name in settings if name in TRAINING_ONLY})
+
+
+def _is_same(name: str, value: Any, config: MolaConfig, model: nn.Module) -> bool:
+    """Whether a value of the field `name` means the same as that of `config`, though it may be written differently."""
+    saved = getattr(config, name)
+    if saved == value:
+        return True
+    if name in ("num_experts", "top_k", "r"):
+        layers = LayerStacks.of(model).num_layers or 1
+        pattern = pattern_with(value, None) if name == "num_experts" else None
+        is_same_pattern = pattern in (None, {}, config.num_experts_pattern)
+        return is_same_pattern and resolve_per_layer(saved, layers, name) == resolve_per_layer(value, layers, name)
+    if name in ("target_parameters", "modules_to_save", "layers_to_transform"):
+        return isinstance(saved, list) and isinstance(value, list) and sorted(saved) == sorted(value)
+    if name == "target_modules":
+        return linear_shapes(model, saved, config.exclude_modules) == linear_shapes(model, value)
+    return False
 
 
 def continue_mixture(model: Any, folder: str, settings: Mapping[str, Any], **kwargs: Any) -> PeftModel:

@@ -14,7 +14,7 @@ from typing import Any
 
 
 class _AfterPeft:
-    """Import hook that imports mola as soon as PEFT is imported. Importing mola registers the method."""
+    """Import hook that imports mola right after PEFT. Importing mola registers the method."""
 
     is_looking = False
 
@@ -45,9 +45,8 @@ def _run_other_sitecustomize() -> None:
     try:
         if spec is not None and spec.loader is not None:
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    except (
-        ModuleNotFoundError
-    ) as error:  # a missing import means that the other `sitecustomize` is for a different Python
+    except ModuleNotFoundError as error:
+        # A missing import means that the other `sitecustomize` is for a different Python.
         if error.name != "sitecustomize":
             raise
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -74,13 +74,8 @@ def _locate(name: str, modules: Mapping[str, Any], packed: Mapping[str, Any]) ->
 
 
 def _is_on_another_stage(name: str, modules: Mapping[str, Any]) -> bool:
-    return any(isinstance(modules.get(parent), PPMissingLayer) for parent in _parents(name))
-
-
-def _parents(name: str) -> Iterator[str]:
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
+    parts = name.split(".")
+    return any(isinstance(modules.get(".".join(parts[:end])), PPMissingLayer) for end in range(1, len(parts) + 1))
 
 
 def _check_linear(layer: Any, name: str) -> None:

@@ -30,11 +30,9 @@ from mola.integrations.vllm_server.mixture import FusedMixture, Product
 from mola.integrations.vllm_server.parts import Adapter, Part, read_adapter
 
 _TRIED_MODELS = (
-    *(
-        f"{name}ForCausalLM"
-        for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi", "Phi3", "OPT")
-    ),
-    *("GPT2LMHeadModel", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"),
+    *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"),
+    *("Gemma3ForCausalLM", "PhiForCausalLM", "Phi3ForCausalLM", "OPTForCausalLM", "GPT2LMHeadModel"),
+    *("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"),
     "TransformersForCausalLM",  # Transformers' own model inside vLLM
 )
 
@@ -62,18 +60,9 @@ class MixtureLoader(BaseModelLoader):
                 "`--load-format mola` needs the adapter's folder: --model-loader-extra-config "
                 f"""'{{"adapter": "FOLDER"}}'. Got {load_config.model_loader_extra_config!r}."""
             )
-        cure = "Pass 'auto', or leave it out."
-        try:
-            self._base = get_model_loader(replace(load_config, load_format=inner, model_loader_extra_config=own))
-        except (
-            ImportError,
-            KeyError,
-            TypeError,
-            ValueError,
-        ) as error:  # an unknown format, or a format that needs more settings
-            raise MolaError(f"`load_format` {inner!r} cannot be used: {error!r}. {cure}") from error
+        self._base = get_model_loader(replace(load_config, load_format=inner, model_loader_extra_config=own))
         if type(self._base).load_model is not BaseModelLoader.load_model:
-            raise MolaError(f"`load_format` {inner!r} fills a model in a way of its own. {cure}")
+            raise MolaError(f"`load_format` {inner!r} fills a model in a way of its own. Pass 'auto', or leave it out.")
         self._adapter: Adapter | None = None
         self._parts_by_linear: dict[str, list[Part]] = {}
 
@@ -115,8 +104,8 @@ def _check_engine(vllm_config: VllmConfig, model_config: ModelConfig) -> None:
         raise MolaError("`--speculative-config` must be off with `--load-format mola`, which was not tried with it.")
     if vllm_config.kv_transfer_config is not None:
         raise MolaError(
-            "`--kv-transfer-config` and `--kv-offloading-size` must be off with `--load-format mola`: stores of keys "
-            "and values outside the server tell base models apart, and not mixtures. Leave them out."
+            "`--kv-transfer-config` and `--kv-offloading-size` must be off with `--load-format mola`: they could reuse "
+            "keys and values of a different adapter. Leave them out."
         )
     if model_config.use_mla:
         raise MolaError(

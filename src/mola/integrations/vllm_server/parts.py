@@ -35,33 +35,20 @@ class PartSettings(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The experts of one linear of the checkpoint, inside a linear of a server.
-
-    Attributes:
-        settings: see `PartSettings`.
-        experts_A: `(E, r, in)`.
-        experts_B: `(E, r, columns)`.
-        router: `(E, in)`; None for one expert.
-        start: the part's first column in the output of the server's linear.
-    """
+    """The experts of one linear of the checkpoint, inside a linear of a server."""
 
     settings: PartSettings
-    experts_A: torch.Tensor
-    experts_B: torch.Tensor
-    router: torch.Tensor | None
-    start: int
+    experts_A: torch.Tensor  # `(E, r, in)`
+    experts_B: torch.Tensor  # `(E, r, columns)`
+    router: torch.Tensor | None  # `(E, in)`; None for one expert
+    start: int  # the part's first column in the output of the server's linear
 
 
 class Adapter(NamedTuple):
-    """A mixture as it is served.
+    """A mixture as it is served."""
 
-    Attributes:
-        parts: name of the linear in the checkpoint -> its part.
-        digest: hash of everything that compiled code depends on.
-    """
-
-    parts: dict[str, Part]
-    digest: str
+    parts: dict[str, Part]  # name of the linear in the checkpoint -> its part
+    digest: str  # hash of everything that compiled code depends on
 
 
 def read_adapter(folder: str, base_model: str, trust_remote_code: bool = False) -> Adapter:
@@ -88,19 +75,12 @@ def read_adapter(folder: str, base_model: str, trust_remote_code: bool = False) 
 
 
 class Shard(NamedTuple):
-    """The slice of one output that a rank holds. A server's linear has several outputs side by side.
+    """The slice of one output that a rank holds. A server's linear has several outputs side by side."""
 
-    Attributes:
-        size: number of columns on this rank.
-        start: first of these columns in this rank's output.
-        rank: index of the slice among the equal slices of the whole output.
-        ranks: number of slices. There are fewer slices than ranks if ranks share heads of keys and values.
-    """
-
-    size: int
-    start: int
-    rank: int
-    ranks: int
+    size: int  # number of columns on this rank
+    start: int  # first of these columns in this rank's output
+    rank: int  # index of the slice among the equal slices of the whole output
+    ranks: int  # number of slices; fewer than ranks if ranks share heads of keys and values
 
 
 def shards_of(sizes: Sequence[int], rank: int, ranks: int, replicas: Sequence[int]) -> list[Shard]:
@@ -148,6 +128,5 @@ def _check_size(found: int, expected: int, what: str, name: str) -> None:
     if found != expected:
         raise MolaError(
             f"`adapter` does not fit the model in vLLM: the experts of {name!r} have {found} {what}, vLLM's linear has "
-            f"{expected}. This architecture has a different form in vLLM: serve it with `mola serve`, without --engine "
-            "vllm."
+            f"{expected}. Serve this adapter with `mola serve`, without --engine vllm."
         )
