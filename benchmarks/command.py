@@ -22,7 +22,6 @@ from benchmarks.curve import curve
 from benchmarks.decode import decode
 from benchmarks.errors import in_one_line
 from benchmarks.growth import growth
-from benchmarks.load import load
 from benchmarks.models import PROJECT, model_folder
 from benchmarks.options import BenchmarkOptions
 from benchmarks.questions import attention, logits
@@ -45,7 +44,6 @@ RUN = {
     "memory": memory,
     "counts": counts,
     "decode": decode,
-    "load": load,
     "growth": growth,
     "curve": curve,
     "telemetry": telemetry,

@@ -13,7 +13,7 @@ from mola.errors import MolaError
 from mola.options.fields import option
 
 SUITES = (
-    *("step", "memory", "counts", "decode", "load", "growth", "curve"),
+    *("step", "memory", "counts", "decode", "growth", "curve"),
     *("telemetry", "logits", "attention", "redundancy"),
 )
 DTYPES = ("float32", "bfloat16")
@@ -42,8 +42,8 @@ class BenchmarkOptions:
     dropout: list[float] = _several([0.0, 0.05], "Dropout on the adapters' input. growth uses the first, curve uses 0.")
     providers: list[str] = _several(
         PROVIDERS,
-        "Who is measured. decode, load and growth leave out lora_equal; decode and load leave out the loop. telemetry, "
-        "logits, attention and redundancy measure mola alone; curve compares the loop with mola.",
+        "Who is measured. decode and growth leave out lora_equal; decode leaves out the loop. telemetry, logits, "
+        "attention and redundancy measure mola alone; curve compares the loop with mola.",
     )
     batch_size: int = option(4, "Samples of a step.")
     seq_len: int = option(128, "Tokens of a sample.")

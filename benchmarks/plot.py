@@ -11,15 +11,11 @@ import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.errors import in_one_line
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_text, check_new_file
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 class Style(NamedTuple):
@@ -52,8 +48,8 @@ _LOOK: dict[Any, Any] = {
 _PANEL_INCHES = (4.2, 2.6)
 
 
-def draw(record: dict[str, Any]) -> Figure:
-    """The picture of one result file as a figure of matplotlib."""
+def draw(record: dict[str, Any]) -> Any:
+    """The picture of one result file, as a `matplotlib.figure.Figure`."""
     from matplotlib.figure import Figure
 
     rows = record["results"]["growth"]
@@ -73,7 +69,7 @@ def draw(record: dict[str, Any]) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, over: str, rows: list[dict[str, Any]]) -> None:
+def _draw_panel(axes: Any, over: str, rows: list[dict[str, Any]]) -> None:
     key, label = _AXES[over]
     ((other_key, other_label),) = (axis for name, axis in _AXES.items() if name != over)
     axes.axhline(1, color=_FROZEN.color, linewidth=0.8, linestyle="--", label=_FROZEN.label)

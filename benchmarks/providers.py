@@ -32,7 +32,6 @@ PROVIDERS = ("frozen", "lora_8", "lora_equal", "loop", "mola")
 # Suites in which only some providers take part.
 TAKES_PART = {
     "decode": ("frozen", "lora_8", "mola"),
-    "load": ("frozen", "lora_8", "mola"),
     "growth": ("frozen", "lora_8", "loop", "mola"),
     "curve": ("loop", "mola"),
     "telemetry": ("mola",),

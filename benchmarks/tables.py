@@ -78,13 +78,6 @@ COLUMNS: dict[str, list[Column]] = {
         Column("graphs", _number("graphs")),
         Column("while measured", _number("graphs_while_measured")),
     ],
-    "load": [
-        NAME,
-        *SECONDS,
-        Column("x base", _spread("ratio_to_base", "{:.3f}")),
-        Column("adapter MiB", _mebibytes("adapter_bytes")),
-        Column("folder MiB", _mebibytes("folder_bytes")),
-    ],
     "growth": [
         NAME,
         Column("experts", _number("num_experts")),
@@ -146,7 +139,6 @@ FIXED = {
     "memory": ("model", "dtype", "dropout", "batch_size", "seq_len", "num_experts", "optimizer"),
     "counts": ("model", "dtype", "dropout", "num_experts"),
     "decode": ("model", "dtype", "mode", "batch_size", "num_experts", "new_tokens"),
-    "load": ("model", "dtype", "num_experts"),
     "growth": ("model", "num_layers", "dtype", "dropout", "over"),
     "curve": ("model", "dtype", "dropout", "batch_size", "seq_len", "num_experts", "steps"),
     "telemetry": ("model", "batch_size", "seq_len", "num_experts", "optimizer"),

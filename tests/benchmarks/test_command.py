@@ -93,10 +93,10 @@ def test_equal_lora_has_the_nearest_number_of_parameters(case, base):
     assert {each.num_linears for each in providers.values()} == {28}
 
 
-@pytest.mark.parametrize("name", PROVIDERS)
-def test_dropout_acts_in_every_provider_but_the_floor(name, case, base, batch):
-    forward = make_forward(build(name, base, replace(case, dropout=0.5)).model, batch, case)
-    assert (forward().item() == forward().item()) is (name == "frozen")
+def test_dropout_acts_in_every_provider_but_the_floor(case, base, batch):
+    for name in PROVIDERS:
+        forward = make_forward(build(name, base, replace(case, dropout=0.5)).model, batch, case)
+        assert (forward().item() == forward().item()) is (name == "frozen"), name
 
 
 @pytest.mark.parametrize("name", ["mola", *slow(*(name for name in PROVIDERS if name != "mola"))])
@@ -208,7 +208,7 @@ def test_from_end_to_end(tiny_model_dir, tmp_path, capsys):
     output = tmp_path / "new" / "results.json"
     small = ("--decode_modes", "eager", "--decode_batch_sizes", "2", "--growth_experts", "1", "4")
     code = run(
-        *(tiny_model_dir, output, "--suite", "step", "counts", "decode", "load", "growth", *small),
+        *(tiny_model_dir, output, "--suite", "step", "counts", "decode", "growth", *small),
         *("--growth_tokens", "24", "--dtype", "bfloat16", "--dropout", "0", "0.05"),
     )
     printed = capsys.readouterr()
@@ -220,9 +220,9 @@ def test_from_end_to_end(tiny_model_dir, tmp_path, capsys):
     assert torch.__version__.startswith(record["versions"]["torch"])  # which may have no "+cu126" at its end
     results = record["results"]
     lengths = {suite: len(rows) for suite, rows in results.items()}
-    # step and counts: 5 providers, 2 dropouts; load: base and two ways for two adapters.
-    assert lengths == {"step": 10, "counts": 10, "decode": 3, "load": 5, "growth": 4 * 3}
-    for suite in ("step", "decode", "load", "growth"):
+    # step and counts: 5 providers, 2 dropouts.
+    assert lengths == {"step": 10, "counts": 10, "decode": 3, "growth": 4 * 3}
+    for suite in ("step", "decode", "growth"):
         for row in results[suite]:
             assert row["seconds"]["p20"] <= row["seconds"]["median"] <= row["seconds"]["p80"]
             assert row["seconds"]["median"] > 0
@@ -231,8 +231,6 @@ def test_from_end_to_end(tiny_model_dir, tmp_path, capsys):
     mola, lora = step["mola", "bfloat16", 0.05], step["lora_8", "bfloat16", 0.05]
     assert mola["ratio_to_lora_8"]["median"] == mola["seconds"]["median"] / lora["seconds"]["median"]
     assert mola["ratio_to_frozen"]["median"] > 0
-    adapters = {row["provider"]: row for row in results["load"]}
-    assert adapters["mola"]["adapter_bytes"] >= 4 * adapters["mola"]["trainable_parameters"]
     assert [row["num_experts"] for row in results["growth"][::4]] == [1, 4, 8]
     assert results["growth"][0]["top_k"] == 1
 

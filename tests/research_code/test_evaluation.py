@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from research_code.adapters import adapter_flags, usable_adapter
 from research_code.evaluation import ResearchEvaluateOptions
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from mola import MolaConfig
 from mola.cli import main as mola_main
 from mola.evaluation import evaluate
+from tests.conftest import save_adapter
+from tests.grids import slow
 from tests.research_code.scripts import SEVEN, character_tokenizer, error_line, run_script, write_json
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -27,13 +30,16 @@ def work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def adapter(tmp_path, tiny_model):
-    """A random mixture on the tiny model, saved."""
-    torch.manual_seed(0)
+@pytest.fixture(scope="module")
+def saved_adapter(tiny_model_dir, tmp_path_factory):
+    """A random mixture on the tiny model."""
     config = MolaConfig(num_experts=[2, 2, 3, 3], r=2, init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(tiny_model, config).save_pretrained(tmp_path / "scienceqa_mola")
-    return tmp_path / "scienceqa_mola"
+    return save_adapter(tiny_model_dir, tmp_path_factory.mktemp("adapter") / "scienceqa_mola", config)
+
+
+@pytest.fixture
+def adapter(tmp_path, saved_adapter):
+    return shutil.copytree(saved_adapter, tmp_path / "scienceqa_mola")
 
 
 @pytest.fixture
@@ -105,17 +111,15 @@ def test_outputs_have_no_special_tokens_and_no_prompt(command):
     assert not [text for text in result["outputs"] if "<s>" in text or "</s>" in text or "### Response" in text]
 
 
-@pytest.mark.parametrize(("asked", "there"), [("scienceq_", "scienceqa_"), ("scienceqa_", "scienceq_")])
-def test_both_spellings_of_the_data_file(asked, there, command, tmp_path):
-    write_json(tmp_path / "data" / f"{there}test.json", 2)
-    assert command(test_dataset=f"data/{asked}test.json", save_path="r.json") == 0
+@pytest.mark.parametrize(("given", "existing"), [("scienceq_", "scienceqa_"), *slow(("scienceqa_", "scienceq_"))])
+def test_both_spellings_of_the_data_file(given, existing, command, tmp_path):
+    """The file that the flag names is read if it exists."""
+    write_json(tmp_path / "data" / f"{existing}test.json", 2)
+    flags = {"test_dataset": f"data/{given}test.json", "save_path": "r.json", "max_new_tokens": 1}
+    assert command(**flags) == 0
     assert read("r.json")["len"] == 2
-
-
-def test_own_file_wins_over_the_other_spelling(command, tmp_path):
-    write_json(tmp_path / "data" / "scienceq_test.json", 2)
-    write_json(tmp_path / "data" / "scienceqa_test.json", 3)
-    assert command(test_dataset="data/scienceqa_test.json", save_path="r.json") == 0
+    write_json(tmp_path / "data" / f"{given}test.json", 3)
+    assert command(**flags, overwrite=True) == 0
     assert read("r.json")["len"] == 3
 
 
@@ -141,19 +145,21 @@ def test_wrong_flags_end_in_one_line(flags, parts, command, capsys):
     assert [part for part in parts if part not in line] == []
 
 
-@pytest.mark.parametrize("form", ["[2,2,3,3]", "(2, 2, 3, 3)"])
-def test_lists_in_brackets(form, command):
-    assert command(number_experts=form, top_k="[2,2,2,2]", lora_target_modules=f"[{SEVEN}]") == 0
-    assert command(lora_target_modules=str(SEVEN.split(",")), overwrite=True) == 0
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"number_experts": "(2, 2, 3, 3)", "top_k": "[2,2,2,2]", "lora_target_modules": f"[{SEVEN}]"},
+        {"number_experts": "[2,2,3,3]", "lora_target_modules": str(SEVEN.split(","))},
+        {"lora_target_modules": "all-linear"},  # the adapter holds names
+    ],
+)
+def test_equal_lists_in_different_forms(flags, adapter, tiny_model_dir):
+    options = ResearchEvaluateOptions(**flags)
+    assert usable_adapter(str(adapter), str(tiny_model_dir), adapter_flags(options)) == str(adapter)
 
 
-def test_all_linear_is_what_the_adapter_was_made_with(command):
-    """It is saved as names."""
-    assert command(lora_target_modules="all-linear") == 0
-
-
-def test_the_same_linears_may_be_named_in_another_way(command):
-    """As an adapter of "all-linear" is saved, by whole names."""
+def test_an_adapter_may_hold_whole_names(command):
+    """An adapter that was made with "all-linear" is saved with the whole names of its linears."""
     path = Path("scienceqa_mola", "adapter_config.json")
     settings = json.loads(path.read_text())
     names = [

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import re
@@ -48,10 +49,19 @@ def test_every_row_names_tests_or_says_why_there_is_none():
     assert wrong == []
 
 
-@pytest.mark.parametrize(("path", "name"), named_tests())
-def test_the_test_of_a_trap_exists(path, name):
+@functools.cache
+def functions_in(path):
     tree = ast.parse((ROOT / "tests" / path).read_text(encoding="utf-8"))
-    assert name in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_the_tests_of_the_traps_exist():
+    assert [(path, name) for path, name in named_tests() if name not in functions_in(path)] == []
+
+
+@pytest.fixture(scope="module")
+def saved_rows(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("rows") / "data.hf", {"train": 12})
 
 
 @pytest.mark.parametrize(
@@ -66,8 +76,8 @@ def test_the_test_of_a_trap_exists(path, name):
         ("lora_alpha", 2.5, "lora_alpha", 2.5),
     ],
 )
-def test_each_list_may_be_given_alone(flag, value, field, expected, tmp_path):
-    data = str(write_dataset(tmp_path / "data.hf", {"train": 12}))
+def test_each_list_may_be_given_alone(flag, value, field, expected, saved_rows):
+    data = str(saved_rows)
     plain, changed = (
         adapter_config(
             TrainOptions(**train_settings(ResearchTrainOptions(data_path=data, **flags), reports=False), use_cpu=True)

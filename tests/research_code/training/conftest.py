@@ -1,4 +1,4 @@
-"""A training script run for a few steps, in a working folder of its own and without a tracker."""
+"""A training script that runs for a few steps, in its own working folder and without a tracker."""
 
 import shutil
 
@@ -15,10 +15,15 @@ def quiet(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def saved_questions(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "science_qa.hf", {"train": 13, "validation": 3, "test": 3})
+
+
 @pytest.fixture
-def command(tmp_path, tiny_model_dir, monkeypatch):
-    """Runs the training script for a few steps in `tmp_path/run`; flags given replace or extend it."""
-    data = write_dataset(tmp_path / "science_qa.hf", {"train": 13, "validation": 3, "test": 3})
+def command(tmp_path, tiny_model_dir, saved_questions, monkeypatch):
+    """A function that runs the training script for a few steps in `tmp_path/run`; its arguments are further flags."""
+    data = shutil.copytree(saved_questions, tmp_path / "science_qa.hf")
 
     def run(script=TRAIN, **flags):
         settings = {
@@ -41,17 +46,17 @@ def command(tmp_path, tiny_model_dir, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def made():
-    """Where `finished` is kept, once it is made."""
+def finished_runs():
+    """At most one folder: the run that `finished` copies."""
     return []
 
 
 @pytest.fixture
-def finished(command, tmp_path, made, tmp_path_factory):
+def finished(command, tmp_path, finished_runs, tmp_path_factory):
     """`tmp_path/run` as `command()` leaves it: trained once, copied for every test."""
     folder = tmp_path / "run"
-    if made:
-        return shutil.copytree(made[0], folder)
+    if finished_runs:
+        return shutil.copytree(finished_runs[0], folder)
     assert command() == 0
-    made.append(shutil.copytree(folder, tmp_path_factory.mktemp("finished") / "run"))
+    finished_runs.append(shutil.copytree(folder, tmp_path_factory.mktemp("finished") / "run"))
     return folder

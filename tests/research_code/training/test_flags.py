@@ -97,8 +97,8 @@ def test_flags_and_defaults(options):
     ],
     ids=lambda value: next(iter(value)),
 )
-def test_what_each_flag_becomes(flags, expected, tmp_path):
-    data = str(write_dataset(tmp_path / "data.hf", {"train": 24}))
+def test_what_each_flag_becomes(flags, expected, saved_questions):
+    data = str(saved_questions)
     plain = settings_of(ResearchTrainOptions(data_path=data))
     assert plain["data"] == data
     changed = settings_of(ResearchTrainOptions(data_path=data, **flags))
@@ -106,18 +106,14 @@ def test_what_each_flag_becomes(flags, expected, tmp_path):
     assert all(plain.get(name) != value for name, value in expected.items() if name != "router_aux_loss_reduction")
 
 
-def test_templates_of_the_scripts(tmp_path):
-    """The script for instructions has a flag of its own, and `meta` where the other has `alpaca`."""
+def test_flags_that_only_the_script_for_instructions_has(tmp_path):
+    """It has a different flag for the template, and `meta` where the other script has `alpaca`."""
     data = str(write_dataset(tmp_path / "data.hf", {"train": 240}))
-    templates = [
-        settings_of(script(data_path=data, **flag))["template"]
-        for script, flag in [
-            (ResearchTrainOptions, {}),
-            (ResearchInstructionOptions, {}),
-            (ResearchInstructionOptions, {"prompt_template_name_meta": "vigogne"}),
-        ]
-    ]
-    assert templates == ["alpaca", "meta", "vigogne"]
+    flags = {"load_in_8bit": True, "prompt_template_name_meta": "vigogne"}
+    changed = settings_of(ResearchInstructionOptions(data_path=data, **flags))
+    plain = [settings_of(script(data_path=data)) for script in (ResearchTrainOptions, ResearchInstructionOptions)]
+    assert [settings["template"] for settings in (*plain, changed)] == ["alpaca", "meta", "vigogne"]
+    assert [settings.get("load_in_8bit") for settings in (*plain, changed)] == [None, None, True]
 
 
 def test_several_processes_share_the_batch(tmp_path, monkeypatch):
@@ -130,29 +126,22 @@ def test_several_processes_share_the_batch(tmp_path, monkeypatch):
     assert alone["warmup_steps"] == shared["warmup_steps"] == 20  # a tenth of 200 steps, which are as many
 
 
-def test_defaults_of_the_experts(command, tmp_path):
-    """What None stands for: on 4 layers the default list is 2,4,6,8."""
-    assert command(number_experts=None) == 0
+@pytest.mark.parametrize("word", ["--train_on_inputs=False", *slow("--train_on_inputs=false", "--notrain_on_inputs")])
+def test_false_is_false(word, command, tmp_path, tiny_model_dir, monkeypatch):
+    """The run leaves all flags of the experts out: on 4 layers the default list is 2,4,6,8."""
+    paths = {"base_model": tiny_model_dir, "data_path": tmp_path / "science_qa.hf", "output_dir": tmp_path / "run"}
+    sizes = {"batch_size": 13, "micro_batch_size": 13, "val_set_size": 0, "cutoff_len": 512}
+    words = [f"--{name}={value}" for name, value in (paths | sizes).items()]
+    assert run_script(TRAIN, monkeypatch, *words, word) == 0
+    data = record(tmp_path / "run")["data"]
+    assert data["train"]["trained_tokens"] < data["train"]["tokens"] / 2
+    assert data.keys() == {"train"}  # without held-out rows there is no evaluation
+    assert data["train"]["kept"] == 13
     config = adapter_config(tmp_path / "run")
     assert (config["num_experts"], config["r"], config["top_k"]) == ([2, 4, 6, 8], 8, 2)
     assert (config["lora_alpha"], config["lora_dropout"]) == (16, 0.05)
     assert set(config["target_modules"]) == set(SEVEN.split(","))
-
-
-@pytest.mark.parametrize("word", ["--train_on_inputs=False", *slow("--train_on_inputs=false", "--notrain_on_inputs")])
-def test_false_is_false(word, command, tmp_path, tiny_model_dir, monkeypatch):
-    words = [
-        "--base_model",
-        tiny_model_dir,
-        "--data_path",
-        tmp_path / "science_qa.hf",
-        "--output_dir",
-        tmp_path / "run",
-    ]
-    words += ["--batch_size", 12, "--micro_batch_size", 12, "--val_set_size", 1, "--cutoff_len", 512, word]
-    assert run_script(TRAIN, monkeypatch, *words) == 0
-    data = record(tmp_path / "run")["data"]["train"]
-    assert data["trained_tokens"] < data["tokens"] / 2
+    assert (config["router_aux_loss_coef"], config["router_aux_loss_reduction"]) == (0.0, "module")
 
 
 @pytest.mark.slow
@@ -193,6 +182,7 @@ def test_wrong_flags_end_in_one_line(flags, parts, command, capsys, tmp_path):
     assert not (tmp_path / "run" / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.quant
 def test_base_in_8_bits(command, tmp_path):
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'mola-peft[quant]'")
@@ -200,18 +190,10 @@ def test_base_in_8_bits(command, tmp_path):
     assert record(tmp_path / "run")["quantization"] == {"quant_method": "bitsandbytes", "load_in_8bit": True}
 
 
-def test_validation_rows_come_from_the_training_split(command, tmp_path):
-    assert command(val_set_size=2) == 0
-    run = record(tmp_path / "run")
-    assert (run["data"]["train"]["kept"], run["data"]["evaluation"]["kept"]) == (11, 2)
+def test_validation_rows_come_from_the_training_split(finished):
+    run = record(finished)
+    assert (run["data"]["train"]["kept"], run["data"]["evaluation"]["kept"]) == (12, 1)
     assert "eval_loss" in run["metrics"]
-
-
-def test_without_validation_rows_there_is_no_evaluation(command, tmp_path):
-    assert command(val_set_size=0) == 0
-    run = record(tmp_path / "run")
-    assert run["data"].keys() == {"train"}
-    assert run["data"]["train"]["kept"] == 13
 
 
 def test_same_flags_give_the_same_weights(finished, command, tmp_path):
@@ -232,10 +214,3 @@ def test_long_run_keeps_the_hundred_steps_of_warmup(command, tmp_path, caplog):
     options = ResearchTrainOptions(data_path=str(tmp_path / "science_qa.hf"), batch_size=8, num_epochs=1000)
     assert settings_of(options)["warmup_steps"] == 100
     assert "Warm-up" not in caplog.text
-
-
-@pytest.mark.parametrize(("flag", "expected"), [(True, (1e-3, "layer")), *slow((False, (0.0, "module")))])
-def test_balance_loss(flag, expected, command, tmp_path):
-    assert command(obalance=flag) == 0
-    config = adapter_config(tmp_path / "run")
-    assert (config["router_aux_loss_coef"], config["router_aux_loss_reduction"]) == expected

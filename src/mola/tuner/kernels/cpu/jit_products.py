@@ -110,18 +110,10 @@ def round_to(source, target):
 
 @numba.njit(inline="always")
 def multiply(table, sort, matrices, num_bytes, sums, r, full_tiles, tail, is_bf16):
-    """Fill `sums[place, j]` with the product of the token at `place` and row `j` of its expert's matrix.
+    """Fill `sums[place, j]`, in float32, with the product of the token at `place` and row `j` of its expert's matrix.
 
-    Args:
-        table: addresses of the tokens' rows in sorted order, see `sorted_row_addresses`.
-        sort: the `ExpertSort`.
-        matrices: address of the experts' matrices, `(E, r, features)`.
-        num_bytes: of a row.
-        sums: float32 `(places, r)`, written.
-        r: rows of a matrix.
-        full_tiles: see the module; tiles of `r` rows.
-        tail: see `full_tiles`.
-        is_bf16: see the module.
+    `table` is the result of `sorted_row_addresses`, `matrices` the address of the experts' matrices `(E, r, features)`,
+    and `num_bytes` the size of one of their rows.
     """
     at = table.ctypes.data
     for expert in range(len(sort.counts)):
@@ -148,14 +140,10 @@ def multiply(table, sort, matrices, num_bytes, sums, r, full_tiles, tail, is_bf1
 
 @numba.njit(forceinline=True)
 def pack_rows(matrices, extra, packed, pack):
-    """Copy the rows of all experts into the layout that `add_to_tokens` reads.
+    """Copy the rows of all experts, `matrices: (E, r, features)`, into the layout that `add_to_tokens` reads.
 
-    Args:
-        matrices: `(E, r, features)`.
-        extra: one more row for each expert, below its own, `(E, features)`; or nothing, `(0, features)`.
-        packed: written, `(blocks of columns, E * lanes, WIDE * pack)`; if `pack` is 2, the columns of two rows
-            alternate.
-        pack: see the module.
+    `extra: (E, features)` has one more row for each expert, below its own; `(0, features)` for none. The result is
+    `packed: (blocks of columns, E * lanes, WIDE * pack)`; if `pack` is 2, the columns of two rows alternate.
     """
     num_experts, r, features = matrices.shape
     rows = r + (len(extra) > 0)
@@ -184,16 +172,9 @@ def pack_rows(matrices, extra, packed, pack):
 def add_to_tokens(total, itemsize, num_tokens, features, expert_indices, packed, lanes, coefficients, is_bf16):
     """Add to the row of every token the rows of its experts, each times a coefficient.
 
-    Args:
-        total: address of the tokens' rows, `(N, features)`, added to.
-        itemsize: bytes of one of its numbers.
-        num_tokens: `N`.
-        features: columns.
-        expert_indices: `(top_k, N)`.
-        packed: the experts' rows, see `pack_rows`.
-        lanes: of an expert.
-        coefficients: address of the coefficients, `(N, top_k * lanes)` lanes of four bytes.
-        is_bf16: see the module.
+    `total` is the address of the tokens' rows `(N, features)`, whose numbers have `itemsize` bytes. `packed` is the
+    result of `pack_rows`, with `lanes` rows for each expert; `expert_indices: (top_k, N)`. `coefficients` is the
+    address of `(N, top_k * lanes)` lanes of four bytes.
     """
     top_k = len(expert_indices)
     num_experts_lanes = packed.shape[1]
@@ -222,18 +203,8 @@ def add_to_tokens(total, itemsize, num_tokens, features, expert_indices, packed,
 def sum_outer(values, table, sort, features, itemsize, targets, rows, full_tiles, tail, pack, is_bf16):
     """Fill row `j` of every expert with the sum over its assignments of `values[assignment, j]` times the token's row.
 
-    Args:
-        values: `(assignments, at least rows)`.
-        table: addresses of the tokens' rows in sorted order, see `sorted_row_addresses`.
-        sort: the `ExpertSort`.
-        features: columns of a token's row.
-        itemsize: bytes of one of its numbers.
-        targets: addresses of the float32 rows to fill, `(E * rows,)`.
-        rows: rows of an expert.
-        full_tiles: see the module; tiles of `rows` rows.
-        tail: see `full_tiles`.
-        pack: see the module.
-        is_bf16: see the module.
+    `values` is `(assignments, at least rows)`, and `table` the result of `sorted_row_addresses`; a token's row has
+    `features` numbers of `itemsize` bytes. `targets: (E * rows,)` has the addresses of the float32 rows to fill.
     """
     sorted_values = _sorted_lanes(values, sort, rows, pack)
     at, out, coefficients = table.ctypes.data, targets.ctypes.data, sorted_values.ctypes.data

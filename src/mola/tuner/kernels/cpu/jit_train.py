@@ -51,19 +51,15 @@ def _apply_weights(sums, weights, inverse, gated):
 
 @numba.njit(fastmath=MATH, forceinline=True)
 def _gates_backward(sums, gated, weights, expert_indices, inverse, grad_logits, inner, inner_logits, scaling):
-    """Gradients of the output of A and of the router logits: see `mola.tuner.routing.top_k_softmax_backward`.
+    """Fill the gradients of the output of A and of the router logits.
 
-    Args:
-        sums: gradient of the gated output of A, float32 `(places, r)`.
-        gated: the gated output of A, `(assignments, r padded)`.
-        weights: gates times scaling, `(top_k, N)`.
-        expert_indices: `(top_k, N)`.
-        inverse: the sorted place of every assignment.
-        grad_logits: gradient of the logits from the router losses, `(E, N)`; or nothing, `(0, N)`.
-        inner: written, gradient of the output of A, `(assignments, r padded)`.
-        inner_logits: written, gradient of the logits, `(E, N)`; if it is empty, they are written to column `r` of
-            `inner` instead.
-        scaling: see `MixtureSettings`.
+    For the formula see `mola.tuner.routing.top_k_softmax_backward`. The inputs are `sums: (places, r)`, the gradient of
+    the gated output of A in float32; `gated: (assignments, r padded)`, that output; `weights: (top_k, N)`, gates times
+    scaling; `expert_indices: (top_k, N)`; `inverse`, the sorted place of every assignment; and `grad_logits: (E, N)`,
+    the gradient of the logits from the router losses, `(0, N)` without such losses.
+
+    The results are `inner: (assignments, r padded)`, the gradient of the output of A, and `inner_logits: (E, N)`, that
+    of the logits. If `inner_logits` is empty, the gradient of the logits is column `r` of `inner`.
     """
     top_k, num_tokens = weights.shape
     r = sums.shape[1]
@@ -116,7 +112,7 @@ def _row_addresses(matrices, extra, num_experts, r, rows, num_bytes):
 
 
 def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
-    """Compile `forward_kernel`; its arguments are those there."""
+    """Compile the function that `forward_kernel` returns."""
     is_bf16, itemsize = (1, 2) if products is np.uint16 else (0, 4)
     pack, full_tiles, tail = 1 + is_bf16, r // 8, r % 8 or 1
     lanes = (r + is_bf16) // pack
@@ -155,7 +151,7 @@ def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
 
 
 def _specialize_backward(products: Any, params: Any, r: int, joint: bool) -> Any:
-    """Compile `backward_kernel`; its arguments are those there."""
+    """Compile the function that `backward_kernel` returns."""
     is_bf16, itemsize = (1, 2) if products is np.uint16 else (0, 4)
     pack, full_tiles, tail = 1 + is_bf16, r // 8, r % 8 or 1
     rows_A = r + joint  # with a row for the router where it reads the same input
@@ -217,12 +213,12 @@ def has_kernels(values: torch.dtype, products: torch.dtype, params: torch.dtype)
 
 @functools.cache
 def forward_kernel(values: torch.dtype, products: torch.dtype, params: torch.dtype, r: int) -> Any:
-    """Router, experts and their update as one native function; only where `has_kernels`.
+    """Router, experts and their update as one native function; call it only if `has_kernels` is true.
 
     Args:
         values: dtype of the router's input; the router is in float32.
         products: dtype of the experts' input and of the output.
-        params: dtype of A and B: float32, or as `products`.
+        params: dtype of A and B: float32, or the dtype of `products`.
         r: rank.
 
     Returns:
@@ -245,18 +241,18 @@ def backward_kernel(products: torch.dtype, params: torch.dtype, r: int, joint: b
     """The gradient of `forward_kernel` as one native function.
 
     Args:
-        products: see `forward_kernel`.
-        params: see `forward_kernel`.
+        products: dtype of the experts' input and of the output's gradient.
+        params: dtype of A and B: float32, or the dtype of `products`.
         r: rank.
         joint: whether the function also computes the router's gradients. It can if the router reads the same input as
             the experts and there are no router losses.
 
     Returns:
-        A function of addresses and sizes, as `forward_kernel`. Its arguments in order:
+        A function of addresses and sizes, with the shapes of `forward_kernel`. Its arguments in order:
 
-        - `dy: (N, out)`, the gradient of the output, and `inputs, gated, weights, expert_indices` as there.
-        - `from_losses`, the gradient of the logits from router losses, float32 `(E, N)`; 0 without.
-        - `experts_A, experts_B, router` as there.
+        - `dy: (N, out)`, the gradient of the output, and `inputs, gated, weights, expert_indices`.
+        - `from_losses`, the gradient of the logits from router losses, float32 `(E, N)`; 0 without such losses.
+        - `experts_A, experts_B, router`.
         - `total: (N, in)`, to which the input's gradient is added; 0 if it is not wanted.
         - Written, float32: `grad_A`, `grad_B` and, if `joint`, `grad_router`; 0 for `grad_A` or `grad_B` if it is not
           wanted. Unless `joint` also `grad_logits: (E, N)`, in the dtype of products.

@@ -28,18 +28,12 @@ BLOCK = 2 * op.LANES  # columns of one `outer_rows`; the smallest number of colu
 def _dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride, ahead, count, width, is_bf16):
     """Set `sums[t, j] = <rows[t], matrix[j]>` for `t < count`, `j < width`.
 
-    Args:
-        typing_context: numba's.
-        rows: address of a table of `count` addresses.
-        matrix: address of the first of `width` rows, `stride` bytes apart.
-        stride: see `matrix`.
-        num_bytes: of a row, a multiple of 64.
-        sums: address of float32 numbers, rows of them `sums_stride` bytes apart.
-        sums_stride: see `sums`.
-        ahead: constant: how many bytes ahead in `rows` to prefetch; 0 for no prefetching.
-        count: constant; up to `count * width = 24` all sums stay in registers.
-        width: constant.
-        is_bf16: constant: 1 for bfloat16, 0 for float32.
+    `rows` is the address of a table of `count` addresses, `matrix` that of `width` rows, `stride` bytes apart. A row
+    has `num_bytes` bytes, a multiple of 64. `sums` is the address of rows of float32 sums, `sums_stride` bytes apart.
+
+    These arguments are constants of the compiled code: `ahead`, the number of bytes to prefetch ahead in `rows` (0: no
+    prefetching); `count` and `width`, whose sums all stay in registers up to `count * width = 24`; `is_bf16`, 1 for
+    bfloat16 and 0 for float32.
     """
 
     def generate(context, builder, signature, arguments):
@@ -74,15 +68,10 @@ def _dot_rows(typing_context, rows, matrix, stride, num_bytes, sums, sums_stride
 def _add_rows(typing_context, target, rows, offset, coefficients, count, num_vectors, is_bf16):
     """Add `sum_m coefficients[m] * rows[m]` to `target`, for `16 * num_vectors` columns.
 
-    Args:
-        typing_context: numba's.
-        target: address of the first column, float32, or bfloat16 where `is_bf16`.
-        rows: address of a table of `count` addresses.
-        offset: added to each of them.
-        coefficients: address of `count` lanes.
-        count: number of rows; in bfloat16 of pairs of rows, whose columns alternate.
-        num_vectors: constant.
-        is_bf16: constant: 1 for bfloat16, 0 for float32.
+    `target` is the address of the first column, in float32, or in bfloat16 if `is_bf16` is 1. `rows` is the address of
+    a table of `count` addresses, to each of which `offset` bytes are added, and `coefficients` that of `count` lanes.
+    In bfloat16 each entry of the table is a pair of rows whose columns alternate. `num_vectors` and `is_bf16` are
+    constants of the compiled code.
     """
 
     def generate(context, builder, signature, arguments):
@@ -121,17 +110,10 @@ _SECOND = [place + 8 for place in _FIRST]
 def _outer_rows(typing_context, rows, offset, coefficients, stride, count, targets, targets_offset, width, is_bf16):
     """Set `targets[j] = sum_m coefficients[m, j] * rows[m]` for `j < width`, for 32 columns.
 
-    Args:
-        typing_context: numba's.
-        rows: address of a table of addresses, `count` of them, or twice as many where `is_bf16`.
-        offset: in bytes, added to each of them.
-        coefficients: address of lanes, rows of them `stride` bytes apart.
-        stride: see `coefficients`.
-        count: number of rows; where `is_bf16` of pairs of rows.
-        targets: address of a table of `width` addresses of float32 numbers.
-        targets_offset: in bytes, added to each of them.
-        width: constant, at most 9.
-        is_bf16: constant: 1 for bfloat16, 0 for float32.
+    `rows` is the address of a table of addresses, to each of which `offset` bytes are added: `count` rows, or `count`
+    pairs of rows if `is_bf16` is 1. `coefficients` is the address of rows of lanes, `stride` bytes apart. `targets` is
+    the address of a table of `width` addresses of float32 numbers, to each of which `targets_offset` bytes are added.
+    `width` (at most 9) and `is_bf16` are constants of the compiled code.
     """
 
     def generate(context, builder, signature, arguments):

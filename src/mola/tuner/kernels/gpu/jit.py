@@ -67,22 +67,12 @@ def gates_forward(
 ):  # fmt: skip
     """Choose experts, and multiply the output of A by gates and scaling.
 
-    Args:
-        products: of the router's parts with the input, float32 `(3E, N)`.
-        hidden: the output of A, `(E*r, N)`.
-        logits: written, float32 `(E, N)`.
-        weights: written, gates times scaling, float32 `(E, N)`.
-        indices: written, int64 `(TOP_K, N)`.
-        gated: written, `(E*r, N)`.
-        num_tokens: `N`.
-        scaling: factor of the gates.
-        E: experts.
-        R: rank.
-        TOP_K: experts per token.
-        STEP: see `_split`.
-        BLOCK_E: E or the next power of 2.
-        BLOCK_R: R or the next power of 2.
-        BLOCK_N: tokens of a program.
+    Reads `products: (3E, N)`, the products of the router's three parts with the input in float32, and `hidden: (E*R,
+    N)`, the output of A. Writes `logits: (E, N)` and `weights: (E, N)`, gates times scaling, in float32, `indices:
+    (TOP_K, N)` in int64, and `gated: (E*R, N)`.
+
+    R is the rank. STEP is explained in `_split`. BLOCK_E and BLOCK_R are E and R, rounded up to a power of 2. A program
+    computes BLOCK_N tokens.
     """
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tokens < num_tokens
@@ -142,20 +132,9 @@ def gates_backward(
 ):  # fmt: skip
     """Gradients of the output of A and of the logits: see `mola.tuner.kernels.gates.gates_backward`.
 
-    Args:
-        grad_gated: `(E*r, N)`.
-        gated: `(E*r, N)`.
-        weights: gates times scaling, float32 `(E, N)`.
-        grad_logits: gradient of the logits from router losses, float32 `(E, N)`; read if HAS_GRAD_LOGITS.
-        both: written, `(E*r + E, N)`.
-        num_tokens: `N`.
-        scaling: factor of the gates.
-        E: experts.
-        R: rank.
-        HAS_GRAD_LOGITS: whether `grad_logits` is a tensor.
-        BLOCK_E: E or the next power of 2.
-        BLOCK_R: R or the next power of 2.
-        BLOCK_N: tokens of a program.
+    Reads `grad_gated: (E*R, N)`, `gated: (E*R, N)`, `weights: (E, N)`, gates times scaling in float32, and, if
+    HAS_GRAD_LOGITS, `grad_logits: (E, N)`, the gradient from router losses in float32. Writes `both: (E*R + E, N)`. The
+    other constants are those of `gates_forward`.
     """
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tokens < num_tokens
@@ -185,19 +164,12 @@ def drop(
     source, seed, target, num_elements,
     SEEDS: tl.constexpr, STEPS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copy `source`, with zeros where the seed's Philox number is below its probability; add to `target` if ADD.
+    """Copy `source`, with zeros for dropped elements, to `target`; if ADD, add it to what the target holds.
 
-    One call of Philox gives four numbers: the `q`-th decides about an element of a program's `q`-th quarter.
-
-    Args:
-        source: read.
-        seed: address of an int64: the steps of the probability, times SEEDS, plus a seed.
-        target: written.
-        num_elements: of source and target, less than 2^32.
-        SEEDS: see `seed`, a power of 2.
-        STEPS: of a probability.
-        ADD: whether to add to what the target holds.
-        BLOCK: a quarter of the elements of a program.
+    `seed` is the address of an int64: a probability, as a number of STEPS, times SEEDS (a power of 2), plus a random
+    seed. An element is dropped if its number, drawn by Philox from the seed, is below the probability. One call of
+    Philox draws four numbers, one for each quarter of a program's elements; BLOCK is the size of a quarter. Source and
+    target have `num_elements` elements, less than 2^32.
     """
     start = tl.program_id(0).to(tl.int64) * (4 * BLOCK)
     lanes = tl.arange(0, BLOCK)

@@ -34,7 +34,7 @@ class Gates(NamedTuple):
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill outputs with NaN or -1 before kernels write them, so that numbers that a kernel leaves out are noticed."""
+    """Within this context, outputs hold NaN or -1 before a kernel writes them, which shows what it leaves out."""
     _poison[0] = True
     try:
         yield
@@ -43,17 +43,14 @@ def poisoned() -> Iterator[None]:
 
 
 def step_of(dtype: torch.dtype) -> float:
-    """Factor of each further part of a router's weight, so that the parts are not too small for float16."""
+    """The factor that enlarges each further part of a router's weight; it could be too small for float16 without."""
     return 2048.0 if dtype is torch.float16 else 1.0
 
 
 def pack(experts_A: torch.Tensor, router: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A and, below it, the router in three parts, as one matrix `(E*r + 3E, in)` in `dtype`.
+    """A `(E, r, in)` and, below it, the float32 router `(E, in)` in three parts, as one matrix `(E*r + 3E, in)`.
 
-    Args:
-        experts_A: `(E, r, in)`.
-        router: `(E, in)`, float32.
-        dtype: bfloat16 or float16.
+    The matrix is in `dtype`, which is bfloat16 or float16.
     """
     num_experts, r, in_features = experts_A.shape
     packed = _empty(num_experts * (r + jit.PARTS), in_features, like=router, dtype=dtype)
@@ -70,15 +67,10 @@ def pack(experts_A: torch.Tensor, router: torch.Tensor, dtype: torch.dtype) -> t
 def gates_forward(
     products: torch.Tensor, hidden: torch.Tensor, num_experts: int, top_k: int, scaling: float, dtype: torch.dtype
 ) -> Gates:
-    """Choose experts, and multiply the output of A by gates and scaling.
+    """Choose experts, and multiply the output of A, `hidden: (E*r, N)`, by gates and scaling.
 
-    Args:
-        products: of the router's parts with the input, float32 `(3E, N)`.
-        hidden: the output of A, `(E*r, N)`.
-        num_experts: `E`.
-        top_k: experts per token.
-        scaling: factor of the gates.
-        dtype: of the gated output, and of the router's parts.
+    `products: (3E, N)` are the products of the router's three parts with the input, in float32; `dtype` is the dtype of
+    these parts and of the gated output.
     """
     size, num_tokens = hidden.shape
     logits, weights = (_empty(num_experts, num_tokens, like=products, dtype=torch.float32) for _ in range(2))
@@ -130,12 +122,9 @@ def sample_seed(x: torch.Tensor, p: float) -> tuple[torch.Tensor, float] | None:
 
 
 def drop(rows: torch.Tensor, seed: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
-    """`rows` with zeros for dropped elements; added to `total` in place if there is one.
+    """`rows` with zeros for the elements that a seed of `sample_seed` drops.
 
-    Args:
-        rows: in any dtype.
-        seed: from `sample_seed`.
-        total: of the shape of `rows`, contiguous.
+    If there is a `total`, contiguous and in the shape of `rows`, the result is added to it in place.
     """
     rows = rows.contiguous()
     target = _empty(*rows.shape, like=rows, dtype=rows.dtype) if total is None else total
@@ -148,10 +137,7 @@ def drop(rows: torch.Tensor, seed: torch.Tensor, total: torch.Tensor | None = No
 
 
 def _is_dropout_right(device: torch.device) -> bool:
-    """Whether `drop` gives correct results on a device, tested once, like in `first_use`.
-
-    False while a CUDA graph is captured before the test.
-    """
+    """Whether `drop` gives correct results on a device. This is tested once; until then False in a CUDA graph."""
     if device not in _dropout_works:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
