@@ -1,6 +1,7 @@
 """Fixtures every test may use: a tiny random LLaMA and a byte-level tokenizer, made once per session."""
 
 import atexit
+import copy
 import gc
 import os
 import shutil
@@ -43,7 +44,7 @@ BOS, EOS = "<s>", "</s>"
 
 
 def pytest_collection_finish():
-    """Hide what was imported from the garbage collector, which every training calls: half of a tiny one's time."""
+    """Hide what was imported from the garbage collector: every training calls it, for half the time of a tiny one."""
     gc.collect()
     gc.freeze()
 
@@ -63,13 +64,13 @@ def build_byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(autouse=True)
 def same_draws():
-    """Whatever ran before in this process: a failure comes again."""
+    """Every test draws the same random numbers, whichever tests ran before it."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tiny tensors gain nothing from threads, and these wait for each other when the cores are busy."""
+    """Tiny tensors gain nothing from threads, which wait for each other when the cores are busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -119,7 +120,7 @@ def tiny_model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def no_weights_dir(tiny_model_dir, tmp_path_factory):
-    """The tiny model without its weights: whoever tries to load them fails."""
+    """The tiny model without its weights: an attempt to load them fails."""
     folder = tmp_path_factory.mktemp("no-weights")
     for file in tiny_model_dir.iterdir():
         if file.suffix != ".safetensors":
@@ -129,7 +130,7 @@ def no_weights_dir(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_model_dir(tiny_model_dir, tmp_path_factory):
-    """The tiny model with one layer, since the time to compile grows with their number."""
+    """The tiny model with one layer, because each further layer takes time to compile."""
     folder = tmp_path_factory.mktemp("one-layer") / "model"
     shutil.copytree(tiny_model_dir, folder)
     torch.manual_seed(0)
@@ -139,7 +140,7 @@ def small_model_dir(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture
 def force(monkeypatch):
-    """A function that sets `MOLA_KERNEL`; forgotten after the test."""
+    """A function that sets `MOLA_KERNEL` until the end of the test."""
 
     def set_name(name):
         monkeypatch.setenv("MOLA_KERNEL", name)
@@ -177,7 +178,13 @@ def tiny_tokenizer(tiny_model_dir):
     return tokenizer
 
 
-@pytest.fixture
-def tiny_model(tiny_model_dir):
-    """A fresh copy of `tiny_model_dir` in float32 and eval mode."""
+@pytest.fixture(scope="session")
+def loaded_tiny_model(tiny_model_dir):
+    """The model of `tiny_model_dir` in float32 and eval mode, which `tiny_model` copies."""
     return LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def tiny_model(loaded_tiny_model):
+    """A fresh copy of `tiny_model_dir` in float32 and eval mode."""
+    return copy.deepcopy(loaded_tiny_model)

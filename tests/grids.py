@@ -1,4 +1,4 @@
-"""Rows of a test's grid of which a few tell most: the others run in `make test-all`."""
+"""Marks rows of a test's grid that run in `make test-all` only."""
 
 import pytest
 

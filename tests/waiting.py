@@ -1,4 +1,4 @@
-"""Waiting for other processes and threads: as long as a busy machine needs, but not for what hangs."""
+"""Waits for other processes and threads: as long as a busy machine needs, but not forever."""
 
 import time
 
@@ -6,11 +6,11 @@ PATIENCE = 600  # seconds
 
 
 def wait_until(condition, *processes):
-    """Ask until the answer is true, and return it; it never will be if one of the processes has ended."""
+    """Call `condition` until its result is true, and return the result; fail at once if a process has ended."""
     end = time.monotonic() + PATIENCE
-    while not (answer := condition()):
+    while not (result := condition()):
         for process in processes:
             assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "it hangs"
         time.sleep(0.01)
-    return answer
+    return result

@@ -275,11 +275,3 @@ def test_adapter_made_with_lists_longer_than_the_model(golden, monkeypatch, caps
     assert "got 8 entries, the model has 4 layers" in error_line(SCRIPT, capsys)
     assert run_script(SCRIPT, monkeypatch, *words, "--top_k", "2,2,2,2") == 0
     assert read("case_a.mola/adapter_config.json")["r"] == settings["r"]
-
-
-def test_converted_adapter_of_the_working_folder_lies_beside_it(golden, monkeypatch):
-    words = ["--test_dataset", "../scienceq_test.json", "--base_model", "../base_tiny", "--mola_weights", "."]
-    words += ["--dtype", "float32", "--max_new_tokens", 2, "--save_path", "../one.json", "--top_k", "2"]
-    monkeypatch.chdir("case_a")
-    assert run_script(SCRIPT, monkeypatch, *words) == 0
-    assert Path("../case_a.mola/adapter_config.json").is_file()

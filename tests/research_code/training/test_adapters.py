@@ -78,14 +78,6 @@ def test_adapter_of_the_research_code_in_the_output_folder_is_refused(command, t
     assert not (tmp_path / "run.mola").exists()
 
 
-def test_lists_for_an_adapter_of_another_method_are_refused(command, tmp_path, tiny_model, capsys):
-    get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    capsys.readouterr()
-    assert command(resume_from_checkpoint=tmp_path / "lora", top_k=1) == 2
-    line = error_line(TRAIN, capsys)
-    assert [part for part in ("`number_experts` describes a mixture", "LORA", "lora") if part not in line] == []
-
-
 def test_an_adapter_of_another_method_is_refused(command, tmp_path, tiny_model, capsys):
     """The scripts set the weight of the balance loss, which only a mixture has."""
     get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")

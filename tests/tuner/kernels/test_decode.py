@@ -12,6 +12,7 @@ from mola.tuner.kernels.api import NO_ROUTER
 from mola.tuner.kernels.cpu import decode as cpu_decode
 from mola.tuner.kernels.decode import MANY_TOKENS, MAX_TOKENS, Decode, is_decode
 from mola.tuner.layer import ExpertSettings
+from tests.grids import slow
 
 from ..models import clone, random_config, tiny_llama, token_batch
 from .inputs import make_inputs
@@ -96,8 +97,7 @@ def model(fresh):
 # ------------------------------------------------------------------ values
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(("bias", "top_k"), [(True, 2), *slow((False, 1), (False, 4))])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_dtypes_are_no_less_exact(dtype, bias, top_k):
     layer, x = make_layer(dtype, bias=bias, top_k=top_k), draw(MAX_TOKENS, IN, dtype=dtype)
@@ -131,15 +131,6 @@ def test_outputs_stay_while_numbers_of_tokens_take_turns(pair):
     torch.testing.assert_close(outputs, [usual(layer, x) for x in inputs for layer in pair])
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 5])
-def test_a_router_of_zeros_chooses_the_first_experts(top_k):
-    layer, x = make_layer(num_experts=8, top_k=top_k), draw(5, IN)
-    nn.init.zeros_(layer.mola_router["default"])
-    A, B = layer.mola_A["default"][:top_k], layer.mola_B["default"][:top_k]
-    update = torch.einsum("ni,eri,ero->no", x, A, B) * layer.scaling["default"] / top_k
-    torch.testing.assert_close(few(layer, x), layer.base_layer(x) + update.detach())
-
-
 # ------------------------------------------------------------------ whole models
 
 
@@ -153,9 +144,6 @@ def test_generate(fresh, rows):
 
 
 # ------------------------------------------------------------------ what changes between two calls
-
-TENSORS = ("A", "B", "router", "weight", "bias")
-WAYS = ("in place", "in place, data", "new data", "new parameter")
 
 
 @torch.no_grad()
@@ -173,25 +161,15 @@ def change(layer, tensor, way):
         owner[name] = nn.Parameter(new, requires_grad=False)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("tensor", TENSORS)
-def test_changed_weights_are_seen(pair, tensor, way):
+@pytest.mark.parametrize("way", ["in place", "in place, data", "new data", "new parameter"])
+def test_changed_weights_are_seen(pair, way):
     (q, k), x = pair, draw(2, IN)
-    before = few(q, x), few(k, x)
-    change(k, tensor, way)
-    after = few(q, x), few(k, x)
-    torch.testing.assert_close(after, (before[0], usual(k, x)))
-    assert not torch.allclose(after[1], before[1])
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("tensor", ["A", "B", "router", "weight"])
-def test_changed_weights_of_a_model_are_seen(model, tensor, way):
-    for module in model.modules():
-        if isinstance(module, MolaLinear):
-            change(module, tensor, way)
-    for _ in range(3):
-        assert_usual(IDS, model)
+    for tensor in ("A", "B", "router", "weight", "bias"):
+        before = few(q, x), few(k, x)
+        change(k, tensor, way)
+        after = few(q, x), few(k, x)
+        torch.testing.assert_close(after, (before[0], usual(k, x)))
+        assert not torch.allclose(after[1], before[1]), tensor
 
 
 @pytest.mark.filterwarnings("ignore:The routers of adapter 'default' are in torch.bfloat16")
@@ -290,8 +268,5 @@ def test_where_it_is_used():
         assert Decode().supports(many) is None
         assert Decode().is_slower(many) == MANY_TOKENS
         assert Decode().supports(inputs._replace(router=None)) == NO_ROUTER
-        for change, reason in (
-            ({"dropout": 0.1}, "dropout is on"),
-            ({"jitter": 0.1}, "the router's input is jittered"),
-        ):
-            assert Decode().supports(inputs._replace(settings=inputs.settings._replace(**change))) == reason
+        dropped = inputs._replace(settings=inputs.settings._replace(dropout=0.1))
+        assert Decode().supports(dropped) == "dropout is on"

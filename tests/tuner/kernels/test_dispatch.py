@@ -107,13 +107,6 @@ def test_a_reason_for_each_that_is_not_chosen():
     }
 
 
-def test_the_first_without_a_reason_is_onednn_chosen():
-    for inputs in (make(), make((3, 32)), quiet(make((3, 32))), make()._replace(router=None)):
-        for enabled in (True, False):
-            with torch.set_grad_enabled(enabled):
-                assert select(inputs).name == next(name for name, reason in explain(inputs) if reason is None)
-
-
 def test_inputs_that_are_cast():
     """To the dtype of the products, except by autocast itself; the base product is made in its own dtype."""
     inputs = make(x_dtype=torch.bfloat16, params_dtype=torch.float32)
@@ -179,11 +172,6 @@ def test_a_name_that_no_backend_has_is_an_error(force):
     with pytest.raises(MolaError) as error:
         select(make())
     assert str(error.value) == (f"The environment variable MOLA_KERNEL must be one of {', '.join(ORDER)}, got 'cuda'.")
-
-
-def test_nothing_is_forced_by_an_empty_name(force):
-    force("")
-    assert select(make()).name == TRAIN
 
 
 # ---------------------------------------------------------------------- without the extra `cpu`

@@ -122,15 +122,6 @@ def test_no_tokens_at_all(way):
     assert inner.shape == (15, 0)
 
 
-def test_input_with_gaps(way):
-    tokens, router = draw(9, 12)[:, ::2], draw(5, 12, seed=1)[:, ::2]
-    hidden = torch.ones(5, 9)
-    expected = apply_gates(tokens.contiguous(), router.contiguous(), hidden.clone(), settings())
-    found = apply_gates(tokens, router, hidden, settings())
-    for a, b in zip(expected, found, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 @needs_numba
 def test_where_the_native_functions_are_used(monkeypatch):
     called = []

@@ -45,11 +45,6 @@ def test_a_wider_total_keeps_its_format(onednn):
     torch.testing.assert_close(added, total + (a @ b).float())
 
 
-def test_an_input_of_three_dimensions(onednn):
-    x, weight = draw(2, 3, 5), draw(4, 5)
-    torch.testing.assert_close(linear(x, weight, None), F.linear(x, weight))
-
-
 @needs_onednn
 @pytest.mark.parametrize("bias", [None, draw(7)], ids=["", "bias"])
 def test_an_addend_is_added_by_the_product(bias):

@@ -1,4 +1,4 @@
-"""The grouped backend: where it is used, and that experts see their own tokens only."""
+"""The grouped backend: how it sorts, what it costs, and where it is used."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from mola.tuner.kernels.autograd import compute
 from mola.tuner.kernels.grouped import ExpertSort, Grouped
 
 from ..counting import CountOperators
-from .inputs import leaves, make_inputs
+from .inputs import make_inputs
 
 WIDE = "not torch.float64"
 ROWS, SLOW, FEW = "rows of whole 16 bytes", "except in float32 on a CPU", "for so few experts or tokens"
@@ -22,19 +22,6 @@ def test_assignments_are_sorted_by_expert_and_by_token():
     assert ends.tolist() == [3, 4, 7, 7, 8]
     assert ends.dtype == torch.int32
     assert kept is expert_indices
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_gradients_of_experts_do_not_see_what_is_no_number_in_tokens_of_others(value):
-    inputs = make_inputs((10, 16), 6, torch.float32, r=8, out=24, top_k=1)
-    with torch.no_grad():
-        inputs.x[3, 5] = value
-    output, _, chosen = compute(Grouped(), inputs)
-    grad_A, grad_B = torch.autograd.grad(output[torch.arange(10) != 3].sum(), leaves(inputs)[1:3])
-    others = [e for e in range(6) if e != chosen[0, 3]]
-    assert set(chosen[0].tolist()) & set(others), "no other expert was chosen"
-    assert grad_A[others].isfinite().all()
-    assert grad_B[others].isfinite().all()
 
 
 def test_operators_do_not_grow_with_the_number_of_experts():
@@ -76,8 +63,7 @@ def test_where_it_is_used(num_experts, top_k, r, dtype, tokens, expected, onednn
 def test_where_it_cannot_be_used():
     inputs = make_inputs((64, 16), 32, torch.float32, r=8, out=24)
     assert Grouped().supports(inputs) is None
-    for change, reason in (({"router": "sigmoid"}, OTHER_ROUTER), ({"jitter": 0.1}, "the router's input is jittered")):
-        assert Grouped().supports(inputs._replace(settings=inputs.settings._replace(**change))) == reason
+    assert Grouped().supports(inputs._replace(settings=inputs.settings._replace(router="sigmoid"))) == OTHER_ROUTER
     swapped = inputs.experts_B.detach().transpose(1, 2).contiguous().transpose(1, 2)
     assert Grouped().supports(inputs._replace(experts_B=swapped)) == "grouped products need contiguous experts"
     assert Grouped().is_slower(inputs._replace(x=inputs.x.to("meta"))).endswith(SLOW)

@@ -56,8 +56,9 @@ class MixtureInputs(NamedTuple):
     Attributes:
         x: `(..., in)`; the router reads it without dropout. In a backward pass: in the dtype of the products.
         result: base output `(..., out)`; None if `weight` is given.
-        weight: `(out, in)` of a frozen base layer in the dtype of `x`: the backend then computes the base output too.
-        bias: `(out,)` of the frozen base layer.
+        weight: `(out, in)` of a frozen base layer, in the dtype of `x`. If it is given, the backend computes the base
+            output too.
+        bias: `(out,)` of the frozen base layer; None without bias.
         experts_A: `(E, r, in)`.
         experts_B: `(E, r, out)`.
         router: `(E, in)`, float32 or wider; None for one expert.
@@ -81,8 +82,8 @@ class Mixture(NamedTuple):
 
     Attributes:
         output: base output plus update, `(..., out)`; not a view, because some models change it in place.
-        logits: router logits, float32 `(E, N)`, with gradient; None without a router. May be None as well unless
-            `needs_router_output`.
+        logits: router logits, float32 `(E, N)`, with gradient. None without a router; a backend may also leave them out
+            if `needs_router_output` is False.
         expert_indices: chosen experts, `(top_k, N)`, in any order; None in the same cases as `logits`.
     """
 
@@ -99,7 +100,10 @@ class Saved(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """A gradient for each input, in any dtype, None if it is not wanted. Also used with bools: which are wanted."""
+    """One value for each input that can have a gradient.
+
+    Either the gradients, in any dtype, with None for those that are not wanted; or bools that say which are wanted.
+    """
 
     x: Any = None
     experts_A: Any = None
@@ -111,10 +115,10 @@ class Backend(ABC):
     """A way to compute a mixture.
 
     Attributes:
-        name: its name in `MOLA_KERNEL` and in reports.
+        name: the backend's name in `MOLA_KERNEL` and in reports.
         is_recorded: whether autograd differentiates `forward`; if not, `backward` computes the gradients.
-        casts_inputs: whether `x` and `weight` may have dtypes that differ from the products'.
-        device_type: the type of device that it is written for; None for all.
+        casts_inputs: whether `x` and `weight` may have dtypes that differ from that of the products.
+        device_type: the type of device that the backend is written for; None for all.
     """
 
     name: str
@@ -127,12 +131,12 @@ class Backend(ABC):
         """None if this backend can compute the inputs on this machine, else the reason why it cannot."""
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """None, or the reason why a later backend of the table should be faster; for inputs that `supports` accepts."""
+        """None, or the reason why a later backend should be faster; call it for inputs that `supports` accepts."""
         return None
 
     @abstractmethod
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved | None]:
-        """The mixture, and the tensors for `backward`; None if there is nothing to save."""
+        """The mixture, and what `backward` needs; None for a backend without `backward`."""
 
     def infer(self, inputs: MixtureInputs) -> Mixture:
         """The mixture when no gradient is recorded."""
@@ -149,10 +153,10 @@ class Backend(ABC):
         """The gradients of the inputs.
 
         Args:
-            inputs: as in `forward`, but `x` is `Saved.x`.
+            inputs: the inputs of `forward`, except that `x` is `Saved.x`.
             saved: `Saved.tensors`.
-            grad_output: `(..., out)`.
+            grad_output: gradient of the output, `(..., out)`.
             grad_logits: gradient of the logits from the router losses, `(E, N)`; None without such losses.
-            wanted: which gradients are wanted.
+            wanted: bools that say which gradients are wanted.
         """
         raise NotImplementedError(f"{self.name} computes no gradients")

@@ -13,14 +13,14 @@ from mola.tuner.kernels.dropout import sample_dropout_mask
 from mola.tuner.kernels.tensors import autocast_is_on
 
 _FIELDS = MixtureInputs._fields
-# Positions of inputs with gradients among the arguments of `_MixtureFunction.forward`; its first is the backend.
+# Positions of the inputs of `Grads` among the arguments of `_MixtureFunction.forward`; the first one is the backend.
 _GRADIENTS = [1 + _FIELDS.index(name) for name in Grads._fields]
 
 
 def compute(backend: Backend, inputs: MixtureInputs) -> Mixture:
-    """Compute the mixture with a backend, and record its gradient.
+    """Compute the mixture with a backend, and record it for autograd.
 
-    Only a backend with `is_recorded` has second derivatives.
+    Second derivatives exist only for backends with `is_recorded`; for others, asking for them is an error.
     """
     if backend.is_recorded:
         return backend.forward(inputs)[0]

@@ -38,7 +38,7 @@ def why_not_decode(inputs: MixtureInputs) -> str | None:
 
 
 class Decode(Backend):
-    """All experts for few tokens, in few operators of torch."""
+    """Computes all experts for few tokens, in few operators of torch."""
 
     name = "decode"
     device_type = "cpu"

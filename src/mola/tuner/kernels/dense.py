@@ -34,12 +34,12 @@ def why_no_own_backward(inputs: MixtureInputs) -> str | None:
 
 
 class Dense(Backend):
-    """All experts for all tokens; gates of zero for experts that were not chosen."""
+    """Computes all experts for all tokens; the gates of experts that were not chosen are 0."""
 
     name = "dense"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """See `why_no_own_backward`."""
+        """None for all calls that may have their own backward pass, else the reason."""
         return why_no_own_backward(inputs)
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, Saved]:
@@ -69,7 +69,7 @@ class Dense(Backend):
         )
 
     def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Grads) -> Grads:
-        """With `a` the gated output of A: `dB = a dy^T`; the gradient before the gates comes from `B dy`."""
+        """With `a` the gated output of A: `dB = a dy^T`, and `B dy` is the gradient of `a`."""
         gated, weights, logits, A_and_router, matrix_B = saved
         weight, dropout_mask, num_experts = inputs.weight, inputs.dropout_mask, len(inputs.router)
         rows = as_rows(grad_output).to(inputs.settings.dtype)

@@ -1,7 +1,7 @@
-"""Chooses the backend that computes a mixture: the first of `BACKENDS` that supports its inputs and is not slower.
+"""Chooses the backend that computes a mixture: the first of `BACKENDS` that supports the inputs and is not slower.
 
-`MOLA_KERNEL=name` in the environment forces one backend. If it does not support the inputs, the error says why. Layers
-with one expert are always computed by the backend `lora`.
+`MOLA_KERNEL=name` in the environment forces one backend; if it does not support the inputs, an error says why. The
+backend `lora` computes every layer with one expert, whatever is forced.
 """
 
 from __future__ import annotations
@@ -46,10 +46,9 @@ _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
 def decode_layer(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
-    """A layer's output for few tokens, without building the inputs of a backend.
+    """The output of a layer for few tokens, by `mola.tuner.kernels.cpu.decode.decode_layer`, which has these arguments.
 
-    Arguments as in `mola.tuner.kernels.cpu.decode.decode_layer`. None if there is no native function for the layer, or
-    `MOLA_KERNEL` is set; the caller must call `mixture` instead.
+    None if there is no native function for the layer or if `MOLA_KERNEL` is set. The caller then calls `mixture`.
     """
     if not cpu_decode.is_available() or _forced_name():
         return None
@@ -57,9 +56,10 @@ def decode_layer(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | No
 
 
 def row_table(layer, names: list[str], x: torch.Tensor) -> Any:
-    """A `mola.tuner.kernels.cpu.decode.RowTable` for a batch whose rows have different adapters.
+    """A table for a batch whose rows have different adapters, by `mola.tuner.kernels.cpu.decode.row_table`.
 
-    None as for `decode_layer`.
+    None if there is no native function for the batch or if `MOLA_KERNEL` is set. The caller then computes one adapter
+    after the other.
     """
     if not cpu_decode.is_available() or _forced_name() or not is_decode(x):
         return None
@@ -67,17 +67,21 @@ def row_table(layer, names: list[str], x: torch.Tensor) -> Any:
 
 
 def mixture(inputs: MixtureInputs) -> Mixture:
-    """Compute a mixture with the backend that `select` returns; raises as `select` does."""
+    """Compute a mixture with the backend that `select` returns.
+
+    Raises:
+        MolaError: `MOLA_KERNEL` names no backend, or one that does not support these inputs.
+    """
     inputs = cast_float32_input(inputs)
     backend = select(inputs)
     return compute(backend, inputs if backend.casts_inputs else cast_inputs(inputs))
 
 
 def cast_float32_input(inputs: MixtureInputs) -> MixtureInputs:
-    """On a GPU under autocast, cast a float32 input to the dtype of the products, once for router and products.
+    """Under autocast on a GPU, cast a float32 input to the dtype of the products.
 
-    LayerNorm returns float32 under autocast, and the dtype of the base without it. After the cast, routers get the same
-    input in training and at inference. A layer with one expert is left to autocast, like PEFT's LoRA.
+    LayerNorm returns float32 under autocast, and the dtype of the base without autocast. After the cast, a router reads
+    the same input in training and at inference. Layers with one expert leave the cast to autocast, like PEFT's LoRA.
     """
     if inputs.router is None:
         return inputs
@@ -109,7 +113,7 @@ def select(inputs: MixtureInputs) -> Backend:
 
 
 def explain(inputs: MixtureInputs) -> list[tuple[str, str | None]]:
-    """Names of all backends in the order of choice, each with the reason it would not be used, or None."""
+    """The name of every backend in the order of `BACKENDS`, and why it would not be used; None if it could be used."""
     return [(backend.name, backend.supports(inputs) or backend.is_slower(inputs)) for backend in BACKENDS]
 
 
@@ -136,10 +140,10 @@ def _read_variable() -> str:
 
 
 def cast_inputs(inputs: MixtureInputs) -> MixtureInputs:
-    """Cast the input to the dtype of the products, for backends that do not cast.
+    """Cast the input to the dtype of the products, for a backend whose `casts_inputs` is False.
 
-    If the base weight has a different dtype, the base output is computed here and passed instead. Under autocast the
-    input is left unchanged: autocast casts it for the products, and the router gets the original.
+    If input or base weight have a different dtype, the base output is computed here and replaces the weight. Under
+    autocast the input stays as it is: autocast casts it for the products, and the router reads the original.
     """
     x, weight, dtype = inputs.x, inputs.weight, inputs.settings.dtype
     if weight is not None and (weight.dtype is not dtype or x.dtype is not dtype):

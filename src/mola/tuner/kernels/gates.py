@@ -138,7 +138,7 @@ def _native_gates_backward(
     both: torch.Tensor,
     settings: MixtureSettings,
 ) -> bool:
-    """Fill `both`, the result of `gates_backward`, by one native function; False if none fits the tensors."""
+    """Fill `both`, the result of `gates_backward`, by one native function; False if no native function fits."""
     if weights.dtype != torch.float32 or not _may_be_native(settings, grad_gated, gated, weights):
         return False
     functions = native.load("jit_gates")

@@ -1,9 +1,9 @@
 """A layer's matrix products, by the library that is faster on this processor. No product records a gradient.
 
-In float32 torch calls MKL. On AMD's processors with AVX-512 MKL is slower than oneDNN, which is part of torch and which
-torch calls for bfloat16: much slower on Zen 5, where MKL uses half of AVX-512, somewhat on Zen 4. On these processors
-oneDNN makes a layer's float32 products: those of the experts, and that of the base layer if it is a plain frozen linear
-map. `MOLA_ONEDNN=0` in the environment leaves all products to torch, `MOLA_ONEDNN=1` uses oneDNN on every processor.
+For float32 torch calls MKL, for bfloat16 oneDNN; both are part of torch. On AMD processors with AVX-512, MKL is slower
+than oneDNN: much slower on Zen 5, where MKL uses half of AVX-512, and somewhat slower on Zen 4. On these processors
+oneDNN computes a layer's float32 products: those of the experts, and that of the base layer if it is a plain frozen
+linear map. `MOLA_ONEDNN=0` in the environment leaves all products to torch, `MOLA_ONEDNN=1` uses oneDNN on every CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor) -> torch.Tensor:
-    """`x W^T + b + addend` of matrices, in one product; call it only if `uses_onednn(x, weight)`."""
+    """`x W^T + b + addend` of matrices, in one call of oneDNN; call it only if `uses_onednn(x, weight)` is true."""
     return torch.ops.mkldnn._linear_pointwise.binary(x, addend, weight, bias, "add")
 
 
@@ -68,7 +68,7 @@ def base_output(inputs: MixtureInputs, x: torch.Tensor) -> torch.Tensor:
 
 
 def uses_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether oneDNN makes the product of two tensors; `torch.compile` can trace this."""
+    """Whether oneDNN computes the product of two tensors; `torch.compile` can trace this function."""
     # The dtype comes first, because this is called several times for every linear.
     if a.dtype is not torch.float32 or b.dtype is not torch.float32:
         return False
@@ -81,9 +81,9 @@ def uses_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def onednn_is_faster() -> bool:
-    """Whether oneDNN makes float32 products on this processor.
+    """Whether oneDNN computes float32 products on this processor.
 
-    The processor's name decides, not a measurement, because the choice of library changes the last bits of a result.
+    The processor's name decides and not a measurement, because the library decides the last bits of every result.
 
     Raises:
         MolaError: `MOLA_ONEDNN` is neither 0 nor 1.

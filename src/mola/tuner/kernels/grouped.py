@@ -53,7 +53,7 @@ class ExpertSort(NamedTuple):
 
 
 class Grouped(Backend):
-    """Chosen experts only, in grouped products."""
+    """Computes the chosen experts only, in grouped products."""
 
     name = "grouped"
 
@@ -134,13 +134,9 @@ class Grouped(Backend):
 
 
 def _add_products(total: torch.Tensor, rows: torch.Tensor, matrices: torch.Tensor, sort: ExpertSort) -> None:
-    """Add the product of every assignment's row with its expert's matrix to the row of its token, in place.
+    """Add the product of every assignment's row with its expert's matrix to the row of its token in `total`.
 
-    Args:
-        total: `(N, out)`.
-        rows: `(M, r)`, sorted by expert.
-        matrices: `(E, r, out)`.
-        sort: the order of the rows.
+    Shapes: `total (N, out)`, `rows (M, r)`, in the order of `sort`, and `matrices (E, r, out)`.
     """
     products = F.grouped_mm(rows, matrices, offs=sort.ends)
     total.index_add_(0, sort.tokens, products.to(total.dtype))

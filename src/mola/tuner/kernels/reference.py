@@ -18,7 +18,7 @@ _MAX_GATHERED_TOKENS = 8  # on a CPU, compiled `gathered` is faster up to this m
 
 
 class Reference(Backend):
-    """All experts for all tokens; gates of zero for experts that were not chosen."""
+    """Computes all experts for all tokens; the gates of experts that were not chosen are 0."""
 
     name = "reference"
     is_recorded = True
@@ -29,22 +29,18 @@ class Reference(Backend):
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """`y = base output + scaling * sum_e g_e B_e A_e dropout(x)`, with the gates `g` of the router."""
-        # The base comes first: the order of these calls fixes the order in which autograd adds up the gradients of
-        # `x`, and so their rounding.
-        result = _base(inputs)
+        # The order of these calls fixes the order in which autograd adds the gradients of `x`, and so their rounding.
+        result = _base_output(inputs)
         logits, routing = _route(inputs)
         experts_A, experts_B = inputs.experts_A, inputs.experts_B
         gates = dense_gates(routing, len(experts_A)) * inputs.settings.scaling
-        hidden = F.linear(as_rows(_dropped(inputs)), experts_A.flatten(0, 1))  # (N, E*r)
+        hidden = F.linear(as_rows(_after_dropout(inputs)), experts_A.flatten(0, 1))  # (N, E*r)
         hidden = hidden.unflatten(1, experts_A.shape[:2]) * gates.to(hidden.dtype).unsqueeze(-1)  # (N, E, r)
-        return _add(result, hidden.flatten(1) @ experts_B.flatten(0, 1), logits, routing)
+        return _add_update(result, hidden.flatten(1) @ experts_B.flatten(0, 1), logits, routing)
 
 
 class Gathered(Reference):
-    """Computes the chosen experts only, for compiled calls without gradients.
-
-    Compiled loops read the experts' matrices in place.
-    """
+    """Computes the chosen experts only, for compiled calls: their loops read the experts' matrices in place."""
 
     name = "gathered"
 
@@ -57,24 +53,25 @@ class Gathered(Reference):
     def is_slower(self, inputs: MixtureInputs) -> str | None:
         """None for compiled calls with few tokens, else the reason.
 
-        Without a compiler, indexing copies the experts' matrices for every token.
+        In calls that are not compiled, indexing copies the matrices of the chosen experts for every token.
         """
         if not torch.compiler.is_compiling():
             return "only faster under a compiler"
         num_tokens = inputs.x.numel() // inputs.x.shape[-1]
-        few = inputs.settings.top_k * num_tokens < len(inputs.experts_A)
-        return None if few or (inputs.x.is_cpu and num_tokens <= _MAX_GATHERED_TOKENS) else "too many tokens"
+        reads_fewer = inputs.settings.top_k * num_tokens < len(inputs.experts_A)
+        return None if reads_fewer or (inputs.x.is_cpu and num_tokens <= _MAX_GATHERED_TOKENS) else "too many tokens"
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """Like `Reference.forward`, but sums over the chosen experts only, in float32 (float64 for float64 input)."""
-        result = _base(inputs)
+        result = _base_output(inputs)
         logits, routing = _route(inputs)
-        rows = as_rows(_dropped(inputs))
+        rows = as_rows(_after_dropout(inputs))
         dtype = torch.promote_types(rows.dtype, torch.float32)
-        chosen_A, chosen_B = (each[routing.expert_indices] for each in (inputs.experts_A, inputs.experts_B))
+        chosen_A = inputs.experts_A[routing.expert_indices]  # (N, top_k, r, in)
+        chosen_B = inputs.experts_B[routing.expert_indices]  # (N, top_k, r, out)
         hidden = (chosen_A.to(dtype) * rows.to(dtype)[:, None, None, :]).sum(-1)  # (N, top_k, r)
         hidden = hidden * (routing.routing_weights * inputs.settings.scaling).unsqueeze(-1)
-        return _add(result, (hidden.unsqueeze(-1) * chosen_B.to(dtype)).sum((1, 2)), logits, routing)
+        return _add_update(result, (hidden.unsqueeze(-1) * chosen_B.to(dtype)).sum((1, 2)), logits, routing)
 
 
 class Lora(Reference):
@@ -88,10 +85,10 @@ class Lora(Reference):
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """`y = base output + scaling * B A dropout(x)`."""
-        result = _base(inputs)
+        result = _base_output(inputs)
         # The copy has the memory layout of PEFT's LoRA, so results are equal to the last bit.
         weight_B = inputs.experts_B[0].t().contiguous()
-        hidden = F.linear(_dropped(inputs), inputs.experts_A[0])
+        hidden = F.linear(_after_dropout(inputs), inputs.experts_A[0])
         return Mixture(result + F.linear(hidden, weight_B) * inputs.settings.scaling), None
 
 
@@ -101,20 +98,20 @@ def _route(inputs: MixtureInputs) -> tuple[torch.Tensor, Routing]:
     return logits, ROUTERS[settings.router](logits, settings.top_k, -1)
 
 
-def _dropped(inputs: MixtureInputs) -> torch.Tensor:
-    """The experts' input after dropout, with the given mask if there is one, else with torch's dropout.
+def _after_dropout(inputs: MixtureInputs) -> torch.Tensor:
+    """The experts' input after dropout, by the mask if the inputs have one, else by torch's dropout.
 
-    With a mask, `scaling` already includes the factor 1 / (1 - p).
+    With a mask, `settings.scaling` already includes the factor 1 / (1 - p).
     """
     if inputs.dropout_mask is not None:
-        # `torch.where` and not `drop` itself, which may be a native function that autograd cannot record.
+        # `drop` may be a native function, which autograd cannot record, so it is applied to ones.
         return torch.where(drop(torch.ones_like(inputs.x), inputs.dropout_mask).bool(), inputs.x, 0.0)
     return F.dropout(inputs.x, inputs.settings.dropout) if inputs.settings.dropout else inputs.x
 
 
-def _base(inputs: MixtureInputs):
+def _base_output(inputs: MixtureInputs):
     return inputs.result if inputs.weight is None else F.linear(inputs.x, inputs.weight, inputs.bias)
 
 
-def _add(result: torch.Tensor, update: torch.Tensor, logits: torch.Tensor, routing: Routing) -> tuple[Mixture, None]:
+def _add_update(result: torch.Tensor, update: torch.Tensor, logits: torch.Tensor, routing: Routing):
     return Mixture(result + update.view(result.shape), logits.t(), routing.expert_indices.t()), None

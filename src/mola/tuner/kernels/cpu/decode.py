@@ -22,7 +22,7 @@ _NO_FUNCTION = "no native function for these dtypes, or no numba here"
 
 
 class CpuDecode(Decode):
-    """Chosen experts only, in one native function."""
+    """Computes the chosen experts only, in one native function."""
 
     name = "cpu_decode"
     casts_inputs = True
@@ -32,7 +32,7 @@ class CpuDecode(Decode):
         x, settings = inputs.x, inputs.settings
         if torch.compiler.is_compiling():
             return "a compiler has an operator for this"
-        if not is_available():  # first: without numba every token and linear would go through all other checks
+        if not is_available():  # checked early: without numba, every token and linear comes here
             return _NO_FUNCTION
         reason = why_not_decode(inputs)
         if reason is not None:
@@ -137,16 +137,9 @@ def add_update(
     scaling: float,
     top_k: int,
 ) -> None:
-    """Add the update of a mixture to the base output `(..., out)`, in place.
+    """Add the update of a mixture to the base output, in place.
 
-    Args:
-        output: contiguous, in the dtype of `x`.
-        x: `(..., in)`.
-        experts_A: `(E, r, in)`.
-        experts_B: `(E, r, out)`.
-        router: `(E, in)`, float32.
-        scaling: see `MixtureSettings`.
-        top_k: experts per token.
+    `output: (..., out)` is contiguous and in the dtype of `x`. The other arguments are those of `MixtureInputs`.
 
     Raises:
         RuntimeError: there is no native function for these tensors, or their shapes do not fit.
@@ -186,14 +179,13 @@ def add_update(
 
 
 class RowTable(NamedTuple):
-    """The experts of each row of a batch, by their addresses; see `rows_kernel` of `jit_decode`.
+    """The experts of each row of a batch, by their addresses.
 
     Attributes:
-        kernel: the native function.
+        kernel: the native function, see `mola.tuner.kernels.cpu.jit_decode.rows_kernel`.
         experts: addresses and sizes of each row's experts, int64 `(rows, 6)`.
         scalings: float32 `(rows,)`.
-        no_router: zeros, used as the router of adapters with one expert, whose gate is 1. The table keeps it from being
-            freed.
+        no_router: zeros, the router of adapters with one expert, whose gate is 1; the table keeps them alive.
     """
 
     kernel: Any
@@ -209,15 +201,12 @@ class RowTable(NamedTuple):
 
 
 def row_table(layer: Any, names: list[str], x: torch.Tensor) -> RowTable | None:
-    """The table of a layer's experts for a batch whose rows have different adapters.
+    """The table of a layer's experts for a batch whose rows have different adapters; None without a native function.
 
     Args:
         layer: a `MolaLinear`.
         names: the adapter of each row; an adapter that the layer does not have adds nothing.
         x: `(rows, ..., in)`.
-
-    Returns:
-        The table; None if one of the adapters has no native function.
     """
     parts, functions = layer._modules, native.load("jit_decode")
     no_router = torch.zeros(layer.in_features, dtype=torch.float32, device="cpu")

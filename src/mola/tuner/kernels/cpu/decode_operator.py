@@ -42,7 +42,7 @@ def find_owner(experts_B: torch.Tensor) -> Owner:
     key = id(experts_B)
     owner = _owners.get(key)
     if owner is not None:
-        # Since then the layer may have received a different B, and a different tensor this `id`.
+        # The layer may have received a different B since the look-up, and a different tensor may have this `id` now.
         layer = owner.layer()
         if layer is not None and layer._modules["mola_B"]._parameters.get(owner.adapter_name) is experts_B:
             return owner
@@ -53,15 +53,11 @@ def find_owner(experts_B: torch.Tensor) -> Owner:
         if parameter is experts_B
     ]
     if not owners or any(_identity(owner) != _identity(owners[0]) for owner in owners):
+        problem = "is shared by layers that differ in A, router, scaling or top_k" if owners else "belongs to no layer"
         raise RuntimeError(
-            f"Compiled code of a MoLA layer got a B (`mola_B`) of shape {tuple(experts_B.shape)} that "
-            + (
-                "belongs to no layer."
-                if not owners
-                else "is shared by layers that differ in A, router, scaling or top_k."
-            )
-            + " With parameters in place of a layer's own, put `torch.func.functional_call` around the compiled "
-            "model, not into it; or compute without a compiler: `torch.compiler.set_stance('force_eager')`."
+            f"Compiled code of a MoLA layer got a B (`mola_B`) of shape {tuple(experts_B.shape)} that {problem}. "
+            "With parameters in place of a layer's own, put `torch.func.functional_call` around the compiled model, "
+            "not into it; or compute without a compiler: `torch.compiler.set_stance('force_eager')`."
         )
     _owners[key] = owners[0]
     return owners[0]

@@ -22,8 +22,8 @@ from mola.tuner.kernels.cpu.jit import FORMATS, MATH, choose_experts, compiled, 
 from mola.tuner.kernels.cpu.jit_instructions import has_vectors
 from mola.tuner.kernels.cpu.jit_vectors import dot_rows, hold
 
-_TOKENS, _ROWS = 8, 3  # multiplied at once by `linear`: as many sums as there are registers for
-_AHEAD = 16384  # bytes that `linear` prefetches ahead, chosen with rows of 2 and of 6 KB
+_TOKENS, _ROWS = 8, 3  # multiplied at once by `_linear`; all their sums stay in registers
+_AHEAD = 16384  # bytes that `_linear` prefetches ahead; measured with rows of 2 and of 6 KB
 
 
 @numba.njit(fastmath=MATH, inline="always")
@@ -151,7 +151,7 @@ def kernel(values: torch.dtype, weights: torch.dtype) -> Any:
 
 @functools.cache
 def rows_kernel(values: torch.dtype, weights: torch.dtype) -> Any:
-    """As `kernel`, for a batch whose rows have different experts.
+    """Like `kernel`, but for a batch whose rows have different experts.
 
     Returns:
         A function of addresses and sizes: `(x, output, experts, scalings, num_rows, tokens_per_row, in, out)`.

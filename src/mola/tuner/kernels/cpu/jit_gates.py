@@ -22,7 +22,7 @@ _ROWS, _COLUMNS = 8, 768  # of a tile of the input, so that it stays in the firs
 
 @numba.njit(fastmath=MATH, inline="always")
 def _tile(x, a, b):
-    """Products of eight rows with two others: sixteen sums, as many as there are registers for."""
+    """Products of eight rows with `a` and with `b`: sixteen sums, which all stay in registers."""
     s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
     s4, s5, s6, s7 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
     t0, t1, t2, t3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)

@@ -21,8 +21,8 @@ import numpy as np
 from mola.tuner.kernels.cpu.jit import narrow, widen
 from mola.tuner.kernels.cpu.jit_vectors import BLOCK, add_rows, dot_rows, hold, outer_rows
 
-WIDE = 4 * BLOCK  # columns that are added to at once: so many columns of eight experts' rows fit the first cache
-_TOKENS = 3  # tokens that are multiplied with eight rows at once: as many sums as there are registers for
+WIDE = 4 * BLOCK  # columns that are added to at once; this part of eight experts' rows fits the first cache
+_TOKENS = 3  # tokens that are multiplied with eight rows at once; all their sums stay in registers
 
 
 class ExpertSort(NamedTuple):
@@ -103,7 +103,7 @@ def aligned(memory):
 
 @numba.njit(forceinline=True)
 def round_to(source, target):
-    """Copy numbers into another dtype."""
+    """Fill `target` with the numbers of `source`, rounded to the dtype of `target`."""
     for i in range(source.size):
         target[i] = narrow(widen(source[i]), target[i])
 
@@ -112,8 +112,8 @@ def round_to(source, target):
 def multiply(table, sort, matrices, num_bytes, sums, r, full_tiles, tail, is_bf16):
     """Fill `sums[place, j]`, in float32, with the product of the token at `place` and row `j` of its expert's matrix.
 
-    `table` is the result of `sorted_row_addresses`, `matrices` the address of the experts' matrices `(E, r, features)`,
-    and `num_bytes` the size of one of their rows.
+    `table` has the addresses of the tokens' rows from `sorted_row_addresses`; `matrices` is the address of the experts'
+    matrices `(E, r, features)`, whose rows have `num_bytes` bytes. The module explains `full_tiles`, `tail`, `is_bf16`.
     """
     at = table.ctypes.data
     for expert in range(len(sort.counts)):
@@ -143,7 +143,7 @@ def pack_rows(matrices, extra, packed, pack):
     """Copy the rows of all experts, `matrices: (E, r, features)`, into the layout that `add_to_tokens` reads.
 
     `extra: (E, features)` has one more row for each expert, below its own; `(0, features)` for none. The result is
-    `packed: (blocks of columns, E * lanes, WIDE * pack)`; if `pack` is 2, the columns of two rows alternate.
+    `packed: (blocks of columns, E * lanes, WIDE * pack)`; if `pack` is 2 (bfloat16), the columns of two rows alternate.
     """
     num_experts, r, features = matrices.shape
     rows = r + (len(extra) > 0)
@@ -174,7 +174,7 @@ def add_to_tokens(total, itemsize, num_tokens, features, expert_indices, packed,
 
     `total` is the address of the tokens' rows `(N, features)`, whose numbers have `itemsize` bytes. `packed` is the
     result of `pack_rows`, with `lanes` rows for each expert; `expert_indices: (top_k, N)`. `coefficients` is the
-    address of `(N, top_k * lanes)` lanes of four bytes.
+    address of `(N, top_k * lanes)` lanes of four bytes. `is_bf16` is 1 if the products are in bfloat16.
     """
     top_k = len(expert_indices)
     num_experts_lanes = packed.shape[1]
@@ -203,8 +203,9 @@ def add_to_tokens(total, itemsize, num_tokens, features, expert_indices, packed,
 def sum_outer(values, table, sort, features, itemsize, targets, rows, full_tiles, tail, pack, is_bf16):
     """Fill row `j` of every expert with the sum over its assignments of `values[assignment, j]` times the token's row.
 
-    `values` is `(assignments, at least rows)`, and `table` the result of `sorted_row_addresses`; a token's row has
-    `features` numbers of `itemsize` bytes. `targets: (E * rows,)` has the addresses of the float32 rows to fill.
+    `values` is `(assignments, at least rows)`. `table` has the addresses of the tokens' rows, from
+    `sorted_row_addresses`; a row has `features` numbers of `itemsize` bytes. `targets: (E * rows,)` has the addresses
+    of the float32 rows to fill. The module explains `full_tiles`, `tail`, `pack` and `is_bf16`.
     """
     sorted_values = _sorted_lanes(values, sort, rows, pack)
     at, out, coefficients = table.ctypes.data, targets.ctypes.data, sorted_values.ctypes.data

@@ -1,6 +1,6 @@
-"""Training on a CPU with the chosen experts only: one native function forward and one backward, see `jit_train`.
+"""Training on a CPU with the chosen experts only: one native function for each pass, see `jit_train`.
 
-The native functions use one thread, so they are faster while `top_k * threads <= num_experts`. They exist for some
+The native functions use one thread, so they are faster as long as `top_k * threads <= num_experts`. They exist for some
 processors, dtypes and sizes.
 """
 
@@ -9,16 +9,7 @@ from __future__ import annotations
 import torch
 
 from mola.tuner.kernels import native
-from mola.tuner.kernels.api import (
-    NOT_PLAIN,
-    OTHER_ROUTER,
-    Backend,
-    Grads,
-    Mixture,
-    MixtureInputs,
-    MixtureSettings,
-    Saved,
-)
+from mola.tuner.kernels.api import NOT_PLAIN, OTHER_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
 from mola.tuner.kernels.dense import why_no_own_backward
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gemm import addmm_, base_output, mm
@@ -30,7 +21,7 @@ _COLUMNS = 32  # the native functions need features in multiples of this
 
 
 class CpuTrain(Backend):
-    """Chosen experts only, in native functions with gradients."""
+    """Computes the chosen experts only, in native functions, and their gradients."""
 
     name = "cpu_train"
     device_type = "cpu"
@@ -56,7 +47,7 @@ class CpuTrain(Backend):
         return None
 
     def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """The reason if there are so many threads that computing all experts gives each thread less work, else None."""
+        """None, or the reason: with many threads, each has less to do if they share the work of all experts."""
         if inputs.settings.top_k * torch.get_num_threads() > len(inputs.experts_A):
             return "slower than dense with so many threads: top_k * threads > num_experts"
         return None
@@ -100,7 +91,7 @@ class CpuTrain(Backend):
         grad_A, grad_B, grad_router, inner_logits = _native_gradients(inputs, saved, dy, grad_logits, total, wanted)
         if total is not None and dropout_mask is not None:
             total = drop(total, dropout_mask) if base is None else base.add_(drop(total, dropout_mask))
-        if inner_logits is not None:  # the router's gradients, which the native function did not compute
+        if inner_logits is not None:  # the native function did not compute the router's part
             grad_router = mm(inner_logits, x) if wanted.router else None
             total = None if total is None else addmm_(total, inner_logits.t(), inputs.router.to(dy.dtype))
         return Grads(total, grad_A if wanted.experts_A else None, grad_B, grad_router if wanted.router else None)
@@ -118,10 +109,10 @@ def _shapes_fit(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tenso
 def _native_gradients(inputs: MixtureInputs, saved, dy, grad_logits, total, wanted: Grads):
     """Compute the gradients of A, B and router, in float32, and add the input's gradient to `total`.
 
-    Without dropout and router losses the router's part is included. In all other cases the last returned value is the
-    gradient of the logits, in the dtype of the products, from which the caller computes the router's part; else None.
+    With dropout or router losses, the router's part is missing from both. The last returned value is then the gradient
+    of the logits, in the dtype of the products, from which the caller computes that part; otherwise it is None.
     """
-    settings: MixtureSettings = inputs.settings
+    settings = inputs.settings
     (num_experts, r, in_features), out_features = inputs.experts_A.shape, inputs.experts_B.shape[2]
     rows = drop(as_rows(inputs.x), inputs.dropout_mask).contiguous()
     joint = inputs.dropout_mask is None and grad_logits is None

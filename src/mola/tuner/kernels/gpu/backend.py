@@ -1,4 +1,4 @@
-"""All experts at once on a GPU. cuBLAS makes the products; Triton makes all between them in one launch each way.
+"""All experts at once on a GPU. cuBLAS computes the products, and one Triton kernel in each pass what lies between.
 
 - The router is part of A's product: its float32 weight is split into three parts of 16 bits, whose sum has the bits of
   float32. So no float32 copy of `x` is made, TF32 has no effect, and the experts are those that float32 would choose.
@@ -31,13 +31,13 @@ _MAX_EXPERTS = 64
 
 
 class Triton(Backend):
-    """All experts on a GPU, with Triton between the products."""
+    """Computes all experts on a GPU, with Triton between the products."""
 
     name = "triton"
     device_type = "cuda"
 
     def supports(self, inputs: MixtureInputs) -> str | None:
-        """None for dtypes of 16 bits on NVIDIA's GPUs since Ampere with correct first results, else the reason."""
+        """None for dtypes of 16 bits on a GPU since Ampere where the kernels were correct, else the reason."""
         settings, x, experts_A = inputs.settings, inputs.x, inputs.experts_A
         reason = why_no_own_backward(inputs) or _why_not_on(x.device)
         if reason is not None:
@@ -167,7 +167,8 @@ def _packed(inputs: MixtureInputs) -> tuple[torch.Tensor, torch.Tensor]:
     if any(each.requires_grad for each in weights):
         _packed_of.pop(inputs.experts_A, None)
         return _pack(inputs)
-    if _is_capturing(inputs.x) or any(each.is_inference() for each in weights):
+    is_capturing = inputs.x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if is_capturing or any(each.is_inference() for each in weights):
         return _pack(inputs)
     state = inputs.settings.dtype, _stream(inputs.x), *((each.data_ptr(), each._version) for each in weights)
     found = _packed_of.get(inputs.experts_A)
@@ -186,11 +187,7 @@ def forget(experts: Iterable[torch.Tensor]) -> None:
 
 
 def _stream(tensor: torch.Tensor) -> int:
-    """The current stream of operators: weights that a different stream packs may not be ready yet."""
+    """The current stream of operators, because weights that a different stream packs may not be ready yet."""
     if not tensor.is_cuda or not torch.cuda.is_initialized():  # not initialized: fake tensors on a machine without GPU
         return 0
     return torch.cuda.current_stream(tensor.device).stream_id
-
-
-def _is_capturing(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -137,7 +137,7 @@ def drop(rows: torch.Tensor, seed: torch.Tensor, total: torch.Tensor | None = No
 
 
 def _is_dropout_right(device: torch.device) -> bool:
-    """Whether `drop` gives correct results on a device. This is tested once; until then False in a CUDA graph."""
+    """Whether `drop` gives correct results on a device: tested once, outside of CUDA graphs; until then False."""
     if device not in _dropout_works:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
