@@ -1,24 +1,16 @@
 """The lists and the judge of `make test-peft`; PEFT's tests themselves are run by that command only."""
 
-import re
 import sys
 
 import pytest
 
-from mola import MolaConfig, MolaError
-from tests.peft_suite.__main__ import FILES, PAGE, SuiteOptions
-from tests.peft_suite.cases import KINDS, cases
+from mola import MolaError
+from tests.peft_suite.__main__ import PAGE
 from tests.peft_suite.lists import Lists, NotApplicable, WrittenForLora
 from tests.peft_suite.plugin import Suite
 from tests.peft_suite.report import BEGIN, END, Result, markdown, write_page
 
 LISTS = Lists.load()
-
-
-@pytest.mark.parametrize("entry", [*LISTS.not_applicable, *LISTS.written_for_lora], ids=lambda entry: entry.tests)
-def test_entries_name_files_that_are_run(entry):
-    pattern = entry.tests.partition("::")[0]
-    assert [name for name in FILES if re.fullmatch(pattern, f"{name}.py")]
 
 
 @pytest.mark.parametrize(
@@ -36,19 +28,6 @@ def test_a_wrong_entry_is_refused(tmp_path, monkeypatch, name, text, message):
     monkeypatch.setattr("tests.peft_suite.lists._FOLDER", tmp_path)
     with pytest.raises(MolaError, match=message):
         Lists.load()
-
-
-def test_cases_are_configurations():
-    for name, model, config, settings in cases("test_custom_models", "TestPeftCustomModel", CUSTOM, ()):
-        assert issubclass(config, MolaConfig)
-        assert config(**settings).target_modules
-        assert isinstance(name, str)
-        assert isinstance(model, str)
-    assert cases("test_custom_models", None, ("safe_merge",), ()) is None
-    assert [config().num_experts for config in KINDS] == [1, 4]
-
-
-CUSTOM = ("test_name", "model_id", "config_cls", "config_kwargs")
 
 
 # ---------------------------------------------------------------------- the judge
@@ -153,8 +132,3 @@ def test_the_result_goes_between_the_marks(tmp_path):
     page.write_text("no marks")
     with pytest.raises(MolaError, match="must hold the lines"):
         write_page(page, "text")
-
-
-def test_a_part_is_not_written_to_the_page():
-    with pytest.raises(MolaError, match="`write_page` needs the whole result"):
-        SuiteOptions(only="merge", write_page=True)

@@ -1,6 +1,5 @@
 """The `mola` command as a program of its own, which imports less than `import mola` does."""
 
-import json
 import os
 import re
 import subprocess
@@ -77,14 +76,6 @@ def test_a_module_that_is_run_is_recognised(words, own, monkeypatch):
     assert is_mola_command() is own
 
 
-@pytest.mark.slow
-def test_program_of_the_user_with_the_name_of_a_script_has_everything(tmp_path):
-    """Who goes on from the research code will call a file like this."""
-    program = tmp_path / "mola_training.py"
-    program.write_text("import mola\nfrom peft import PeftType\nprint(PeftType('MOLA'))\n", encoding="utf-8")
-    assert "MOLA" in run(program).stdout
-
-
 CHECK = """
 import os, sys
 import mola
@@ -127,22 +118,3 @@ def test_a_pipe_whose_reader_has_ended(words, tiny_model_dir):
         process.stdout.close()
         errors = process.stderr.read()
     assert (process.returncode, errors) == (141, "")
-
-
-@pytest.mark.slow
-def test_every_command_as_a_program(tiny_model_dir, tmp_path):
-    data, adapter = tmp_path / "data", tmp_path / "run"
-    base = ["--base_model", tiny_model_dir, "--dtype", "float32"]
-    run(MOLA, "prepare", "sample", "--output_dir", data, "--train_size", 8, "--validation_size", 4, "--test_size", 4)
-    task = ["--task", "sample"]
-    experts = ["--num_experts", "2,2,2,2", "--top_k", "1", "--r", 2]
-    planned = run(MOLA, "plan", "--base_model", tiny_model_dir, "--num_experts", "1,2,3,4", "--json").stdout
-    assert json.loads(planned)["totals"]
-    run(MOLA, "train", *base, *task, *experts, "--data", data / "dataset.hf", "--output_dir", adapter, "--max_steps", 2)
-    result = ["--data", data / "test.json", "--output", tmp_path / "r.json"]
-    run(MOLA, "evaluate", *base, *task, "--adapter", adapter, *result)
-    assert json.loads((tmp_path / "r.json").read_text())["total"] == 4
-    words = ["--instruction", "Say A", "--max_new_tokens", 4]
-    assert run(MOLA, "generate", *base, "--adapter", adapter, *words).stdout
-    run(MOLA, "convert", adapter, "--to", "published", "--output", tmp_path / "old")
-    assert (tmp_path / "old" / "adapter_config.json").is_file()

@@ -530,15 +530,6 @@ def test_the_losses_stay_on_the_device_of_the_logits(masked):
         loss.backward()
 
 
-def test_hooks_can_be_removed():
-    model = make()
-    batch = token_batch()
-    plain = loss_in_evaluation(model, batch)
-    RouterLosses.remove(model.train().base_model.model)
-    torch.testing.assert_close(model(**batch).loss, plain)
-    RouterLosses.remove(model.base_model.model)  # a second time does nothing
-
-
 def test_hooks_are_installed_once_for_several_adapters():
     model = make()
     model.add_adapter("second", random_config(router_aux_loss_coef=1.0))

@@ -76,8 +76,8 @@ def resolve_per_layer(value: Notation, num_layers: int, name: str) -> list[int]:
         return _spread_groups(parsed.values, num_layers)
     if len(parsed.values) != num_layers:
         raise MolaError(
-            f"`{name}` needs one entry per decoder layer: got {_count(len(parsed.values), 'entry', 'entries')}, the "
-            f"model has {_count(num_layers, 'layer')}. {_allowed(name, _count(num_layers, 'integer'))}"
+            f"`{name}` needs one entry per decoder layer: got {_number_of(len(parsed.values), 'entry', 'entries')}, "
+            f"the model has {_number_of(num_layers, 'layer')}. {_advice(name, _number_of(num_layers, 'integer'))}"
         )
     return list(parsed.values)
 
@@ -140,7 +140,7 @@ def _parse(value: Any, name: str) -> _Parsed:
     if isinstance(value, bool) or not isinstance(value, (Integral, str, list, tuple)):
         raise MolaError(
             f"`{name}` must be an integer, a list of integers or a string, got {value!r} "
-            f"({type(value).__name__}). {_allowed(name)}"
+            f"({type(value).__name__}). {_advice(name)}"
         )
     if isinstance(value, str):
         return _parse_text(value.strip(), name)
@@ -178,7 +178,7 @@ def _parse_commas(text: str, name: str) -> _Parsed:
     wrong = [item for item in items if not _INTEGER.fullmatch(item)]
     if wrong:
         raise MolaError(
-            f"`{name}` must be integers between commas, got {text!r}: {wrong[0]!r} is no integer. {_allowed(name)}"
+            f"`{name}` must be integers between commas, got {text!r}: {wrong[0]!r} is no integer. {_advice(name)}"
         )
     values = _checked_entries([int(item) for item in items], name)
     return _Parsed(values, "same" if len(values) == 1 else "layers")
@@ -198,7 +198,7 @@ def _read_file(path: str, name: str) -> _Parsed:
         content = read_json(path)
     except OSError as error:
         raise MolaError(
-            f"`{name}` names a file that cannot be read: {path!r} ({error.strerror or error}). {_allowed(name)}"
+            f"`{name}` names a file that cannot be read: {path!r} ({error.strerror or error}). {_advice(name)}"
         ) from error
     except ValueError as error:
         raise MolaError(f"`{name}` names a file that is not valid JSON: {path!r} ({error}).") from error
@@ -222,19 +222,19 @@ def _read_file(path: str, name: str) -> _Parsed:
 
 def _checked_entries(values: Sequence[Any], name: str, place: str = "") -> tuple[int, ...]:
     if not values:
-        raise MolaError(f"`{name}` needs one entry per decoder layer: got an empty list{place}. {_allowed(name)}")
+        raise MolaError(f"`{name}` needs one entry per decoder layer: got an empty list{place}. {_advice(name)}")
     for position, value in enumerate(values):
         is_integer = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
         if isinstance(value, bool) or not is_integer or value < 1:
             raise MolaError(
-                f"`{name}` must hold integers of at least 1: entry {position}{place} is {value!r}. {_allowed(name)}"
+                f"`{name}` must hold integers of at least 1: entry {position}{place} is {value!r}. {_advice(name)}"
             )
     return tuple(int(value) for value in values)
 
 
 def _checked_integer(value: int, name: str) -> int:
     if value < 1:
-        raise MolaError(f"`{name}` must be at least 1, got {value}. {_allowed(name)}")
+        raise MolaError(f"`{name}` must be at least 1, got {value}. {_advice(name)}")
     if name == _NUM_EXPERTS and value > LARGEST_PLAIN_NUM_EXPERTS:
         raise MolaError(
             f"`{name}` as one integer is the number of experts in every layer, at most "
@@ -248,7 +248,7 @@ def _spread_groups(digits: Sequence[int], num_layers: int) -> list[int]:
     if len(digits) > num_layers:
         raise MolaError(
             f"`{_NUM_EXPERTS}` has more groups than there are decoder layers: {len(digits)} digits "
-            f"({''.join(map(str, digits))!r}), the model has {_count(num_layers, 'layer')}. "
+            f"({''.join(map(str, digits))!r}), the model has {_number_of(num_layers, 'layer')}. "
             f"Pass at most {num_layers} digits, or one integer."
         )
     sizes = _shares(num_layers, len(digits))
@@ -261,11 +261,11 @@ def _shares(total: int, parts: int) -> list[int]:
     return [size + (part >= parts - remainder) for part in range(parts)]
 
 
-def _allowed(name: str, integers: str = "one integer per layer") -> str:
+def _advice(name: str, integers: str = "one integer per layer") -> str:
     if name == _NUM_EXPERTS:
         return f"Pass one integer, {integers}, or a shape such as 'inverted_triangle' or '2468'."
     return f"Pass one integer or {integers}."
 
 
-def _count(number: int, singular: str, plural: str | None = None) -> str:
+def _number_of(number: int, singular: str, plural: str | None = None) -> str:
     return f"{number} {singular if number == 1 else plural or singular + 's'}"

@@ -95,7 +95,7 @@ def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modu
         if isinstance(value, str):
             _check_expression(field, value)
     modules = dict(original_modules(model))
-    targeted = _select(model, target_modules, exclude_modules)
+    targeted = _targeted(model, target_modules, exclude_modules)
     if _is_all_linear(target_modules):
         if not targeted:
             raise MolaError(f"`target_modules` 'all-linear' finds no linear in this {type(model).__name__}.")
@@ -103,13 +103,13 @@ def check_target_modules(model: nn.Module, target_modules: Targets, exclude_modu
     _check_all_match(model, modules, target_modules)
     if not targeted:
         raise MolaError(
-            f"`exclude_modules` must leave something to adapt: {_shown(exclude_modules)} excludes everything "
-            f"that `target_modules` {_shown(target_modules)} matches."
+            f"`exclude_modules` must leave something to adapt: {_as_text(exclude_modules)} excludes everything "
+            f"that `target_modules` {_as_text(target_modules)} matches."
         )
     for name, module in targeted:
         if not is_adaptable(module):
             raise MolaError(
-                f"`target_modules` must match linears only: {_shown(target_modules)} matches {name!r} "
+                f"`target_modules` must match linears only: {_as_text(target_modules)} matches {name!r} "
                 f"({type(base_layer_of(module)).__name__}). Linears of this model: "
                 f"{', '.join(_linear_names(modules))}."
             )
@@ -131,7 +131,7 @@ def linear_shapes(
     stacks = LayerStacks.of(model)
     return [
         LinearShape(name, stacks.index(name), *linear_sizes(module))
-        for name, module in _select(model, target_modules, exclude_modules)
+        for name, module in _targeted(model, target_modules, exclude_modules)
     ]
 
 
@@ -160,7 +160,7 @@ def resolve_target_modules(
         return target_modules, stacks.also_excluding_towers(exclude_modules)
     check_target_modules(model, target_modules, exclude_modules)
     if _is_all_linear(target_modules):
-        target_modules = {name for name, _ in _select(model, target_modules, exclude_modules)}
+        target_modules = {name for name, _ in _targeted(model, target_modules, exclude_modules)}
     return target_modules, exclude_modules
 
 
@@ -231,7 +231,7 @@ def find_stacks(
 # ---------------------------------------------------------------------- helpers
 
 
-def _select(model: nn.Module, targets: Targets, excluded: Targets | None) -> list[tuple[str, nn.Module]]:
+def _targeted(model: nn.Module, targets: Targets, excluded: Targets | None) -> list[tuple[str, nn.Module]]:
     modules = [(n, m) for n, m in original_modules(model) if not (excluded and matches(n, excluded))]
     if not _is_all_linear(targets):
         return [(name, module) for name, module in modules if matches(name, targets)]
@@ -296,5 +296,5 @@ def _last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _shown(targets: Targets | None) -> str:
+def _as_text(targets: Targets | None) -> str:
     return repr(targets if isinstance(targets, str) or targets is None else sorted(targets))

@@ -38,7 +38,7 @@ def register(config_cls: type, model_cls: type) -> None:
     """Register the method `MOLA` with PEFT; a second call with the same classes does nothing.
 
     Raises:
-        MolaError: another package has registered a method of this name.
+        MolaError: a different package has registered a method of this name.
     """
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(add_peft_type("MOLA"))
     if known is None:
