@@ -15,8 +15,9 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
 from mola import MolaConfig, MolaError, MolaLinear
+from mola.architecture.layer_stacks import LayerStacks
+from mola.tuner.counted_tokens import CountedTokens
 from mola.tuner.log_prob_loss import LikelihoodCheck, add_loss_to_log_probs
-from mola.tuner.router_losses import RouterLosses
 from mola.tuner.router_statistics import RouterOutput, balance_loss, pool, router_statistics, z_loss
 
 from ..grids import slow
@@ -199,10 +200,9 @@ def test_labels_that_are_shifted_already_say_which_tokens_count():
     expected = model.get_balance_loss()
     model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], shift_labels=shifted, labels=labels)
     torch.testing.assert_close(model.get_balance_loss(), expected)
-    losses = RouterLosses.install(model.base_model.model)
-    losses._set_masks({"shift_labels": shifted}, has_shifted_labels=True)
-    losses._label_mask, found = None, losses._label_mask
-    assert torch.equal(found, shifted != -100)
+    tokens = CountedTokens(model, LayerStacks(num_layers=4))
+    tokens.read({"shift_labels": shifted}, {None})
+    assert torch.equal(tokens.mask(shifted.numel(), 0, runs=1), (shifted != -100).flatten())
 
 
 def test_bare_model_with_an_injected_adapter():

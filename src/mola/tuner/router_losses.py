@@ -4,9 +4,9 @@
 2. During the forward pass, each `MolaLinear` records the output of its router.
 3. After the forward pass, a second hook turns the records into a loss and adds it to the model's output.
 
-The formulas of the losses are in `router_statistics`. In gradient accumulation, the Trainer divides the model's loss by
-the tokens of all micro-batches (`num_items_in_batch`). The router losses of a micro-batch are then multiplied by its
-share of these tokens.
+The formulas of the losses are in `router_statistics`; `counted_tokens` says which tokens count. In gradient
+accumulation, the Trainer divides the model's loss by the tokens of all micro-batches (`num_items_in_batch`). The router
+losses of a micro-batch are then multiplied by its share of these tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
+from mola.tuner.counted_tokens import CountedTokens
 from mola.tuner.layer import MolaLinear
 from mola.tuner.log_prob_loss import LikelihoodCheck, add_loss_to_log_probs
 from mola.tuner.router_statistics import RouterOutput, RouterStatistics, balance_loss, pool, router_statistics, z_loss
@@ -29,16 +30,6 @@ from mola.tuner.router_warnings import RouterWarnings
 # Routers with outputs of one shape: the decoder layer of each, and their statistics in one tensor each.
 StatisticsGroup = tuple[list[int | None], RouterStatistics]
 _ATTRIBUTE = "_mola_router_losses"
-# Tasks whose labels stand at the position of their token; labels of causal language models stand one position later.
-_UNSHIFTED_TASKS = ("SEQ_2_SEQ_LM", "TOKEN_CLS", "SEQ_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-# Task by `loss_type` of Transformers' models, for adapters without `task_type`. PEFT has no task type
-# for masked language models.
-_TASKS_OF_LOSSES = {
-    "ForMaskedLM": "FEATURE_EXTRACTION",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 
 
 class RouterLosses:
@@ -53,14 +44,12 @@ class RouterLosses:
         self.model = model
         self.collecting = False
         self._has_outputs = False  # whether layers may hold outputs of an earlier forward pass
-        self._attention_mask: torch.Tensor | None = None
-        self._label_mask: torch.Tensor | None = None
-        self._divides_by_num_items = True  # whether the model's loss is a sum divided by `num_items_in_batch`
         self._warnings = RouterWarnings()
         self._likelihood_check = LikelihoodCheck()
         self._layers: list[MolaLinear] = []
         self._layers_with_router: dict[str, MolaLinear] = {}  # for each adapter, the first layer where it has a router
         self._layer_stacks = LayerStacks.of(model)
+        self._counted_tokens = CountedTokens(model, self._layer_stacks)
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -120,11 +109,8 @@ class RouterLosses:
                     "`router_aux_loss_coef` and `router_z_loss_coef` do not work under nn.DataParallel, whose copies "
                     "of the model share no state. Use one process per device (torchrun, accelerate launch) or one GPU."
                 )
-            tasks = {config.task_type or _task_of_model(self.model) for config in configs}
-            has_shifted_labels = tasks.isdisjoint(_UNSHIFTED_TASKS)
-            is_divided = "SEQ_2_SEQ_LM" in tasks and _uses_loss_function(self.model)
-            self._divides_by_num_items = has_shifted_labels or is_divided
-            self._set_masks(call_arguments(module, args, kwargs), has_shifted_labels)
+            task_types = {config.task_type for config in configs}
+            self._counted_tokens.read(call_arguments(module, args, kwargs), task_types)
 
     def _warn_in_evaluation(self, kwargs: dict[str, Any]) -> None:
         names = self._active_adapters()
@@ -150,7 +136,7 @@ class RouterLosses:
             if torch.compiler.is_compiling() or layer.router_outputs:
                 layer.router_outputs = {}
                 layer.router_runs = {}
-        self._attention_mask = self._label_mask = None
+        self._counted_tokens.clear()
         self._has_outputs = False
 
     # ------------------------------------------------------------------ from records to a loss
@@ -201,7 +187,10 @@ class RouterLosses:
         return total + len(single - {layer_index for layer_index, _ in layers})
 
     def _statistics(self, adapter_name: str) -> list[StatisticsGroup]:
-        """Statistics of the routers that ran, computed together for routers with outputs of one shape."""
+        """Statistics of the routers that ran, computed together for routers with outputs of one shape.
+
+        With the reduction "layer" all tokens count, padding too, like in the paper's code.
+        """
         by_key: dict[Any, list[list[tuple[int | None, RouterOutput]]]] = defaultdict(list)
         for layer in self._layers:
             output = layer.router_outputs.get(adapter_name)
@@ -220,7 +209,9 @@ class RouterLosses:
         for runs, routers in ((key[-1], each) for key, found in by_key.items() for each in found):
             layer_indices, outputs = zip(*routers, strict=True)
             stacked = RouterOutput(*(torch.stack(each) for each in zip(*outputs, strict=True)))
-            mask = self._token_mask(adapter_name, stacked.logits.shape[1], layer_indices[0], runs)
+            mask = None
+            if self._config(adapter_name).router_aux_loss_reduction == "module":
+                mask = self._counted_tokens.mask(stacked.logits.shape[1], layer_indices[0], runs)
             groups.append((list(layer_indices), router_statistics(stacked, mask)))
         return groups
 
@@ -247,7 +238,7 @@ class RouterLosses:
             # TRL's SFTTrainer computes its loss from the log-probabilities and ignores `output.loss`.
             label_mask = getattr(output, "label_mask", None)
             output.log_probs = add_loss_to_log_probs(log_probs, loss, label_mask, self._likelihood_check)
-        weighted = loss * self._share_of_tokens(inputs.get("num_items_in_batch"), loss.device)
+        weighted = loss * self._counted_tokens.share_of_batch(inputs.get("num_items_in_batch"), loss.device)
 
         def total(task_loss: torch.Tensor) -> torch.Tensor:
             return task_loss + weighted.to(task_loss.device)
@@ -269,50 +260,6 @@ class RouterLosses:
             )
         return output
 
-    def _share_of_tokens(self, num_items: Any, device: torch.device) -> Any:
-        """This micro-batch's share of all labelled tokens; 1 if the loss is not divided by `num_items_in_batch`."""
-        if num_items is None or self._label_mask is None or not self._divides_by_num_items:
-            return 1.0
-        share = self._label_mask.sum() / num_items
-        return share.to(device) if isinstance(share, torch.Tensor) else share
-
-    def _set_masks(self, inputs: dict[str, Any], has_shifted_labels: bool) -> None:
-        attention_mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-        if torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
-            self._attention_mask = attention_mask.bool()
-        if torch.is_tensor(labels) and labels.dim() == 2:
-            mask = labels.ne(-100)
-            if has_shifted_labels:  # position t predicts the label at t + 1, and the last position predicts none
-                mask = torch.cat([mask[:, 1:], mask.new_zeros(len(mask), 1)], 1)
-            self._label_mask = mask
-        elif inputs.get("shift_labels") is not None:
-            # Used only without `labels`: otherwise it may cover just the positions in `logits_to_keep`.
-            self._label_mask = inputs["shift_labels"].ne(-100)
-
-    def _token_mask(
-        self, adapter_name: str, num_tokens: int, layer_index: int | None, runs: int
-    ) -> torch.Tensor | None:
-        """The mask `(num_tokens,)` of the tokens of a module that count; None if all count.
-
-        The "layer" reduction counts padding, like the paper's code. All tokens also count if their number differs from
-        the mask's, as in an expert of a MoE base. A module that runs several times in a forward pass (ALBERT's layers)
-        sees the mask's tokens `runs` times.
-        """
-        if self._config(adapter_name).router_aux_loss_reduction == "layer":
-            return None
-        # In an encoder-decoder the attention mask belongs to the encoder's tokens, and the labels to the decoder's.
-        has_encoder = bool(self._layer_stacks.num_encoder_layers)
-        masks = [self._attention_mask]
-        if not (has_encoder and self._layer_stacks.is_encoder(layer_index)):
-            masks.append(self._label_mask)
-        known = [mask for mask in masks if mask is not None]
-        fitting = [mask.reshape(-1).repeat(runs) for mask in known if num_tokens == runs * mask.numel()]
-        if has_encoder:
-            fitting = fitting[-1:]
-        if not fitting:
-            return None
-        return fitting[0] if len(fitting) == 1 else fitting[0] * fitting[1].to(fitting[0].device)
-
     def _config(self, adapter_name: str) -> Any:
         return cast(Any, self.model).peft_config.get(adapter_name)
 
@@ -328,19 +275,6 @@ def call_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> di
     if not args:
         return kwargs
     return {**inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments, **kwargs}
-
-
-def _task_of_model(model: nn.Module) -> str | None:
-    """PEFT's task type of a model; None for a causal language model, and for an unknown model."""
-    task = _TASKS_OF_LOSSES.get(getattr(model, "loss_type", None) or "")
-    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return task or ("SEQ_2_SEQ_LM" if is_encoder_decoder else None)
-
-
-def _uses_loss_function(model: nn.Module) -> bool:
-    """Whether an encoder-decoder divides its loss like causal models (T5Gemma); T5 and BART always use the mean."""
-    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
-    return code is not None and "loss_function" in code.co_names
 
 
 def _mean(values: list[torch.Tensor]) -> torch.Tensor:
