@@ -133,7 +133,7 @@ def test_adapter_with_modules_to_save_is_loaded_once_no_answers_are_mixed(kind, 
     first = {"plain": trained(endless_model_dir, tmp_path / "plain", kind(), 0)}
     second = {"whole": trained(endless_model_dir, tmp_path / "whole", kind(modules_to_save=modules), 1)}
     wanted = expected(endless_model_dir, first | second)
-    long = {"prompt": PROMPTS[0], "max_tokens": 400, "stream": True}
+    long = {"prompt": PROMPTS[0], "max_tokens": 250, "stream": True}
     with server(endless_model_dir, first, adapter_root=str(tmp_path)) as url, contextlib.ExitStack() as stack:
         streams = []
         for name in (endless_model_dir.name, "plain"):

@@ -122,7 +122,7 @@ def alone(model, tokenizer, rows):
     [(True, [(2, 7), (16, 1000)]), *slow((True, [(1, 1000), (5, 24)]), (False, [(2, 7), (5, 24), (16, 1000)]))],
 )
 def test_answers_with_several_adapters_are_those_of_generate(sampled, sizes, adapted, tiny_tokenizer):
-    rows = random_rows([None, "first", "second"], 16, sampled=sampled)
+    rows = random_rows([None, "first", "second"], 12, sampled=sampled)
     arrivals = [random.Random(1).randrange(30) for _ in rows]
     with predicting.inference_state(adapted):
         expected = alone(adapted, tiny_tokenizer, rows)
