@@ -86,7 +86,7 @@ def test_finite_loss_lets_finite_values_pass(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("said", "options"),
     [
-        (True, {"load_best_model_at_end": "false"}),
+        (True, {"load_best_model_at_end": "false", "save_strategy": "no"}),
         *slow(
             (False, {"load_best_model_at_end": "true"}),  # best weights
             (False, {"load_best_model_at_end": "false", "eval_data": None}),  # same answers

@@ -178,6 +178,11 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 
 # One folder, killed and gone on with again and again: where, and the checkpoint that is the last complete one then.
 CHAINS = {
+    "short": [
+        ({"path": r"checkpoint-4", "operation": "rename"}, 2),
+        ({"path": r"checkpoint-2/.*", "operation": "remove", "number": 3}, 4),
+        ({"path": r"adapter_model\.safetensors", "operation": "rename"}, 5),
+    ],
     "steps": [
         ({"path": r".*checkpoint-2/optimizer\.pt", "half": True}, None),
         ({"path": r".*checkpoint-4/rng_state\.pth", "half": True}, 2),
@@ -216,13 +221,15 @@ def go_on(folder: Path) -> list[str]:
     return ["--overwrite_output_dir"] if last_step(folder) is None else ["--resume_from_checkpoint=last"]
 
 
-@pytest.mark.parametrize("name", ["steps", *slow("best", "mixed")])
-def test_run_killed_again_and_again_ends_as_one_that_was_not(driver, flags, whole, tmp_path, name):
+@pytest.mark.parametrize(
+    ("chain", "name"), [("short", "steps"), *slow(("steps", "steps"), ("best", "best"), ("mixed", "mixed"))]
+)
+def test_run_killed_again_and_again_ends_as_one_that_was_not(driver, flags, whole, tmp_path, chain, name):
     expected, _ = whole(name)
     folder = tmp_path / "run"
     arguments = flags(folder, **RUNS[name])
     more = []
-    for kill, step in CHAINS[name]:
+    for kill, step in CHAINS[chain]:
         driver.kill([*arguments, *more], **kill)
         assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"] == "running"
         assert last_step(folder) == step, kill
@@ -403,6 +410,7 @@ def test_best_checkpoint_is_found_after_the_folder_was_renamed(driver, flags, wh
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(folder).items())
 
 
+@pytest.mark.slow
 def test_best_checkpoint_that_is_gone_is_an_error(whole, flags, tmp_path, capsys):
     folder = shutil.copytree(whole("best")[0], tmp_path / "run")
     path = folder / "checkpoint-4" / "trainer_state.json"

@@ -17,7 +17,7 @@ from mola.cli import main
 from mola.errors import MolaError
 from mola.files.atomic import WRITE_TEST
 from mola.training.callbacks import MetricsFile, ResumedRun
-from mola.training.checkpoints import check_same_run
+from mola.training.checkpoints import check_best_checkpoint, check_same_run
 from mola.training.trainer import SeededGroups
 from tests.damage import change_tensors
 from tests.grids import slow
@@ -87,7 +87,7 @@ def uninterrupted():
 
 @pytest.mark.parametrize("name", ["SIGINT", *slow("SIGTERM")])
 @pytest.mark.parametrize(
-    ("in_own_process", "epochs"), [(False, 4), pytest.param(True, 20, marks=pytest.mark.slow)], ids=["", "process"]
+    ("in_own_process", "epochs"), [(False, 3), pytest.param(True, 20, marks=pytest.mark.slow)], ids=["", "process"]
 )
 def test_interrupted_run_resumes_to_the_very_same_weights(
     flags, tmp_path, tmp_path_factory, uninterrupted, run_and_signal, in_own_process, epochs, name
@@ -348,6 +348,19 @@ def test_best_checkpoint_is_looked_for_in_the_copied_folder_first(tmp_path):
         trainer_state = TrainerState(**state)
         ResumedRun(tmp_path / "copy").on_train_begin(arguments, trainer_state, TrainerControl())
         assert trainer_state.best_model_checkpoint == str(tmp_path / expected / "checkpoint-4")
+
+
+def test_a_best_checkpoint_without_an_adapter_is_refused(finished_run):
+    folder, _ = finished_run
+    path = folder / "checkpoint-6" / "trainer_state.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    earlier = folder.parent / "before" / "checkpoint-4"  # the run folder was moved since
+    for place in (folder / "checkpoint-4", earlier):
+        path.write_text(json.dumps({**state, "best_model_checkpoint": str(place)}), encoding="utf-8")
+        check_best_checkpoint(folder / "checkpoint-6")
+    (folder / "checkpoint-4" / WEIGHTS).unlink()
+    with pytest.raises(MolaError, match=f"`load_best_model_at_end` needs the best checkpoint.*{earlier}"):
+        check_best_checkpoint(folder / "checkpoint-6")
 
 
 def test_a_schedule_that_follows_evaluations_must_stay_the_same(finished_run, error_line):
