@@ -16,13 +16,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Pers
 
 from mola import MolaConfig
 from mola.allocation.allocate import AllocateOptions, allocate
-from mola.allocation.measured import effective_experts
+from mola.allocation.measured import effective_experts, eigenvalues, power_law_exponent
 from mola.allocation.probe import read_routing_records
 from mola.allocation.rounding import experts_from_scores
 from mola.architecture.notation import SHAPES, resolve_per_layer
 from mola.cli import main
 from mola.errors import MolaError
-from mola.insight.spectra import eigenvalues, power_law_exponent
 from tests.damage import change_tensors
 from tests.grids import slow
 

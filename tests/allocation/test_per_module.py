@@ -16,14 +16,13 @@ from safetensors import safe_open
 from mola import MolaConfig
 from mola.allocation.allocate import AllocateOptions, allocate, module_table
 from mola.allocation.base import read_base
-from mola.allocation.measured import ModuleScore, relative_scores
+from mola.allocation.measured import ModuleScore, eigenvalues, power_law_exponent, relative_scores
 from mola.allocation.reallocate import ReallocateOptions, reallocate
 from mola.allocation.rounding import Rule, layers_and_pattern, numbers_of_layers, numbers_of_modules
 from mola.architecture.allocation import plan_allocation
 from mola.architecture.patterns import by_pattern
 from mola.cli import main
 from mola.errors import MolaError
-from mola.insight.spectra import eigenvalues, power_law_exponent
 from mola.integrations.mixture_settings import checked_settings, continued_config
 from mola.models.plan import PlanOptions, plan
 from tests.conftest import save_adapter

@@ -7,14 +7,13 @@ The file can be passed as `num_experts` to `mola plan`, to `mola train` and in P
 """
 
 import shlex
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.bar import Bar
 from rich.markup import escape
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from mola.allocation.base import Base, read_base
@@ -130,9 +129,8 @@ def allocate(options: AllocateOptions) -> AllocateResult:
         options.gguf_file,
         has_probe=options.adapter is not None,
     )
-    found: list[ModuleScore] = []
     if digits is not None:
-        scores = _shape_scores(digits, base)
+        found, scores = [], _shape_scores(digits, base)
         why = f"The layers keep the proportions of the shape {digits}, lowest layers first."
         if len(set(digits)) == 1:
             why = "All layers get the same number, the higher ones one more if the budget does not divide."
@@ -141,13 +139,11 @@ def allocate(options: AllocateOptions) -> AllocateResult:
         scores = layer_scores(found, base.num_layers)
         why = f"{'Linears' if options.per_module else 'Layers'} {_WHY[method_name(options.method)]}"
     rule = Rule(options.budget, options.min_experts, options.max_experts, beta, options.shuffle)
-    pattern: dict[str, int] | None = None
-    modules: list[ModuleExperts] = []
+    modules = numbers_of_modules(found, rule) if options.per_module else []
     if options.per_module:
-        modules = numbers_of_modules(found, rule)
         num_experts, pattern = layers_and_pattern(modules, scores, rule)
     else:
-        num_experts = numbers_of_layers(scores, rule)
+        num_experts, pattern = numbers_of_layers(scores, rule), None
     if options.shuffle is not None:
         what = "linears of each name" if options.per_module else "layers"
         why += f" Then the numbers are shuffled over the {what}, by seed {options.shuffle}."
@@ -178,15 +174,13 @@ def _shape_scores(digits: str, base: Base) -> LayerScores:
 
 
 def _measured_scores(options: AllocateOptions, base: Base) -> list[ModuleScore]:
-    def check_layers(num_layers: int) -> None:
-        check_budget(num_layers, options.budget, options.min_experts, options.max_experts)
-
     method = method_name(options.method)
     if method == "redundancy":
-        return redundancy_scores(base, options.adapter or "", check_layers)
+        return redundancy_scores(base, options.adapter or "")
     if method == "usage":
-        return usage_scores(base, options.adapter, options.inspection, check_layers, options.per_module)
-    check_layers(sum(base.is_adapted))
+        return usage_scores(base, options.adapter, options.inspection, options.per_module)
+    # The other methods take minutes.
+    check_budget(sum(base.is_adapted), options.budget, options.min_experts, options.max_experts)
     if method == "alphalora":
         return alphalora_scores(base, options.device)
     check_split("split", options.split, AllocateOptions.split, str(options.data))
@@ -268,15 +262,9 @@ def _layer_table(scores: LayerScores, num_experts: Sequence[int], title: str) ->
     table.add_column("", width=_BAR_WIDTH)
     largest = max(num_experts)
     for index, (score, experts) in enumerate(zip(scores, num_experts, strict=True)):
-        bar = "not adapted" if score is None else _bar(experts, largest)
+        bar = "not adapted" if score is None else ProgressBar(largest, experts, _BAR_WIDTH)
         table.add_row(str(index), "-" if score is None else f"{score:.4g}", str(experts), bar)
     return table
-
-
-def _bar(value: int, largest: int) -> Any:
-    if (sys.stdout.encoding or "").lower().startswith("utf"):
-        return Bar(largest, 0, value, width=_BAR_WIDTH)
-    return "#" * round(_BAR_WIDTH * value / max(largest, 1))
 
 
 def module_table(modules: Sequence[ModuleExperts], num_layers: int, title: str) -> Table:

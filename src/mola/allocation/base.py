@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
@@ -79,7 +79,7 @@ def iterate_weights(base: Base) -> Iterator[tuple[str, torch.Tensor]]:
     loading), the whole model is loaded in float32, and a log line says so.
 
     Raises:
-        MolaError: the weights are missing or quantised; raised before the first weight is read.
+        MolaError: the weights are missing or quantised.
     """
     config = load_config(base.name, base.trust_remote_code, base.gguf_file)
     if base.gguf_file is None and stored_quantization(config) is not None:
@@ -89,19 +89,12 @@ def iterate_weights(base: Base) -> Iterator[tuple[str, torch.Tensor]]:
         )
     files = {} if base.gguf_file is not None else _files_of(base)
     if files:
-        return _iterate_files(base, files)
+        for linear in base.linears:
+            path, key = files[linear.name]
+            with safe_open(path, framework="pt") as file:
+                yield linear.name, file.get_tensor(key)
+        return
     logger.info("The files of %s do not use the model's names of weights: the whole model is loaded.", base.name)
-    return _iterate_model(base)
-
-
-def _iterate_files(base: Base, files: dict[str, tuple[Path, str]]) -> Iterator[tuple[str, torch.Tensor]]:
-    for linear in base.linears:
-        path, key = files[linear.name]
-        with safe_open(path, framework="pt") as file:
-            yield linear.name, file.get_tensor(key)
-
-
-def _iterate_model(base: Base) -> Iterator[tuple[str, torch.Tensor]]:
     model = load_model(
         base.name,
         dtype="float32",  # so that a score does not depend on the machine's default dtype
@@ -117,13 +110,8 @@ def _files_of(base: Base) -> dict[str, tuple[Path, str]]:
     """File and key of every linear's weight; empty unless all of them have the model's own names."""
     file_of: dict[str, Path] = {}
     for path in _safetensors_files(base.name):
-        try:
-            with safe_open(path, framework="pt") as file:
-                file_of |= dict.fromkeys(file.keys(), path)
-        except SafetensorError as error:
-            raise MolaError(
-                f"`base_model` has weights that cannot be read: {str(path)!r}: {error}. Copy it again."
-            ) from error
+        with safe_open(path, framework="pt") as file:
+            file_of |= dict.fromkeys(file.keys(), path)
     # The files of a model without its head lack the prefix, such as GPT-2's "transformer.".
     prefixes = ("", *{f"{linear.name.partition('.')[0]}." for linear in base.linears})
     for prefix in prefixes:
@@ -135,11 +123,8 @@ def _files_of(base: Base) -> dict[str, tuple[Path, str]]:
 
 def _safetensors_files(name: str) -> list[Path]:
     """The safetensors files in a folder, or downloaded from a model on the hub; empty if there are none."""
-    return_none_if_missing = {
-        "_raise_exceptions_for_gated_repo": False,
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
+    kinds = ("gated_repo", "missing_entries", "connection_errors")
+    return_none_if_missing = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
     single = cached_file(name, SAFE_WEIGHTS_NAME, **return_none_if_missing)
     if single is not None:
         return [Path(single)]

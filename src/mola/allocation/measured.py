@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple, cast
 
@@ -11,15 +11,14 @@ import torch
 from mola.allocation.base import Base, iterate_weights
 from mola.allocation.probe import read_probe, read_routing_records
 from mola.architecture.layer_stacks import module_kinds
+from mola.architecture.patterns import scaling_of
 from mola.errors import MolaError
 from mola.files.terminal import show_progress
-from mola.insight.redundancy import expert_distances, mean_pairwise
-from mola.insight.spectra import eigenvalues, power_law_exponent
+from mola.insight.redundancy import expert_distances, in_float64, mean_pairwise
 from mola.models.devices import resolve_device
 from mola.tuner.loading import PREFIX
 
 LayerScores = list[float | None]  # one per layer; None without an adapted linear
-CheckLayers = Callable[[int], None]
 
 
 class ModuleScore(NamedTuple):
@@ -50,39 +49,36 @@ def alphalora_scores(base: Base, device: str = "cpu") -> list[ModuleScore]:
     return scores_by_name(found, base)
 
 
-def redundancy_scores(base: Base, adapter: str, check_layers: CheckLayers) -> list[ModuleScore]:
+def redundancy_scores(base: Base, adapter: str) -> list[ModuleScore]:
     """Score linears by how different the experts of a probe are, compared with the same linears of other layers.
 
         d_m = mean over pairs of experts of scaling * ||B_i A_i - B_j A_j||_F        of a module m
         score_m = d_m / (mean of d over all modules of that name)
 
-    `check_layers` is called with the number of adapted layers before anything is computed.
-
     Raises:
         MolaError: the probe does not fit, has a layer with one expert, or its experts do not differ.
     """
     probe = read_probe(adapter, base)
-    check_layers(len(set(probe.layers.values())))
     distances = {}
     for module in probe.layers:
-        experts_A, experts_B = probe.factors(module)
-        distances[module] = mean_pairwise(expert_distances(experts_A, experts_B, probe.scaling(module)))
-    scores = relative_scores(distances, base)
-    if not any(each.score for each in scores):
+        experts_A, experts_B = (probe.tensors[f"{PREFIX}{module}.mola_{factor}"] for factor in "AB")
+        scaling = scaling_of(probe.config, module, experts_A.shape[1])
+        distances[module] = mean_pairwise(expert_distances(experts_A, experts_B, scaling))
+    if not any(distances.values()):
         raise MolaError(
             f"`adapter` must have experts that differ: the experts of {adapter!r} are all equal or zero. Train the "
             "probe for longer."
         )
-    return scores
+    return relative_scores(distances, base)
 
 
 def usage_scores(
-    base: Base, adapter: str | None, inspection: str | None, check_layers: CheckLayers, per_module: bool = False
+    base: Base, adapter: str | None, inspection: str | None, per_module: bool = False
 ) -> list[ModuleScore]:
     """Score linears by the effective number of experts that a probe uses, see `effective_experts`.
 
     Reads the records of `read_routing_records`, which must cover every adapted layer, or with `per_module` every
-    adapted linear. For `check_layers` see `redundancy_scores`.
+    adapted linear.
 
     Raises:
         MolaError: a file is missing or broken, or does not fit the model.
@@ -92,10 +88,8 @@ def usage_scores(
     )
     records, source = read_routing_records(adapter, inspection)
     found = [
-        ModuleScore(
-            record["module"].removeprefix(PREFIX), record["layer_index"], effective_experts(record["mean_gates"])
-        )
-        for record in records
+        ModuleScore(row["module"].removeprefix(PREFIX), row["layer_index"], effective_experts(row["mean_gates"]))
+        for row in records
     ]
     recorded_layers = {each.layer_index for each in found}
     adapted_layers = {layer for name in adapted if (layer := base.layer_of[name]) is not None}
@@ -115,7 +109,6 @@ def usage_scores(
             f"{source} must cover exactly the adapted linears for `per_module`: {differing[0]!r} is only in the "
             "file or only in the model. Use a probe with at least 2 experts in every linear, and pass --adapter too."
         )
-    check_layers(len(adapted_layers))
     return found
 
 
@@ -145,3 +138,59 @@ def layer_scores(found: Iterable[ModuleScore], num_layers: int) -> LayerScores:
     for each in found:
         layers[each.layer_index].append(each.score)
     return [fmean(layers[index]) if index in layers else None for index in range(num_layers)]
+
+
+def eigenvalues(weight: torch.Tensor) -> torch.Tensor:
+    """Eigenvalues of `W W^T`, the squared singular values of `W`.
+
+    Computed from the smaller of `W W^T` and `W^T W`, which have the same eigenvalues except zeros.
+
+    Args:
+        weight: a matrix, `(out, in)`, in any dtype.
+
+    Returns:
+        float64 `(min(out, in),)`, in ascending order, at least 0.
+
+    Raises:
+        MolaError: `weight` is not a matrix, or holds values that are not finite.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise MolaError(
+            f"a spectrum needs a matrix of floating-point numbers: got shape {tuple(weight.shape)} of {weight.dtype}."
+        )
+    # float64: the ratio of the largest to the middle eigenvalue can exceed what float32 resolves in a Gram matrix.
+    matrix = in_float64(weight.detach())
+    if not torch.isfinite(matrix).all():
+        raise MolaError("a spectrum needs finite numbers: the matrix holds NaN or infinity.")
+    gram = matrix @ matrix.t() if matrix.shape[0] <= matrix.shape[1] else matrix.t() @ matrix
+    return torch.linalg.eigvalsh(gram).clamp_min(0)
+
+
+def power_law_exponent(spectrum: torch.Tensor) -> float:
+    r"""Exponent of the power law that the upper half of a spectrum follows (PL_Alpha_Hill, arXiv 2410.10054).
+
+        alpha = 1 + k / sum_{i=1..k} ln(lambda_{n-i+1} / lambda_{n-k})        Hill estimator, k = n // 2
+
+    `lambda_1 <= ... <= lambda_n`: the `k` largest eigenvalues against the one below them. A heavy tail, the sign of a
+    well trained matrix in that work, has a small exponent. Scaling all eigenvalues by one factor does not change
+    the exponent.
+
+    Args:
+        spectrum: eigenvalues `(n,)` in ascending order, as `eigenvalues` returns them.
+
+    Raises:
+        MolaError: fewer than two eigenvalues, a rank below half of `n`, or an upper half of equal values, whose
+            exponent is infinite.
+    """
+    count = len(spectrum)
+    half = count // 2
+    if half < 1:
+        raise MolaError(f"a power law needs at least 2 eigenvalues: got {count}.")
+    threshold = spectrum[count - half - 1]
+    smallest = spectrum[-1] * count * torch.finfo(torch.float64).eps
+    if not threshold > smallest:
+        raise MolaError("a power law needs a matrix of at least half its full rank: more eigenvalues are zero.")
+    logarithms = torch.log(spectrum[count - half :] / threshold).sum().item()
+    if not logarithms > 0:
+        raise MolaError("a power law needs eigenvalues that differ: the upper half of them is equal.")
+    return 1 + half / logarithms

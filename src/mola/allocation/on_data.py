@@ -1,10 +1,8 @@
 """Scores linears on samples of data, before anything is trained: by gradients or by spectra of their inputs."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import fsum
 from typing import Any
 
@@ -86,7 +84,6 @@ def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: A
     """
     rows: dict[str, list[torch.Tensor]] = defaultdict(list)
     counts: dict[str, int] = defaultdict(int)
-    handles = []
 
     def recorder(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -98,17 +95,13 @@ def activation_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: A
         return hook
 
     names = [linear.name for linear in base.linears]
-    for name in names:
-        handles.append(model.get_submodule(name).register_forward_pre_hook(recorder(name)))
-    try:
-        with torch.no_grad():
-            for ids, _ in _tensors(samples, model, "Inputs"):
-                model(input_ids=ids)
-                if all(counts[name] >= _TOKENS for name in names):
-                    break
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(recorder(name)))
+        for ids, _ in _tensors(samples, model, "Inputs"):
+            model(input_ids=ids)
+            if all(counts[name] >= _TOKENS for name in names):
+                break
     shares = {name: _variance_shares(torch.cat(rows.pop(name))) for name in list(rows)}
     strongest = torch.cat(list(shares.values())).topk(min(_RANK * len(shares), sum(map(len, shares.values()))))
     smallest = strongest.values[-1]
@@ -146,12 +139,10 @@ def _recorded_gradients(base: Base, model: Any) -> Iterator[dict[str, list[tuple
 
         return hook
 
-    handles = [model.get_submodule(linear.name).register_forward_hook(recorder(linear.name)) for linear in base.linears]
-    try:
+    with ExitStack() as hooks:
+        for linear in base.linears:
+            hooks.enter_context(model.get_submodule(linear.name).register_forward_hook(recorder(linear.name)))
         yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _variance_shares(x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,6 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "device": ("alphalora", *_ON_DATA),
     **dict.fromkeys(("beta", "per_module"), tuple(DEFAULT_BETA)),
 }
-_UNIFORM = "uniform"
 
 
 @dataclass
@@ -98,9 +97,9 @@ def check_options(options: AllocateOptions) -> tuple[str | None, float | None]:
         MolaError: a value is out of range, options contradict each other, or an option would be ignored.
     """
     name = method_name(options.method)
-    digits = "1" if name == _UNIFORM else SHAPES.get(name, name if re.fullmatch("[1-9]+", name) else None)
+    digits = "1" if name == "uniform" else SHAPES.get(name, name if re.fullmatch("[1-9]+", name) else None)
     if digits is None and name not in DEFAULT_BETA:
-        known = ", ".join((*SHAPES, _UNIFORM, *DEFAULT_BETA))
+        known = ", ".join((*SHAPES, "uniform", *DEFAULT_BETA))
         raise MolaError(f"`method` must be one of {known}, or digits from 1 to 9 such as 2468: got {options.method!r}.")
     for option_name, methods in _READ_BY.items():
         value = getattr(options, option_name)
@@ -110,32 +109,26 @@ def check_options(options: AllocateOptions) -> tuple[str | None, float | None]:
                 f"{', '.join(methods)}. Leave it out."
             )
     if name in _ON_DATA:
-        _check_data(options, name)
-    elif name in _ON_PROBE:
-        _check_probe(options, name)
+        if options.gguf_file is not None:
+            raise MolaError(
+                f"`gguf_file` cannot be used with `method` {name}. Convert the file to a model folder first."
+            )
+        if options.data is None or options.task is None:
+            raise MolaError(f"`method` {name} needs samples: pass --data FILE --task TASK.")
+        if options.limit < 1:
+            raise MolaError(f"`limit` must be at least 1: got {options.limit}.")
+    if name in _ON_PROBE:
+        if options.adapter is None and options.inspection is None:
+            flags = "--adapter or --inspection" if name == "usage" else "--adapter"
+            raise MolaError(
+                f"`method` {name} needs a trained adapter: pass {flags}. A short run with the same number of experts "
+                "everywhere is enough."
+            )
+        if options.adapter is not None and options.target_modules is not None:
+            raise MolaError(
+                f"`target_modules` ({options.target_modules!r}) has no effect with `adapter`: the probe determines the "
+                "linears. Leave it out."
+            )
     if options.beta is not None and not (math.isfinite(options.beta) and options.beta >= 0):
         raise MolaError(f"`beta` must be a number of at least 0: got {options.beta}.")
     return digits, DEFAULT_BETA.get(name) if options.beta is None else options.beta
-
-
-def _check_data(options: AllocateOptions, name: str) -> None:
-    if options.gguf_file is not None:
-        raise MolaError(f"`gguf_file` cannot be used with `method` {name}. Convert the file to a model folder first.")
-    if options.data is None or options.task is None:
-        raise MolaError(f"`method` {name} needs samples: pass --data FILE --task TASK.")
-    if options.limit < 1:
-        raise MolaError(f"`limit` must be at least 1: got {options.limit}.")
-
-
-def _check_probe(options: AllocateOptions, name: str) -> None:
-    if options.adapter is None and options.inspection is None:
-        flags = "--adapter or --inspection" if name == "usage" else "--adapter"
-        raise MolaError(
-            f"`method` {name} needs a trained adapter: pass {flags}. A short run with the same number of experts "
-            "everywhere is enough."
-        )
-    if options.adapter is not None and options.target_modules is not None:
-        raise MolaError(
-            f"`target_modules` ({options.target_modules!r}) has no effect with `adapter`: the probe determines the "
-            "linears. Leave it out."
-        )

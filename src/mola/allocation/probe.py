@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from mola.allocation.base import Base
-from mola.architecture.patterns import scaling_of
 from mola.checkpoints.adapter_folder import adapted_modules, read_tensors
 from mola.errors import MolaError
 from mola.files.reading import read_json, read_json_lines
@@ -27,15 +26,6 @@ class Probe:
     layers: Mapping[str, int]  # module name in the base model -> its decoder layer
     tensors: Mapping[str, torch.Tensor]  # name in the probe's file -> tensor, on the CPU
 
-    def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A `(E, r, in)` and B `(E, r, out)` of a module."""
-        key = f"{PREFIX}{module}"
-        return self.tensors[f"{key}.mola_A"], self.tensors[f"{key}.mola_B"]
-
-    def scaling(self, module: str) -> float:
-        """The factor of a module's update."""
-        return scaling_of(self.config, module, self.factors(module)[0].shape[1])
-
 
 def read_probe(adapter: str, base: Base) -> Probe:
     """Read the probe in a folder and check that an allocation can be made from it.
@@ -45,21 +35,21 @@ def read_probe(adapter: str, base: Base) -> Probe:
     """
     config = check_mixture(adapter)
     tensors = read_tensors(Path(adapter))
-    modules = [key.removeprefix(PREFIX) for key in adapted_modules(tensors)]
     layers = {}
-    for module in modules:
+    for key in adapted_modules(tensors):
+        module = key.removeprefix(PREFIX)
         layer = base.layer_of.get(module)
         if layer is None or layer >= base.num_layers:
             raise MolaError(
                 f"`adapter` must belong to `base_model`: {adapter!r} adapts {module!r}, which is in none of the "
                 f"{base.num_layers} decoder layers of {base.name!r}."
             )
-        layers[module] = layer
-        if len(tensors[f"{PREFIX}{module}.mola_A"]) == 1:
+        if len(tensors[f"{key}.mola_A"]) == 1:
             raise MolaError(
                 f"`adapter` must have at least 2 experts in every layer: {adapter!r} has one in layer {layer}, which "
                 "does not show how many the layer needs. Use a probe with the same number everywhere."
             )
+        layers[module] = layer
     return Probe(config, layers, tensors)
 
 
@@ -123,10 +113,7 @@ def _last_interval(path: Path) -> Any:
     *_, before, last = [None, None, *read_json_lines(path)]
     if last is None:
         raise ValueError("there is no complete line")
-    try:
-        return before if before and is_short_interval(last["modules"], before["modules"]) else last
-    except (LookupError, ValueError, TypeError, ArithmeticError):  # the caller reports what is wrong with the last line
-        return last
+    return before if before is not None and is_short_interval(last["modules"], before["modules"]) else last
 
 
 def _checked_gates(row: Mapping[str, Any]) -> list[float]:

@@ -6,14 +6,13 @@
 The command reads and writes adapter folders only. `mola.allocation.resize` changes the experts of a module.
 """
 
-import contextlib
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -115,10 +114,10 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
             "the file without --per_module."
         )
     tensors = read_tensors(Path(options.adapter))
-    base = _base_without_weights(config, options)
-    layers, layers_are_certain = _layer_of_modules(tensors, options, base)
+    base = _read_base(config, options)
+    layers, is_certain = _layer_of_modules(tensors, options.adapter, None if base is None else base.model)
     adapted = 1 + max((layer for layer in layers.values() if layer is not None), default=0)
-    known = _known_depth(config, options, base, adapted)
+    known = _depth_from_lists(config, options, adapted) if base is None else base.num_layers
     num_layers = known or adapted
     if num_layers < adapted:
         raise MolaError(
@@ -127,9 +126,9 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
         )
     before = resolve_per_layer(config.num_experts, num_layers, "num_experts")
     after = resolve_per_layer(options.num_experts, num_layers, "num_experts")
-    top_k = _choose_top_k(config, options, before, after, num_layers)
+    top_k = _choose_top_k(config, options, before, after)
     if len({*after}) > 1 or len({*top_k}) > 1:
-        _check_layers_are_known(options, layers, layers_are_certain and known is not None)
+        _check_layers_are_known(options.adapter, layers, is_certain and known is not None)
     use = {} if options.inspection is None else _read_use(options.inspection, layers, tensors)
     numbers = {module: after[0] if layer is None else after[layer] for module, layer in layers.items()}
     resized, unchanged = _resize_modules(tensors, numbers, options.seed, use)
@@ -171,17 +170,16 @@ def main(options: ReallocateOptions) -> int:
     table = Table(title="Experts per decoder layer")
     for column in ("layers", "before", "now", "top_k"):
         table.add_column(column, justify="right")
-    numbers_of = zip(result.before, result.num_experts, result.top_k, strict=True)
-    rows = [row if has else ("-",) * 3 for row, has in zip(numbers_of, result.is_adapted, strict=True)]
-    for numbers, members in groupby(range(len(rows)), key=rows.__getitem__):
-        indices = list(members)
-        span = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
-        table.add_row(span, *map(str, numbers))
+    all_numbers = list(zip(result.before, result.num_experts, result.top_k, strict=True))
+    adapted = [numbers for numbers, has in zip(all_numbers, result.is_adapted, strict=True) if has]
+    rows = [numbers if has else ("-",) * 3 for numbers, has in zip(all_numbers, result.is_adapted, strict=True)]
+    first = 0
+    for numbers, members in groupby(rows):
+        last = first + len(list(members)) - 1
+        table.add_row(str(first) if first == last else f"{first}-{last}", *map(str, numbers))
+        first = last + 1
     table.add_section()
-    totals = [
-        sum(number for number, has in zip(numbers, result.is_adapted, strict=True) if has)
-        for numbers in (result.before, result.num_experts)
-    ]
+    totals = (sum(before for before, _, _ in adapted), sum(now for _, now, _ in adapted))
     table.add_row("total", *map(str, totals), "", style="bold")
     make_table_console().print(table)
     print(
@@ -192,26 +190,29 @@ def main(options: ReallocateOptions) -> int:
     return 0
 
 
-def _base_without_weights(config: Any, options: ReallocateOptions) -> Any:
-    """The base model without weights, to look up layers; None if the model cannot be found."""
-    if options.base_model is not None:
-        return _decoder_on_meta(options.base_model, options.trust_remote_code)
-    recorded = config.base_model_name_or_path
-    if recorded and os.path.isdir(recorded):  # only a folder is tried: a name on the Hub may be missing
-        with contextlib.suppress(MolaError):
-            return _decoder_on_meta(recorded, options.trust_remote_code)
-    return None
+class _Base(NamedTuple):
+    model: Any  # without weights
+    num_layers: int  # decoder layers
 
 
-def _decoder_on_meta(base_model: str, trust_remote_code: bool) -> Any:
-    """The model without weights; None for an encoder-decoder, of which only the decoder would be built."""
-    if getattr(read_config(base_model, trust_remote_code), "is_encoder_decoder", False):
-        return None
-    return model_on_meta(base_model, trust_remote_code)
+def _read_base(config: Any, options: ReallocateOptions) -> _Base | None:
+    """The base model; None if no option names it and its folder is missing, or if it is an encoder-decoder."""
+    name = options.base_model or config.base_model_name_or_path
+    if options.base_model is None and not (name and os.path.isdir(name)):
+        return None  # a name on the Hub may be missing
+    try:
+        if getattr(read_config(name, options.trust_remote_code), "is_encoder_decoder", False):
+            return None  # only the decoder would be built
+        model = model_on_meta(name, options.trust_remote_code)
+        return _Base(model, count_decoder_layers(model, name))
+    except MolaError:
+        if options.base_model is None:
+            return None
+        raise
 
 
 def _layer_of_modules(
-    tensors: Mapping[str, torch.Tensor], options: ReallocateOptions, base: Any
+    tensors: Mapping[str, torch.Tensor], adapter: str, base: Any
 ) -> tuple[dict[str, int | None], bool]:
     """Find the decoder layer of every adapted module.
 
@@ -222,13 +223,13 @@ def _layer_of_modules(
     names = [key.removeprefix(PREFIX) for key in adapted_modules(tensors)]
     if not names:
         raise MolaError(
-            f"`adapter` must have experts on linears: {options.adapter!r} has only `target_parameters`, with one "
+            f"`adapter` must have experts on linears: {adapter!r} has only `target_parameters`, with one "
             "LoRA for each, and no number to change."
         )
     stacks_in_names = {part for name in names for part in name.split(".") if part in ("encoder", "decoder")}
     if len(stacks_in_names) > 1:
         raise MolaError(
-            f"`adapter` must belong to a model with one stack of layers: {options.adapter!r} adapts an encoder and a "
+            f"`adapter` must belong to a model with one stack of layers: {adapter!r} adapts an encoder and a "
             "decoder, which number their layers separately."
         )
     if base is not None and {name for name, _ in base.named_modules()}.issuperset(names):
@@ -239,45 +240,33 @@ def _layer_of_modules(
     return layers, len(lists) <= 1 and not stacks_in_names
 
 
-def _known_depth(config: Any, options: ReallocateOptions, base: Any, adapted: int) -> int | None:
-    """Number of decoder layers, from the base model or from a list with one entry per layer; None if unknown.
-
-    The model has at least `adapted` layers.
-    """
-    if options.base_model is not None and base is not None:
-        return count_decoder_layers(base, options.base_model)
+def _depth_from_lists(config: Any, options: ReallocateOptions, adapted: int) -> int | None:
+    """Number of decoder layers by a list with one entry per layer, of at least `adapted` layers; None without one."""
     lengths = [list_length(getattr(config, name), name) for name in ("num_experts", "top_k", "r")]
     requested = list_length(options.num_experts, "num_experts")
     if requested is not None and requested >= adapted:
         lengths.append(requested)
-    known = next((length for length in lengths if length is not None), None)
-    if known is None and base is not None:
-        with contextlib.suppress(MolaError):
-            known = count_decoder_layers(base, str(config.base_model_name_or_path))
-    return known
+    return next((length for length in lengths if length is not None), None)
 
 
-def _check_layers_are_known(options: ReallocateOptions, layers: Mapping[str, int | None], is_known: bool) -> None:
+def _check_layers_are_known(adapter: str, layers: Mapping[str, int | None], is_known: bool) -> None:
     """Raise if numbers that differ by layer cannot be assigned to layers."""
     if not is_known:
         raise MolaError(
-            f"`base_model` is needed to know which layers the numbers are for: {options.adapter!r} does not name all "
+            f"`base_model` is needed to know which layers the numbers are for: {adapter!r} does not name all "
             "layers, or its model may have several stacks of layers. Pass its base model, which may not be an "
             "encoder-decoder, or one number for all layers."
         )
     outside = [module for module, layer in layers.items() if layer is None]
     if outside:
         raise MolaError(
-            f"`num_experts` must be one number for all layers: {options.adapter!r} adapts {outside[0]!r}, which is in "
-            "no layer."
+            f"`num_experts` must be one number for all layers: {adapter!r} adapts {outside[0]!r}, which is in no layer."
         )
 
 
-def _choose_top_k(
-    config: Any, options: ReallocateOptions, before: Sequence[int], after: Sequence[int], num_layers: int
-) -> list[int]:
+def _choose_top_k(config: Any, options: ReallocateOptions, before: Sequence[int], after: Sequence[int]) -> list[int]:
     given = config.top_k if options.top_k is None else options.top_k
-    top_k = resolve_per_layer(given, num_layers, "top_k")
+    top_k = resolve_per_layer(given, len(after), "top_k")
     if options.top_k is None and isinstance(given, list):
         # A layer without a router has 1. If the layer gets a router, it gets the other layers' largest number.
         largest = max(top_k)

@@ -5,15 +5,14 @@
   dropped or truncated sample.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 
@@ -21,13 +20,9 @@ from mola.data.templates import Template
 from mola.data.tokenized import IGNORED, Sample, tokenized
 from mola.errors import MolaError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 TRUNCATIONS = ("error", "drop", "left", "right")
 _SMALLEST_CUTOFF = 8
 _CHUNK = 10_000  # samples held as Python lists at the same time; lists need several times the memory of Arrow
-_NO_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class EncodeReport:
 
 def encode_examples(
     examples: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     template: Template,
     *,
     cutoff_len: int,
@@ -101,14 +96,57 @@ def encode_examples(
         MolaError: an option or an example is wrong, samples are too long (see `truncation`), or no
             sample is left.
     """
-    _check_options(examples, tokenizer, cutoff_len, add_eos_token, truncation)
-    ending = template.ending(tokenizer) if add_eos_token else []
-    return _make_dataset(tokenized(examples, tokenizer, template, ending), cutoff_len, train_on_inputs, truncation)
+    if cutoff_len < _SMALLEST_CUTOFF:
+        raise MolaError(f"`cutoff_len` must be at least {_SMALLEST_CUTOFF}: got {cutoff_len!r}. Raise it.")
+    if truncation not in TRUNCATIONS:
+        raise MolaError(f"`truncation` must be one of {', '.join(map(repr, TRUNCATIONS))}: got {truncation!r}.")
+    if add_eos_token and tokenizer.eos_token_id is None:
+        raise MolaError(
+            "`add_eos_token` needs a tokenizer with an EOS token: this one has none. Set "
+            "`tokenizer.eos_token`, or switch `add_eos_token` off."
+        )
+    if not examples:
+        raise MolaError("`examples` must not be empty: got none. Check the data and its filters.")
+    samples = iter(tokenized(examples, tokenizer, template, template.ending(tokenizer) if add_eos_token else []))
+    parts: list[datasets.Dataset] = []
+    counts: Counter[str] = Counter()
+    longest = too_long = 0
+    while chunk := list(itertools.islice(samples, _CHUNK)):
+        longest = max(longest, *(len(sample.ids) for sample in chunk))
+        too_long += sum(len(sample.ids) > cutoff_len for sample in chunk)
+        if too_long and truncation == "error":
+            continue  # keep counting for the error message
+        columns = _fit_samples(chunk, cutoff_len, train_on_inputs, truncation, counts)
+        if columns["input_ids"]:
+            parts.append(datasets.Dataset.from_dict(columns))
+    total = len(examples)
+    if too_long and truncation == "error":
+        raise MolaError(
+            f"`cutoff_len` is too small: {too_long} of {total} samples would lose tokens, the longest has {longest}, "
+            f"`cutoff_len` is {cutoff_len}. Raise `cutoff_len` to {longest}, or set `truncation` to 'drop', 'left' "
+            "or 'right'."
+        )
+    if not parts:
+        raise MolaError(
+            f"`cutoff_len` leaves no sample: all {total} were dropped, the longest has {longest} "
+            f"tokens, `cutoff_len` is {cutoff_len}. Raise `cutoff_len`, or set `truncation` to 'left'."
+        )
+    report = EncodeReport(
+        total=total,
+        kept=counts["kept"],
+        dropped=total - counts["kept"],
+        truncated=counts["truncated"],
+        answer_cut=counts["answer_cut"],
+        longest=longest,
+        tokens=counts["tokens"],
+        trained_tokens=counts["trained_tokens"],
+    )
+    return datasets.concatenate_datasets(parts), report
 
 
 def encode_whole(
     examples: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     template: Template,
     positions: int | None,
     add_eos_token: bool = True,
@@ -125,16 +163,16 @@ def encode_whole(
     Raises:
         MolaError: a sample is longer than `positions`, or for the reasons of `encode_examples`.
     """
-    limit = _NO_LIMIT if positions is None else positions
-    _check_options(examples, tokenizer, limit, add_eos_token, "error")
-    samples = list(tokenized(examples, tokenizer, template, template.ending(tokenizer) if add_eos_token else []))
-    for sample in samples:
-        if len(sample.ids) > limit:
-            raise MolaError(
-                f"`data` must fit into the model's {limit} positions: sample {sample.row_id!r} has {len(sample.ids)} "
-                "tokens. Shorten it, or leave it out."
-            )
-    return _make_dataset(samples, limit, train_on_inputs=False, truncation="error")[0]
+    dataset, report = encode_examples(
+        examples, tokenizer, template, cutoff_len=sys.maxsize, add_eos_token=add_eos_token
+    )
+    if positions is not None and report.longest > positions:
+        row_id = examples[list(dataset["length"]).index(report.longest)]["id"]
+        raise MolaError(
+            f"`data` must fit into the model's {positions} positions: sample {row_id!r} has {report.longest} tokens. "
+            "Shorten it, or leave it out."
+        )
+    return dataset
 
 
 def data_fingerprint(examples: Iterable[Mapping[str, Any]]) -> str:
@@ -144,60 +182,6 @@ def data_fingerprint(examples: Iterable[Mapping[str, Any]]) -> str:
         row = [example.get(name) for name in ("id", "instruction", "input", "output")]
         digest.update(json.dumps(row, separators=(",", ":")).encode("ascii") + b"\n")
     return digest.hexdigest()
-
-
-def _check_options(
-    examples: Sequence[Any],
-    tokenizer: PreTrainedTokenizerBase,
-    cutoff_len: int,
-    add_eos_token: bool,
-    truncation: str,
-) -> None:
-    if cutoff_len < _SMALLEST_CUTOFF:
-        raise MolaError(f"`cutoff_len` must be at least {_SMALLEST_CUTOFF}: got {cutoff_len!r}. Raise it.")
-    if truncation not in TRUNCATIONS:
-        raise MolaError(f"`truncation` must be one of {', '.join(map(repr, TRUNCATIONS))}: got {truncation!r}.")
-    if add_eos_token and tokenizer.eos_token_id is None:
-        raise MolaError(
-            "`add_eos_token` needs a tokenizer with an EOS token: this one has none. Set "
-            "`tokenizer.eos_token`, or switch `add_eos_token` off."
-        )
-    if not examples:
-        raise MolaError("`examples` must not be empty: got none. Check the data and its filters.")
-
-
-def _make_dataset(
-    samples: Iterable[Sample], cutoff_len: int, train_on_inputs: bool, truncation: str
-) -> tuple[datasets.Dataset, EncodeReport]:
-    """The samples with at most `cutoff_len` tokens, and the report."""
-    parts: list[datasets.Dataset] = []
-    counts: Counter[str] = Counter()
-    longest = too_long = 0
-    remaining = iter(samples)
-    while chunk := list(itertools.islice(remaining, _CHUNK)):
-        counts["total"] += len(chunk)
-        longest = max(longest, *(len(sample.ids) for sample in chunk))
-        too_long += sum(len(sample.ids) > cutoff_len for sample in chunk)
-        if too_long and truncation == "error":
-            continue  # keep counting for the error message
-        columns = _fit_samples(chunk, cutoff_len, train_on_inputs, truncation, counts)
-        if columns["input_ids"]:
-            parts.append(datasets.Dataset.from_dict(columns))
-    total = counts["total"]
-    if too_long and truncation == "error":
-        raise MolaError(
-            f"`cutoff_len` is too small: {too_long} of {total} samples would lose tokens, the longest has {longest}, "
-            f"`cutoff_len` is {cutoff_len}. Raise `cutoff_len` to {longest}, or set `truncation` to 'drop', 'left' "
-            "or 'right'."
-        )
-    if not parts:
-        raise MolaError(
-            f"`cutoff_len` leaves no sample: all {total} were dropped, the longest has {longest} "
-            f"tokens, `cutoff_len` is {cutoff_len}. Raise `cutoff_len`, or set `truncation` to 'left'."
-        )
-    names = ("total", "kept", "truncated", "answer_cut", "tokens", "trained_tokens")
-    report = EncodeReport(**{name: counts[name] for name in names}, dropped=total - counts["kept"], longest=longest)
-    return datasets.concatenate_datasets(parts), report
 
 
 def _fit_samples(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mola.data.read import read_rows
-from mola.data.tasks import StrataRule, Task, example_id
+from mola.data.tasks import Task, example_id
 from mola.data.write import PROMPT_COLUMNS, columns_of, reads_prompts
 from mola.errors import MolaError
 
@@ -24,7 +24,6 @@ _PROMPT_COLUMNS_OF_OTHERS = {
     "system": "Put it into `instruction`, or write a task that does",
     **dict.fromkeys(("history", "messages", "conversations"), _TURNS),
 }
-_CHATS = "Conversations are for TRL: python -m mola.integrations.trl_command sft, see docs/trainers.md. "
 _Rows = list[tuple[int, dict[str, Any]]]  # (position in the source, row); missing ids are made from positions
 
 
@@ -61,21 +60,43 @@ def load_examples(
     if all(_is_prepared(row, task) for _, row in rows):
         if task is None:
             _check_prompt_columns(rows[:limit], filters or {}, path)
-        else:
+        elif reads_prompts(task):
             _check_task_filters(rows, task, path)
         examples = [_prepared_example(row, index, split, task) for index, row in rows[:limit]]
     elif task is None:
         raise _needs_task(rows, path)
     else:
-        if reads_prompts(task) and all({"instruction", "output"} <= row.keys() for _, row in rows):
-            logger.warning(
-                "%s goes through the task %s, which reads `instruction` or `output`. If `mola prepare` wrote it, "
-                "prepare it again: prepared rows have `id` and `input` now.",
-                path,
-                task.name,
+        kept = [(index, row) for index, row in rows if task.keeps(row)]
+        if not kept:
+            raise MolaError(
+                f"`data` must have rows for the task `{task.name}`: its filters left out all {len(rows)} rows of "
+                f"`{path}`. Choose another source or split."
             )
-        examples = _raw_examples(rows, path, task, split, limit)
+        if len(kept) < len(rows):
+            logger.info("%s: filters of the task left out %d of %d rows", path, len(rows) - len(kept), len(rows))
+        examples = examples_of_rows(kept[:limit], task, split, path)
     check_ids((example["id"] for example in examples), str(path))
+    return examples
+
+
+def examples_of_rows(rows: _Rows, task: Task, split: str | None, source: str | Path) -> list[dict[str, Any]]:
+    """Examples of raw rows.
+
+    Args:
+        rows: position in the source and content of each row.
+        task: turns a row into an example.
+        split: as in `load_examples`.
+        source: name of the source, for messages.
+
+    Raises:
+        MolaError: a column is missing or a value does not fit; the message names the source and the row.
+    """
+    examples = []
+    for index, row in rows:
+        try:
+            examples.append(task.example(row, index, split))
+        except MolaError as error:
+            raise MolaError(f"row {index} of `{source}`: {error}") from error
     return examples
 
 
@@ -113,10 +134,8 @@ def _is_prepared(row: Mapping[str, Any], task: Task | None) -> bool:
 def _check_prompt_columns(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> None:
     """Raise if a row has text that other programs put into the prompt, and its prompt does not contain the text."""
     for name, cure in _PROMPT_COLUMNS_OF_OTHERS.items():
-        if name in filters:
-            continue
         unread = [index for index, row in rows if row.get(name) and not _is_in_prompt(row, row[name])]
-        if unread:
+        if unread and name not in filters:
             raise MolaError(
                 f"`data` has a column `{name}` that would not be in the prompt: {len(unread)} of {len(rows)} rows of "
                 f"`{path}` have a value in it, the first is row {unread[0]}. {cure}; drop the column; or pass the "
@@ -130,8 +149,6 @@ def _is_in_prompt(row: Mapping[str, Any], value: Any) -> bool:
 
 def _check_task_filters(rows: _Rows, task: Task, path: str | Path) -> None:
     """Raise for raw rows that only look prepared: a prepared row would have passed the task's filters."""
-    if not reads_prompts(task):
-        return
     filters = {name: value for name, value in task.filters.items() if name not in (*PROMPT_COLUMNS, "answer")}
     for index, row in rows:
         for name, value in filters.items():
@@ -157,75 +174,24 @@ def _prepared_example(row: Mapping[str, Any], index: int, split: str | None, tas
                 f"row `{row_id}`: `{name}` must be text: got {value!r}. Correct it, or run `mola prepare` on "
                 "the raw data."
             )
-    text["input"] = text["input"] or ""
-    num_choices = None
-    if task is not None and task.answer is not None and task.answer.choices:
-        choices = row.get(task.answer.choices)
-        num_choices = len(choices) if isinstance(choices, (list, tuple)) else None
-    groups = task.group_values(row) if task is not None else {}
-    return {"id": row_id, **text, "answer": answer, "num_choices": num_choices, **groups}
+    choices = row.get(task.answer.choices) if task is not None and task.answer and task.answer.choices else None
+    return {
+        "id": row_id,
+        **text,
+        "input": text["input"] or "",
+        "answer": answer,
+        "num_choices": len(choices) if isinstance(choices, (list, tuple)) else None,
+        **(task.group_values(row) if task is not None else {}),
+    }
 
 
 def _needs_task(rows: _Rows, path: str | Path) -> MolaError:
     missing = next(name for name in ("instruction", "output") if any(name not in row for _, row in rows))
     columns = columns_of(row for _, row in rows)
-    chats = _CHATS if {"messages", "conversations"} & {*columns} else ""
+    turns = f"{_TURNS}. " if {"messages", "conversations"} & {*columns} else ""
     return MolaError(
         f"`task` is needed, since `{path}` has no `{missing}` in some row: the columns are "
-        f"{', '.join(columns)}. {chats}Name the task, or prepare the data with `mola prepare`."
-    )
-
-
-def _raw_examples(
-    rows: _Rows, path: str | Path, task: Task, split: str | None, limit: int | None
-) -> list[dict[str, Any]]:
-    kept = [(index, row) for index, row in rows if task.keeps(row)]
-    if not kept:
-        raise MolaError(
-            f"`data` must have rows for the task `{task.name}`: its filters left out all {len(rows)} rows of "
-            f"`{path}`. Choose another source or split."
-        )
-    if len(kept) < len(rows):
-        logger.info("%s: filters of the task left out %d of %d rows", path, len(rows) - len(kept), len(rows))
-    for index, row in kept:
-        check_columns(row, index, task, str(path))
-    return [task.example(row, index, split) for index, row in kept[:limit]]
-
-
-def check_columns(
-    row: Mapping[str, Any],
-    number: int,
-    task: Task,
-    source: str,
-    *,
-    strata: StrataRule | None = None,
-    columns: Callable[[], Iterable[str]] | None = None,
-) -> None:
-    """Raise if a row lacks a column that the task needs.
-
-    Args:
-        row: a row that passes the task's filters.
-        number: position of the row in the source.
-        task: the task that reads the row.
-        source: name of the source, for the message.
-        strata: the rule by which samples are drawn; its column is needed too.
-        columns: returns all columns of the source's first row, for the message; needed if `row` has only some columns.
-    """
-    missing = task.missing_columns(row)
-    if strata is not None and strata.column not in row:
-        missing.append(strata.column)
-    if not missing:
-        return
-    if "instruction" in row and "output" not in row and not reads_prompts(task):
-        raise MolaError(
-            f"prepared rows have `output` beside `instruction`: row {number} of `{source}` has no `output`. Add it."
-        )
-    more = "" if strata is None else f", and `{strata.column}` to draw samples"
-    found = "its columns" if columns is None else "the columns of the first row"
-    raise MolaError(
-        f"`data` must have the columns {', '.join(task.columns)} for the task `{task.name}`{more}: row {number} of "
-        f"`{source}` has no `{missing[0]}`, {found} are {', '.join(row if columns is None else columns())}. Rename or "
-        "add the column, or choose another task."
+        f"{', '.join(columns)}. {turns}Name the task, or prepare the data with `mola prepare`."
     )
 
 

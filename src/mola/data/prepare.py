@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mola.data.examples import check_columns, check_ids, count_shared, distinct_questions
+from mola.data.examples import check_ids, count_shared, distinct_questions, examples_of_rows
 from mola.data.read import read_rows, source_splits
 from mola.data.sampling import draw_splits, drawn_sizes, single_source
 from mola.data.tasks import Task, load_task
@@ -78,52 +78,49 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     )
     if options.seed < 0:
         raise MolaError(f"`seed` must be at least 0: got {options.seed}.")
-    task = load_task(options.task)
-    _check_options(options)
-    if options.num_samples is None:
-        result = _prepare_all(options, task, output_dir)
-    else:
-        result = _prepare_drawn(options, task, output_dir)
+    _check_options_have_effect(options)
+    merger = RowMerger(load_task(options.task))
+    prepare_splits = _prepare_all if options.num_samples is None else _prepare_drawn
+    result = prepare_splits(options, merger, output_dir)
+    merger.print_replaced()
     print(f"written to {output_dir}")
-    return {"output_dir": str(output_dir), "task": task.name, **result}
+    return {"output_dir": str(output_dir), "task": merger.task.name, **result}
 
 
-def _check_options(options: PrepareOptions) -> None:
-    """Raise for options that would have no effect with the given task or the other options."""
-    if options.task == "sample":
-        if options.num_samples is not None:
-            raise MolaError("`num_samples` has no use with the task `sample`. Use `train_size`.")
-        if options.data is not None:
-            raise MolaError(f"`data` has no use with the task `sample`: got {options.data!r}. Leave it out.")
-    else:
-        for name in (*(f"{split}_size" for split in SAMPLE_SIZES), "kinds"):
-            if (value := getattr(options, name)) is not None:
-                raise MolaError(f"`{name}` is for the task `sample` only: got {value}. Leave it out.")
-    if options.num_samples is None:
-        for name in ("num_validation", "num_test"):
-            if (value := getattr(options, name)) is not None:
-                raise MolaError(f"`{name}` needs `num_samples`: got {value} alone. Add `num_samples`, or leave it out.")
-        if options.seed != PrepareOptions.seed and options.task != "sample":
-            raise MolaError(f"`seed` ({options.seed}) needs `num_samples` or the task `sample`. Leave it out.")
+def _check_options_have_effect(options: PrepareOptions) -> None:
+    """Raise for an option that is ignored with the given task or the other options."""
+    is_sample, is_drawn = options.task == "sample", options.num_samples is not None
+    ignored = {
+        "with the task `sample`": ("num_samples", "data") if is_sample else (),
+        "without the task `sample`": () if is_sample else (*(f"{split}_size" for split in SAMPLE_SIZES), "kinds"),
+        "without `num_samples`": () if is_drawn else ("num_validation", "num_test"),
+        "without `num_samples` or the task `sample`": () if is_drawn or is_sample else ("seed",),
+    }
+    for condition, names in ignored.items():
+        for name in names:
+            if (value := getattr(options, name)) != getattr(PrepareOptions, name):
+                raise MolaError(f"`{name}` has no effect {condition}: got {value!r}. Leave it out.")
 
 
-def _prepare_all(options: PrepareOptions, task: Task, output_dir: Path) -> dict[str, Any]:
+def _prepare_all(options: PrepareOptions, merger: RowMerger, output_dir: Path) -> dict[str, Any]:
     """Write all rows of every split."""
-    merger = RowMerger(task)
+    task = merger.task
     splits: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, dict[str, int]] = {}
     for name, rows in _source_rows(options, task).items():
-        splits[name] = _prepared_rows(rows, merger, name)
-        counts[name] = {"rows": len(splits[name]), "filtered": len(rows) - len(splits[name])}
+        kept = [(index, row) for index, row in enumerate(rows) if task.keeps(row)]
+        examples = examples_of_rows(kept, task, name, name)
+        check_ids((example["id"] for example in examples), name)
+        splits[name] = [merger.merge(row, example) for (_, row), example in zip(kept, examples, strict=True)]
+        counts[name] = {"rows": len(kept), "filtered": len(rows) - len(kept)}
     if not any(splits.values()):
         has_rows = any(count["filtered"] for count in counts.values())
         why = "its filters left out every row" if has_rows else "there are none"
         raise MolaError(f"`data` must have rows for the task `{task.name}`: {why}.")
-    shared = count_shared([distinct_questions(rows) for rows in splits.values()])
     write_splits(splits, output_dir)
     for name, count in counts.items():
         print(f"{name}: {count['rows']} rows, {count['filtered']} left out by the task's filters")
-    merger.print_replaced()
+    shared = count_shared([distinct_questions(rows) for rows in splits.values()])
     if shared:
         print(f"warning: {shared} instructions occur in more than one split")
     return {"splits": counts, "shared_instructions": shared}
@@ -144,34 +141,23 @@ def _source_rows(options: PrepareOptions, task: Task) -> dict[str, list[dict[str
     return {name: read_rows(source.path, source.split, may_be_empty=True) for name, source in sources.items()}
 
 
-def _prepared_rows(rows: list[dict[str, Any]], merger: RowMerger, split: str) -> list[dict[str, Any]]:
-    task = merger.task
-    kept = [(index, row) for index, row in enumerate(rows) if task.keeps(row)]
-    for index, row in kept:
-        check_columns(row, index, task, split)
-    examples = [task.example(row, index, split) for index, row in kept]
-    check_ids((example["id"] for example in examples), split)
-    return [merger.merge(row, example) for (_, row), example in zip(kept, examples, strict=True)]
-
-
-def _prepare_drawn(options: PrepareOptions, task: Task, output_dir: Path) -> dict[str, Any]:
+def _prepare_drawn(options: PrepareOptions, merger: RowMerger, output_dir: Path) -> dict[str, Any]:
     """Write samples that are drawn from one source; a split of size 0 is not written."""
     assert options.num_samples is not None
     sizes = drawn_sizes(options.num_samples, options.num_validation, options.num_test)
     wanted = {split: size for split, size in sizes.items() if size}
-    merger = RowMerger(task)
-    drawn = draw_splits(single_source(_data(options, task)), task, wanted, options.seed, merger.merge)
+    source = single_source(_data(options, merger.task))
+    drawn = draw_splits(source, merger.task, wanted, options.seed, merger.merge)
     write_splits(drawn.splits, output_dir)
     print(drawn.summary())
-    merger.print_replaced()
     return {
         "splits": {split: {"rows": size, "filtered": 0} for split, size in wanted.items()},
         "shared_instructions": drawn.shared_instructions,
         "source": {
-            "rows": drawn.candidates.rows,
+            "rows": drawn.candidates.num_rows,
             "candidates": len(drawn.candidates.numbers),
             **drawn.candidates.left_out,
-            "groups": drawn.num_groups,
+            "groups": drawn.candidates.num_groups,
         },
     }
 

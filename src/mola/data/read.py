@@ -10,7 +10,7 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -41,7 +41,7 @@ def read_rows(path: str | Path, split: str | None = None, *, may_be_empty: bool 
         MolaError: the source is missing, unreadable or empty, a row is not a mapping, or the split does
             not exist or has to be chosen.
     """
-    rows = list(_iterate(path, split))
+    rows = list(stream_rows(path, split, is_stored=True))
     if not rows and not may_be_empty:
         part = f"split `{split}` of `{path}`" if split is not None and os.path.isdir(path) else f"`{path}`"
         raise MolaError(f"`data` must have at least one row: {part} has none. Choose a different source.")
@@ -49,25 +49,20 @@ def read_rows(path: str | Path, split: str | None = None, *, may_be_empty: bool 
 
 
 def stream_rows(
-    path: str | Path, split: str | None = None, columns: Collection[str] | None = None
+    path: str | Path, split: str | None = None, columns: Collection[str] | None = None, *, is_stored: bool = False
 ) -> Iterator[dict[str, Any]]:
     """The rows of `read_rows` one by one, so that they need not fit into memory; a ``.json`` array is read as a whole.
 
     Args:
-        path: as in `read_rows`; a Hub dataset is streamed instead of stored.
+        path: as in `read_rows`.
         split: as in `read_rows`.
         columns: the columns to read from a Parquet file, a saved dataset or a Hub dataset; columns that do not exist
             are left out. Other formats ignore this argument.
+        is_stored: store a Hub dataset in the cache of `datasets`, instead of streaming it.
 
     Raises:
         MolaError: as in `read_rows`, except for a source without rows.
     """
-    return _iterate(path, split, columns, is_stream=True)
-
-
-def _iterate(
-    path: str | Path, split: str | None, columns: Collection[str] | None = None, is_stream: bool = False
-) -> Iterator[dict[str, Any]]:
     source, place = str(path), Path(os.path.expanduser(path))
     try:
         if place.is_dir():
@@ -75,7 +70,7 @@ def _iterate(
         elif place.exists():
             rows = _read_file(place, columns)
         elif is_hub_name(source):
-            rows = _read_hub(source, split, columns, is_stream)
+            rows = _read_hub(source, split, columns, is_stored)
         else:
             raise _missing(source)
         for number, row in enumerate(rows):
@@ -156,21 +151,17 @@ def source_splits(data: str) -> dict[str, Source]:
         MolaError: the source is missing or unreadable, or the list of files is malformed.
     """
     if "=" in data and not os.path.exists(os.path.expanduser(data)):
-        return {name: Source(path) for name, path in _named_files(data).items()}
+        files: dict[str, Source] = {}
+        for part in data.split(","):
+            name, _, path = (piece.strip() for piece in part.partition("="))
+            if not name.isidentifier() or not path or name in files:
+                raise MolaError(
+                    f"`data` must be train=A,validation=B,test=C with different names: got {data!r}. Correct the "
+                    f"part {part!r}."
+                )
+            files[name] = Source(path)
+        return files
     return {name: Source(data, name) for name in split_names(data)} or {"train": Source(data)}
-
-
-def _named_files(data: str) -> dict[str, str]:
-    files: dict[str, str] = {}
-    for part in data.split(","):
-        name, _, path = (piece.strip() for piece in part.partition("="))
-        if not name.isidentifier() or not path or name in files:
-            raise MolaError(
-                f"`data` must be train=A,validation=B,test=C with different names: got {data!r}. Correct the "
-                f"part {part!r}."
-            )
-        files[name] = path
-    return files
 
 
 def _missing(source: str) -> MolaError:
@@ -206,13 +197,13 @@ def _read_file(place: Path, columns: Collection[str] | None) -> Iterator[Any]:
         loaded = datasets.load_dataset("parquet", data_files=str(place), split="train", streaming=True)
         yield from _rows_of(loaded, columns)
         return
-    readers: dict[str, Callable[[IO[str], Path], Any]] = {".json": _read_json, ".jsonl": _read_json_lines}
+    read = {".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv}[ending]
     open_text: Any = gzip.open if is_compressed else open
     with open_text(place, "rt", encoding="utf-8-sig", newline="") as file:
-        yield from readers.get(ending, _read_csv)(file, place)
+        yield from read(file, place)
 
 
-def _read_json(file: IO[str], place: Path) -> list[Any]:
+def _read_json(file: IO[str], place: Path) -> Iterator[Any]:
     text = file.read()
     try:
         rows = json.loads(text if text.strip() else "[]", object_pairs_hook=_distinct_columns)
@@ -224,7 +215,7 @@ def _read_json(file: IO[str], place: Path) -> list[Any]:
             f"`data` file `{place}` must hold a JSON array of rows: got a {type(rows).__name__}. Write "
             "[{...}, {...}], or one row per line in a .jsonl file."
         )
-    return rows
+    yield from rows
 
 
 def _read_json_lines(file: IO[str], place: Path) -> Iterator[Any]:
@@ -283,10 +274,10 @@ def _splits_of_folder(place: Path) -> list[str] | None:
     )
 
 
-def _read_hub(source: str, split: str | None, columns: Collection[str] | None, is_stream: bool) -> Iterator[Any]:
+def _read_hub(source: str, split: str | None, columns: Collection[str] | None, is_stored: bool) -> Iterator[Any]:
     import datasets
 
-    more: dict[str, Any] = {"streaming": True} if is_stream else {}
+    more: dict[str, Any] = {} if is_stored else {"streaming": True}
     loaded = datasets.load_dataset(*hub_dataset(source), split=split, **more)
     if isinstance(loaded, dict):  # without `split`, one dataset per split
         loaded = loaded[_choose_split(list(loaded), split, source)]

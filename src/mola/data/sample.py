@@ -7,20 +7,18 @@ sentences.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from mola.errors import MolaError
 
 DEFAULT_KINDS = 5  # the first of `TOPICS`, with short options
-
 HINT_SHARE = 0.2  # share of questions that have the topic's rule as a hint
 _TRIES = 200  # draws without a new question after which a topic counts as used up
+_T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Topic:
+class Topic(NamedTuple):
     """One kind of question."""
 
     subject: str  # `subject`, `topic`, `category` and `skill` are columns of the rows
@@ -34,22 +32,14 @@ class Topic:
     sentence: Callable[[random.Random, int], str]  # draws a sentence for the class with this index
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(","))
+# ---------------------------------------------------------------------- words; a table has one entry per class
 
-
-_PEOPLE = _words("Mia, Tom, Ada, Ben, Lea, Max, Eva, Sam, Ida, Leo, Zoe, Finn, Nora, Paul, Rosa, Hugo")
-_OBJECTS = _words("the ball, a letter, the garden, some bread, the boat, a picture, the old house, the map")
-_PLACES = _words("Paris, Oslo, Lima, Cairo, Delhi, Rome, Perth, Quito, Tokyo, Nairobi, Boston, Athens")
-_VERBS = (
-    ("paint", "paints", "painted"),
-    ("carry", "carries", "carried"),
-    ("clean", "cleans", "cleaned"),
-    ("watch", "watches", "watched"),
-    ("draw", "draws", "drew"),
-    ("find", "finds", "found"),
-    ("open", "opens", "opened"),
-    ("mend", "mends", "mended"),
+_PEOPLE = "Mia, Tom, Ada, Ben, Lea, Max, Eva, Sam, Ida, Leo, Zoe, Finn, Nora, Paul, Rosa, Hugo"
+_OBJECTS = "the ball, a letter, the garden, some bread, the boat, a picture, the old house, the map"
+_PLACES = "Paris, Oslo, Lima, Cairo, Delhi, Rome, Perth, Quito, Tokyo, Nairobi, Boston, Athens"
+_VERBS = (  # infinitive, present, past
+    "paint paints painted, carry carries carried, clean cleans cleaned, watch watches watched, "
+    "draw draws drew, find finds found, open opens opened, mend mends mended"
 )
 _MEASURED = (
     ("The {} is {} {} long.", "rope, river, bridge, snake, road, pencil, fence", "metres, centimetres, kilometres"),
@@ -64,123 +54,122 @@ _SENSED = (
     ("tastes", "a lemon, the salt, some honey, the soup, a berry, the cake, the jam, a radish, some tea"),
     ("feels", "a stone, the silk, some wool, the bark, a feather, the sand, the ice, a brush, the moss"),
 )
-_SEASONS = _words("Winters, Summers, Springs, Autumns")
-_USUAL = _words("cold, mild, wet, dry, short, long")
-_MOMENTS = _words("This morning, This evening, At noon today, Right now")
-_NOW = _words("rainy, windy, foggy, cloudy, sunny, stormy")
+_STATES = (
+    "a coin, some ice, a nail, a lump of sugar, a key, a marble, a button, some chalk",
+    "some milk, cold tea, olive oil, lemon juice, warm water, vinegar, ink, syrup",
+    "steam, helium, oxygen, fresh air, carbon dioxide, neon, hydrogen, nitrogen",
+)
+_ANIMALS = (
+    "a whale, a bat, a horse, a hare, a tiger, a goat, a mouse, a seal",
+    "an owl, a swan, a gull, a robin, a crow, a stork, a hen, a parrot",
+    "a trout, a shark, a carp, a herring, a cod, a salmon, a tuna, a pike",
+    "a bee, an ant, a wasp, a beetle, a moth, a fly, a flea, a cricket",
+    "a lizard, a turtle, a snake, a gecko, a crocodile, a viper, a tortoise, an iguana",
+)
+_WORD_CLASSES = (
+    "table, spoon, window, forest, hammer, pillow, candle, ladder",
+    "swim, bring, think, write, jump, forget, build, choose",
+    "heavy, narrow, clever, round, hungry, yellow, ancient, sweet",
+    "slowly, loudly, gladly, barely, politely, often, soon, never",
+)
+_MONTHS = (  # of the seasons in the north
+    "March, April, May",
+    "June, July, August",
+    "September, October, November",
+    "December, January, February",
+)
+_NORTH = "Oslo, Paris, Rome, Boston, Athens, Tokyo, Madrid, Moscow"
+_SOUTH = "Perth, Sydney, Auckland, Santiago, Cape Town, Buenos Aires, Melbourne, Wellington"
+_MACHINES = (
+    "a crowbar, a seesaw, a bottle opener, a wheelbarrow, a nutcracker, an oar",
+    "a ramp, a slide, a sloping road, a loading ramp, a mountain path, a water chute",
+    "a well rope over a wheel, the rope of a flagpole, a crane hook, a block and tackle, a ski lift, a curtain cord",
+    "a jar lid, a bolt, a corkscrew, a drill bit, a vice, a piano stool that turns up",
+)
+_RELATED = (
+    "big and large, quick and fast, glad and happy, begin and start, tiny and small, silent and quiet",
+    "hot and cold, early and late, rich and poor, up and down, wet and dry, open and shut, young and old",
+    "finger and hand, page and book, wheel and car, branch and tree, roof and house, petal and flower, toe and foot",
+)
+
+
+# ---------------------------------------------------------------------- sentences
+
+
+def _pick(rng: random.Random, words: str) -> str:
+    return rng.choice(words.split(", "))
 
 
 def _measured(rng: random.Random, index: int) -> str:
     pattern, things, units = _MEASURED[index]
-    return pattern.format(rng.choice(_words(things)), rng.randint(2, 90), rng.choice(_words(units)))
+    return pattern.format(_pick(rng, things), rng.randint(2, 90), _pick(rng, units))
 
 
 def _sensed(rng: random.Random, index: int) -> str:
     verb, things = _SENSED[index]
-    return f"{rng.choice(_PEOPLE)} {verb} {rng.choice(_words(things))}."
+    return f"{_pick(rng, _PEOPLE)} {verb} {_pick(rng, things)}."
 
 
 def _climate_or_weather(rng: random.Random, index: int) -> str:
-    place = rng.choice(_PLACES)
+    place = _pick(rng, _PLACES)
     if index == 0:
-        return f"{rng.choice(_SEASONS)} in {place} are usually {rng.choice(_USUAL)}."
-    return f"{rng.choice(_MOMENTS)} it is {rng.choice(_NOW)} in {place}."
+        season = _pick(rng, "Winters, Summers, Springs, Autumns")
+        return f"{season} in {place} are usually {_pick(rng, 'cold, mild, wet, dry, short, long')}."
+    moment = rng.choice(("This morning", "This evening", "At noon today", "Right now"))
+    return f"{moment} it is {_pick(rng, 'rainy, windy, foggy, cloudy, sunny, stormy')} in {place}."
 
 
 def _tense(rng: random.Random, index: int) -> str:
-    verb, present, past = rng.choice(_VERBS)
-    person, thing = rng.choice(_PEOPLE), rng.choice(_OBJECTS)
-    return (
+    verb, present, past = _pick(rng, _VERBS).split()
+    person, thing = _pick(rng, _PEOPLE), _pick(rng, _OBJECTS)
+    sentences = (
         f"Yesterday {person} {past} {thing}.",
         f"Every day {person} {present} {thing}.",
         f"Tomorrow {person} will {verb} {thing}.",
-    )[index]
+    )
+    return sentences[index]
 
 
 def _sentence_kind(rng: random.Random, index: int) -> str:
-    verb, _, past = rng.choice(_VERBS)
-    person, thing = rng.choice(_PEOPLE), rng.choice(_OBJECTS)
-    return (f"{verb.capitalize()} {thing}, please.", f"Did {person} {verb} {thing}?", f"{person} {past} {thing}.")[
-        index
-    ]
-
-
-_BOXES = _words("jar, tin, box, glass, bottle, bag")
-_STATES = (
-    _words("a coin, some ice, a nail, a lump of sugar, a key, a marble, a button, some chalk"),
-    _words("some milk, cold tea, olive oil, lemon juice, warm water, vinegar, ink, syrup"),
-    _words("steam, helium, oxygen, fresh air, carbon dioxide, neon, hydrogen, nitrogen"),
-)
-_ANIMALS = (
-    _words("a whale, a bat, a horse, a hare, a tiger, a goat, a mouse, a seal"),
-    _words("an owl, a swan, a gull, a robin, a crow, a stork, a hen, a parrot"),
-    _words("a trout, a shark, a carp, a herring, a cod, a salmon, a tuna, a pike"),
-    _words("a bee, an ant, a wasp, a beetle, a moth, a fly, a flea, a cricket"),
-    _words("a lizard, a turtle, a snake, a gecko, a crocodile, a viper, a tortoise, an iguana"),
-)
-_WORD_CLASSES = (
-    _words("table, spoon, window, forest, hammer, pillow, candle, ladder"),
-    _words("swim, bring, think, write, jump, forget, build, choose"),
-    _words("heavy, narrow, clever, round, hungry, yellow, ancient, sweet"),
-    _words("slowly, loudly, gladly, barely, politely, often, soon, never"),
-)
-_MONTHS = (
-    _words("March, April, May"),
-    _words("June, July, August"),
-    _words("September, October, November"),
-    _words("December, January, February"),
-)
-_NORTH = _words("Oslo, Paris, Rome, Boston, Athens, Tokyo, Madrid, Moscow")
-_SOUTH = _words("Perth, Sydney, Auckland, Santiago, Cape Town, Buenos Aires, Melbourne, Wellington")
-_MACHINES = (
-    _words("a crowbar, a seesaw, a bottle opener, a wheelbarrow, a nutcracker, an oar"),
-    _words("a ramp, a slide, a sloping road, a loading ramp, a mountain path, a water chute"),
-    _words(
-        "a well rope over a wheel, the rope of a flagpole, a crane hook, a block and tackle, a ski lift, a curtain cord"
-    ),
-    _words("a jar lid, a bolt, a corkscrew, a drill bit, a vice, a piano stool that turns up"),
-)
-_RELATED = (
-    _words("big and large, quick and fast, glad and happy, begin and start, tiny and small, silent and quiet"),
-    _words("hot and cold, early and late, rich and poor, up and down, wet and dry, open and shut, young and old"),
-    _words(
-        "finger and hand, page and book, wheel and car, branch and tree, roof and house, petal and flower, toe and foot"
-    ),
-)
+    verb, _, past = _pick(rng, _VERBS).split()
+    person, thing = _pick(rng, _PEOPLE), _pick(rng, _OBJECTS)
+    sentences = (f"{verb.capitalize()} {thing}, please.", f"Did {person} {verb} {thing}?", f"{person} {past} {thing}.")
+    return sentences[index]
 
 
 def _compared(rng: random.Random, index: int) -> str:
     low, high = sorted(rng.sample(range(10, 100), 2))
     first, second = ((high, low), (low, high), (low, low))[index]
-    thing = rng.choice(_words("marbles, coins, stamps, shells, beads, nuts"))
+    thing = _pick(rng, "marbles, coins, stamps, shells, beads, nuts")
     return f"The first bag holds {first} {thing} and the second {second}."
 
 
 def _state(rng: random.Random, index: int) -> str:
-    return f"{rng.choice(_PEOPLE)} has a {rng.choice(_BOXES)} with {rng.choice(_STATES[index])} in it."
+    person, box = _pick(rng, _PEOPLE), _pick(rng, "jar, tin, box, glass, bottle, bag")
+    return f"{person} has a {box} with {_pick(rng, _STATES[index])} in it."
 
 
 def _animal(rng: random.Random, index: int) -> str:
-    return f"{rng.choice(_PEOPLE)} {rng.choice(('draws', 'dreams of', 'reads about'))} {rng.choice(_ANIMALS[index])}."
+    return f"{_pick(rng, _PEOPLE)} {_pick(rng, 'draws, dreams of, reads about')} {_pick(rng, _ANIMALS[index])}."
 
 
 def _word_class(rng: random.Random, index: int) -> str:
-    word = rng.choice(_WORD_CLASSES[index])
-    return f"{rng.choice(_PEOPLE)} {rng.choice(('writes', 'spells', 'learns'))} the word {word}."
+    word = _pick(rng, _WORD_CLASSES[index])
+    return f"{_pick(rng, _PEOPLE)} {_pick(rng, 'writes, spells, learns')} the word {word}."
 
 
 def _season(rng: random.Random, index: int) -> str:
     is_south = rng.random() < 0.5
-    month = rng.choice(_MONTHS[(index + 2 * is_south) % 4])
-    return f"{rng.choice(_PEOPLE)} is in {rng.choice(_SOUTH if is_south else _NORTH)} in {month}."
+    month = _pick(rng, _MONTHS[(index + 2 * is_south) % 4])
+    return f"{_pick(rng, _PEOPLE)} is in {_pick(rng, _SOUTH if is_south else _NORTH)} in {month}."
 
 
 def _machine(rng: random.Random, index: int) -> str:
-    return f"{rng.choice(_PEOPLE)} {rng.choice(('uses', 'needs', 'tries'))} {rng.choice(_MACHINES[index])}."
+    return f"{_pick(rng, _PEOPLE)} {_pick(rng, 'uses, needs, tries')} {_pick(rng, _MACHINES[index])}."
 
 
 def _relation(rng: random.Random, index: int) -> str:
-    return f"{rng.choice(_PEOPLE)} {rng.choice(('says', 'hears', 'copies'))} the words {rng.choice(_RELATED[index])}."
+    return f"{_pick(rng, _PEOPLE)} {_pick(rng, 'says, hears, copies')} the words {_pick(rng, _RELATED[index])}."
 
 
 TOPICS = (
@@ -248,31 +237,22 @@ def generate_splits(
             raise MolaError(f"`{name}_size` must be 0 or more: got {size!r}. Correct it.")
     if not 1 <= kinds <= len(TOPICS):
         raise MolaError(f"`kinds` must be 1 to {len(TOPICS)}: got {kinds}. Choose fewer kinds, or leave it out.")
-    writer = _Writer(seed, TOPICS[:kinds])
-    return {name: [writer.row(f"{name}-{index}") for index in range(size)] for name, size in sizes.items()}
+    rng = random.Random(seed)
+    topics = _in_rounds(rng, TOPICS[:kinds])
+    answers = {topic: _in_rounds(rng, range(len(topic.options))) for topic in TOPICS[:kinds]}
+    seen: set[str] = set()
 
-
-class _Writer:
-    """Draws one question after the other, and remembers the questions so far."""
-
-    def __init__(self, seed: int, kinds: Sequence[Topic]) -> None:
-        self._random = random.Random(seed)
-        self._kinds = kinds
-        self._seen: set[str] = set()
-        self._topics: list[Topic] = []
-        self._answers: dict[str, list[int]] = {}
-
-    def row(self, identifier: str) -> dict[str, Any]:
-        topic = self._next_topic()
-        answer = self._next_answer(topic)
+    def row(row_id: str) -> dict[str, Any]:
+        topic = next(topics)
+        answer = next(answers[topic])
         return {
-            "id": identifier,
-            "question": self._new_question(topic, answer),
+            "id": row_id,
+            "question": _new_question(rng, topic, answer, seen),
             "choices": list(topic.options),
             "answer": answer,
-            "hint": topic.hint if self._random.random() < HINT_SHARE else "",
+            "hint": topic.hint if rng.random() < HINT_SHARE else "",
             "task": "closed choice",
-            "grade": f"grade{self._random.choice(topic.grades)}",
+            "grade": f"grade{rng.choice(topic.grades)}",
             "subject": topic.subject,
             "topic": topic.topic,
             "category": topic.category,
@@ -282,25 +262,23 @@ class _Writer:
             "image": None,
         }
 
-    def _next_topic(self) -> Topic:
-        """Every topic comes once before any topic comes again."""
-        if not self._topics:
-            self._topics = self._random.sample(self._kinds, len(self._kinds))
-        return self._topics.pop()
+    return {name: [row(f"{name}-{index}") for index in range(size)] for name, size in sizes.items()}
 
-    def _next_answer(self, topic: Topic) -> int:
-        """Every class of a topic is the correct answer once before any class is the answer again."""
-        if not self._answers.get(topic.category):
-            self._answers[topic.category] = self._random.sample(range(len(topic.options)), len(topic.options))
-        return self._answers[topic.category].pop()
 
-    def _new_question(self, topic: Topic, answer: int) -> str:
-        for _ in range(_TRIES):
-            question = f"{topic.sentence(self._random, answer)} {topic.question}"
-            if question not in self._seen:
-                self._seen.add(question)
-                return question
-        raise MolaError(
-            f"`train_size`, `validation_size` and `test_size` together need more questions than there are: the topic "
-            f"{topic.category!r} is used up after {len(self._seen)} questions in all. Lower the sizes."
-        )
+def _in_rounds(rng: random.Random, items: Sequence[_T]) -> Iterator[_T]:
+    """Yield items forever, in random order, every item once before any item comes again."""
+    while True:
+        yield from reversed(rng.sample(items, len(items)))
+
+
+def _new_question(rng: random.Random, topic: Topic, answer: int, seen: set[str]) -> str:
+    """Draw a question that is not in `seen`, and add it."""
+    for _ in range(_TRIES):
+        question = f"{topic.sentence(rng, answer)} {topic.question}"
+        if question not in seen:
+            seen.add(question)
+            return question
+    raise MolaError(
+        f"`train_size`, `validation_size` and `test_size` together need more questions than there are: the topic "
+        f"{topic.category!r} is used up after {len(seen)} questions in all. Lower the sizes."
+    )

@@ -6,18 +6,18 @@ The source is read twice. The first pass keeps a few dozen bytes of every row; t
 from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mola.data.examples import check_columns, count_shared, hash_example, hash_instruction, hash_text
+from mola.data.examples import count_shared, examples_of_rows, hash_example, hash_instruction, hash_text
 from mola.data.read import Source, source_splits
 from mola.data.tasks import Task
 from mola.errors import MolaError
 
 HELD_OUT_SIZE = 1000  # default number of validation and of test rows
-_SHOWN_GROUPS = 20
 _REASONS = {
     "filtered": "by the task's filters",
     "blank": "without text",
@@ -34,13 +34,17 @@ class Candidates:
     numbers: NDArray[np.int64]  # positions in the source
     texts: NDArray[np.uint64]  # hash of instruction, input and output of each row
     groups: NDArray[np.int64]  # group number of each row; groups are numbered in the order in which they first occur
-    group_names: list[str]  # names of the groups; empty if there are more than `_SHOWN_GROUPS`
     left_out: dict[str, int]  # reason (see `_REASONS`) -> number of rows
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         """All rows of the source."""
         return len(self.numbers) + sum(self.left_out.values())
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups."""
+        return int(self.groups.max(initial=-1)) + 1
 
     def reasons(self) -> str:
         """The numbers of rows left out, by reason, as text."""
@@ -53,22 +57,14 @@ class Drawn:
 
     splits: dict[str, list[dict[str, Any]]]
     candidates: Candidates
-    groups: dict[
-        str, dict[str, int]
-    ]  # group -> counts of its candidates and drawn rows by split; empty for many groups
-    num_groups: int
     shared_instructions: int  # instructions, with their input, that occur in more than one split
 
     def summary(self) -> str:
         """Lines that say what was drawn from what."""
         source = self.candidates
-        lines = [f"source: {source.rows} rows, left out: {source.reasons()}; {len(source.numbers)} to draw from"]
-        if self.num_groups and not self.groups:
-            lines.append(f"{self.num_groups} groups, each in its share")
-        elif self.num_groups > 1:
-            for name, counts in self.groups.items():
-                shares = ", ".join(f"{count} {split}" for split, count in counts.items() if split != "candidates")
-                lines.append(f"group {name}: {counts['candidates']} rows, of these {shares}")
+        lines = [f"source: {source.num_rows} rows, left out: {source.reasons()}; {len(source.numbers)} to draw from"]
+        if source.num_groups > 1:
+            lines.append(f"{source.num_groups} groups, each in its share")
         lines += [f"{split}: {len(rows)} rows" for split, rows in self.splits.items()]
         if self.shared_instructions:
             lines.append(f"warning: {self.shared_instructions} instructions occur in more than one split")
@@ -139,12 +135,12 @@ def draw_splits(
         MolaError: the source has too few rows, a row does not fit the task, or the source changes while it is read.
     """
     needed = {*task.columns, *task.filters, "id"} | ({task.strata.column} if task.strata else set())
-    candidates = find_candidates(source, task, needed, unique_ids)
+    candidates = _find_candidates(source, task, needed, unique_ids)
     if sum(sizes.values()) > len(candidates.numbers):
         parts = " + ".join(f"{size} for {split}" for split, size in sizes.items())
         raise MolaError(
             f"`num_samples`, `num_validation` and `num_test` must be at most {len(candidates.numbers)} rows together: "
-            f"got {parts} = {sum(sizes.values())}. `{source.path}` has {candidates.rows} rows, left out: "
+            f"got {parts} = {sum(sizes.values())}. `{source.path}` has {candidates.num_rows} rows, left out: "
             f"{candidates.reasons()}. Lower the numbers, or choose a larger source."
         )
     drawn = dict(zip(sizes, draw(candidates.groups, list(sizes.values()), seed), strict=True))
@@ -154,29 +150,21 @@ def draw_splits(
     return Drawn(
         splits={split: [built[place] for place in chosen.tolist()] for split, chosen in places.items()},
         candidates=candidates,
-        groups=_count_groups(candidates, drawn),
-        num_groups=int(candidates.groups.max(initial=-1)) + 1,
         shared_instructions=count_shared([heads[chosen] for chosen in places.values()]),
     )
 
 
-def find_candidates(source: Source, task: Task, columns: Collection[str], unique_ids: bool) -> Candidates:
-    """First pass: find rows that pass the task's filters, are not blank, and have a text that no earlier row has.
-
-    Args:
-        source: where rows come from.
-        task: as in `draw_splits`.
-        columns: the columns that the task needs.
-        unique_ids: as in `draw_splits`.
-    """
+def _find_candidates(source: Source, task: Task, columns: Collection[str], unique_ids: bool) -> Candidates:
+    """First pass: find rows that pass the task's filters, are not blank, and have a text that no earlier row has."""
     numbers, texts, groups, ids = (array(kind) for kind in "qQQQ")
-    names: dict[int, str] = {}
     filtered = blank = 0
     for number, row in enumerate(source.rows(columns)):
         if not task.keeps(row):
             filtered += 1
             continue
-        check_columns(row, number, task, source.path, strata=task.strata, columns=lambda: next(source.rows()))
+        if task.missing_columns(row):
+            row = next(islice(source.rows(), number, None))  # with all columns, which the error names
+            examples_of_rows([(number, row)], task, source.split, source.path)
         if task.blank_column(row) is not None:
             blank += 1
             continue
@@ -186,20 +174,17 @@ def find_candidates(source: Source, task: Task, columns: Collection[str], unique
         texts.append(hash_example(example))
         groups.append(hash_text(group))
         ids.append(hash_text(example["id"]))
-        if len(names) <= _SHOWN_GROUPS:
-            names.setdefault(groups[-1], group)
     is_first = _is_first(np.array(texts, dtype=np.uint64))
     left_out = {"filtered": filtered, "blank": blank, "duplicates": len(numbers) - int(is_first.sum())}
     if unique_ids:
         kept = np.flatnonzero(is_first)
         is_first[kept] = _is_first(np.array(ids, dtype=np.uint64)[kept])
         left_out["repeated_ids"] = len(kept) - int(is_first.sum())
-    hashes, codes = _number_groups(np.array(groups, dtype=np.uint64)[is_first])
+    _, first, codes = np.unique(np.array(groups, np.uint64)[is_first], return_index=True, return_inverse=True)
     return Candidates(
         numbers=np.array(numbers, dtype=np.int64)[is_first],
         texts=np.array(texts, dtype=np.uint64)[is_first],
-        groups=codes,
-        group_names=[names[each] for each in hashes.tolist()] if len(names) <= _SHOWN_GROUPS else [],
+        groups=first.argsort().argsort()[codes],  # the rank of a group's first row is the number of the group
         left_out=left_out,
     )
 
@@ -209,15 +194,6 @@ def _is_first(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
     result = np.zeros(len(values), dtype=bool)
     result[np.unique(values, return_index=True)[1]] = True
     return result
-
-
-def _number_groups(values: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """The distinct values in the order in which they first occur, and the index of every value among them."""
-    distinct, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    places = np.empty(len(order), dtype=np.int64)
-    places[order] = np.arange(len(order))
-    return distinct[order], places[inverse]
 
 
 def draw(groups: NDArray[np.int64], sizes: Sequence[int], seed: int) -> list[NDArray[np.int64]]:
@@ -307,11 +283,3 @@ def _fetch(
             "pass. Run the command again."
         )
     return built, np.array(heads, dtype=np.uint64)
-
-
-def _count_groups(candidates: Candidates, drawn: Mapping[str, NDArray[np.int64]]) -> dict[str, dict[str, int]]:
-    counts: dict[str, dict[str, int]] = {}
-    for group, name in enumerate(candidates.group_names):
-        counts[name] = {"candidates": int((candidates.groups == group).sum())}
-        counts[name] |= {split: int((candidates.groups[rows] == group).sum()) for split, rows in drawn.items()}
-    return counts

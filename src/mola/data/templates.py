@@ -61,11 +61,6 @@ class Template:
         """Whether prompt and answer are tokenised separately."""
         return False
 
-    @property
-    def lead(self) -> str:
-        """Text between prompt and answer; it contributes to the loss, like the answer."""
-        return ""
-
     def answer(self, output: str) -> str:
         """The text after a prompt that contributes to the loss."""
         return output
@@ -133,7 +128,7 @@ class ChatTemplate(Template):
         parts = [part for part in (instruction, input) if part]
         if not parts or not all(isinstance(part, str) for part in parts):
             raise MolaError(f"`instruction` must be text for the template `{CHAT}`: got {instruction!r}. Fill it in.")
-        return self._written([{"role": "user", "content": "\n\n".join(parts)}], add_generation_prompt=True)
+        return self._write([{"role": "user", "content": "\n\n".join(parts)}], add_generation_prompt=True)
 
     def ending(self, tokenizer: Any) -> list[int]:
         """The token that ends a turn, if it is an added token; then the end token, if that is a different token.
@@ -142,13 +137,14 @@ class ChatTemplate(Template):
         """
         after = self._conversation().rpartition(_ANSWER)[2].lstrip()
         first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after else []
-        own = [each for each in first if each in tokenizer.added_tokens_decoder]
-        return list(dict.fromkeys([*own, *super().ending(tokenizer)]))
+        end_of_turn = [token for token in first if token in tokenizer.added_tokens_decoder]
+        return list(dict.fromkeys([*end_of_turn, *super().ending(tokenizer)]))
 
     def _conversation(self) -> str:
-        return self._written([{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}])
+        """A question with its answer, written by the template."""
+        return self._write([{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}])
 
-    def _written(self, messages: list[dict[str, str]], **options: Any) -> str:
+    def _write(self, messages: list[dict[str, str]], **options: Any) -> str:
         if self.end_token is not None:
             options["eos_token"] = self.end_token
         try:
@@ -193,8 +189,10 @@ def template_names() -> list[str]:
 
 def check_template(name: str) -> None:
     """Raise if no template has this name."""
-    if name != CHAT:
-        get_template(name)
+    if name not in ("", *template_names()):
+        raise MolaError(
+            f"`template` must be one of {', '.join(template_names())}: got {name!r}. Choose one of these names."
+        )
 
 
 def get_template(
@@ -217,16 +215,11 @@ def get_template(
                 f"`template` {CHAT} needs a tokenizer with a chat template, and the base model's has none. Choose one "
                 f"of {', '.join(_TEMPLATES)}."
             )
-        found = ChatTemplate(CHAT, "", "", tokenizer=tokenizer, jinja=chat_template, end_token=end_token)
         if "strftime_now" in str(chat_template or tokenizer.chat_template):
             _warn_of_dates()
-        return found
-    template = _TEMPLATES.get(name or "alpaca") if isinstance(name, str) else None
-    if template is None:
-        raise MolaError(
-            f"`template` must be one of {', '.join(template_names())}: got {name!r}. Choose one of these names."
-        )
-    return template
+        return ChatTemplate(CHAT, "", "", tokenizer=tokenizer, jinja=chat_template, end_token=end_token)
+    check_template(name)
+    return _TEMPLATES[name or "alpaca"]
 
 
 @cache

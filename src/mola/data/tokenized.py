@@ -5,17 +5,12 @@ the tokens are those of the whole text. Prompt and output are tokenised separate
 or a chat template is used and one token would contain the border between prompt and output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mola.data.templates import Template
 from mola.errors import MolaError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # label that cross entropy leaves out
 _BATCH = 512  # texts per tokenizer call
@@ -38,7 +33,7 @@ class Sample:
 
 def tokenized(
     examples: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     template: Template,
     ending: Sequence[int],
 ) -> Iterator[Sample]:
@@ -83,7 +78,7 @@ def _text_parts(example: Mapping[str, Any], template: Template) -> tuple[str, st
 
 
 def encode_with_border(
-    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]], adds_special_tokens: bool = True
+    tokenizer: Any, texts: list[tuple[str, str]], adds_special_tokens: bool = True
 ) -> Iterator[tuple[list[int], int, int]]:
     """Tokenise each prompt together with its output; works with fast tokenizers only.
 
@@ -125,7 +120,7 @@ def encode_with_border(
 
 
 def _encode_apart(
-    tokenizer: PreTrainedTokenizerBase, texts: list[tuple[str, str]], adds_special_tokens: bool = True
+    tokenizer: Any, texts: list[tuple[str, str]], adds_special_tokens: bool = True
 ) -> Iterator[tuple[list[int], int, int]]:
     """Like `encode_with_border`, but tokenises prompt and output separately and joins them."""
     special = _special_prefix(tokenizer) if adds_special_tokens else []
@@ -138,12 +133,12 @@ def _encode_apart(
         yield [*special, *head, *tail], prefix, len(special) + len(head)
 
 
-def _written_prefix(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
+def _written_prefix(tokenizer: Any, ids: Sequence[int]) -> int:
     """Number of special tokens at the start of a text that holds its own: 1 if its ids begin with BOS, else 0."""
     return int(bool(ids) and ids[0] == tokenizer.bos_token_id)
 
 
-def _special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _special_prefix(tokenizer: Any) -> list[int]:
     """Ids of the special tokens that the tokenizer adds before a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

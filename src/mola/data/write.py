@@ -1,27 +1,21 @@
 """Write prepared splits: one JSON array per split and a saved Hugging Face dataset."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
+import pyarrow
+
+from mola.data.tasks import Task
 from mola.errors import MolaError
 from mola.files.atomic import write_folder
 
-if TYPE_CHECKING:
-    import datasets
-    import pyarrow
-
-    from mola.data.tasks import Task
-
 DATASET_FOLDER = "dataset.hf"
 PROMPT_COLUMNS = ("input", "instruction", "output")  # the last columns of a prepared row
-_FINGERPRINT_LENGTH = 16  # the length of the fingerprints that `datasets` makes
 _BATCH_SIZE = 1000
-
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -58,6 +52,11 @@ class RowMerger:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.replaced: set[str] = set()
+        # Columns that together mark a prepared row, which the task must not prepare again. A task that reads no column
+        # that it writes needs no mark: it prepares a row twice with the same result.
+        self._marks = set(PROMPT_COLUMNS) if "input" in task.columns else set()
+        if reads_prompts(task):
+            self._marks = {"id", *PROMPT_COLUMNS}
 
     def merge(self, row: Mapping[str, Any], example: Mapping[str, Any]) -> dict[str, Any]:
         """The prepared row for a source row and its example.
@@ -65,28 +64,17 @@ class RowMerger:
         Raises:
             MolaError: the row is prepared already.
         """
-        marks = self._marks_of_prepared_rows()
-        if marks and marks <= row.keys():
-            names = ", ".join(f"`{name}`" for name in sorted(marks))
+        if self._marks and self._marks <= row.keys():
             raise MolaError(
                 f"`data` must be rows that did not go through the task `{self.task.name}` before: {example['id']!r} "
-                f"has all of {names}, as `mola prepare` writes them. Pass the source. If these rows are the source, "
-                "rename or drop a column that the task does not read."
+                f"has the columns {', '.join(sorted(self._marks))}, as `mola prepare` writes them. Pass the source. If "
+                "these rows are the source, rename or drop one of the columns that the task does not read."
             )
         merged = merged_row(row, example, with_id=reads_prompts(self.task))
         for name in {*PROMPT_COLUMNS, "answer"} - {*self.task.columns}:
             if row.get(name) not in (None, "") and merged[name] != row[name]:
                 self.replaced.add(name)
         return merged
-
-    def _marks_of_prepared_rows(self) -> set[str]:
-        """Columns that together mark a prepared row, for a task that reads a column that it writes; else none.
-
-        Any other task prepares a row twice with the same result, so no mark is needed.
-        """
-        if reads_prompts(self.task):
-            return {"id", *PROMPT_COLUMNS}
-        return {*PROMPT_COLUMNS} if "input" in self.task.columns else set()
 
     def print_replaced(self) -> None:
         """Print a warning if a column of the source was replaced."""
@@ -137,8 +125,6 @@ def schema_of(
     Raises:
         MolaError: a column has values of different kinds.
     """
-    import pyarrow
-
     rows = [row for part in splits.values() for row in part]
     names = dict.fromkeys([*first, *(name for name in columns_of(rows) if name not in last), *last])
     fields = []
@@ -170,8 +156,6 @@ def write_json(rows: Rows, columns: Sequence[str], path: Path) -> None:
 
 def save_dataset(splits: Mapping[str, Rows], schema: pyarrow.Schema, path: Path) -> None:
     """Save the rows as a `DatasetDict`; equal rows give equal bytes."""
-    import datasets
-
     saved = {split: _make_dataset(rows, schema) for split, rows in splits.items()}
     # An empty split could not be loaded again without a file of its own.
     shards = {split: None if len(dataset) else 1 for split, dataset in saved.items()}
@@ -180,13 +164,10 @@ def save_dataset(splits: Mapping[str, Rows], schema: pyarrow.Schema, path: Path)
 
 def _make_dataset(rows: Rows, schema: pyarrow.Schema) -> datasets.Dataset:
     """The rows as a dataset whose fingerprint depends on its content only."""
-    import datasets
-    import pyarrow
-
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, schema) as stream:
         for start in range(0, len(rows), _BATCH_SIZE):
             stream.write_table(pyarrow.Table.from_pylist(list(rows[start : start + _BATCH_SIZE]), schema))
     content = sink.getvalue()
-    fingerprint = hashlib.sha256(content).hexdigest()[:_FINGERPRINT_LENGTH]
+    fingerprint = hashlib.sha256(content).hexdigest()[:16]  # as long as the fingerprints that `datasets` makes
     return datasets.Dataset(pyarrow.ipc.open_stream(content).read_all(), fingerprint=fingerprint)

@@ -5,7 +5,7 @@ import re
 from dataclasses import MISSING, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mola.data.tasks.task import (
     BINARY_METRICS,
@@ -24,7 +24,7 @@ from mola.files.reading import parse_yaml
 _TEXT_KEYS = ("name", "template", "output", "description", "input")
 _OPTIONAL_TEXT_KEYS = ("instruction", "dataset", "answer_pattern", "metric")
 _LIST_KEYS = ("columns", "groups", "more_metrics")
-_OPTIONAL_MAPPING_KEYS = ("answer", "strata")
+_Rule = TypeVar("_Rule", FieldRule, StrataRule)
 
 
 def task_names() -> list[str]:
@@ -53,7 +53,7 @@ def load_task(name_or_path: str | Path) -> Task:
     try:
         return _task_from_yaml(text)
     except MolaError as error:
-        raise MolaError(f"task `{name}`: {error}") from error.__cause__
+        raise MolaError(f"task `{name}`: {error}") from error
 
 
 def _task_from_yaml(text: str) -> Task:
@@ -63,23 +63,25 @@ def _task_from_yaml(text: str) -> Task:
         raise MolaError(f"not valid YAML: {error}. Correct the file.") from error
     if not isinstance(data, dict):
         raise MolaError(f"must be a mapping of keys: got {type(data).__name__}. See the packaged tasks.")
-    known = {key.name: key for key in fields(Task)}
-    for key in data:
-        if key not in known:
-            raise MolaError(f"unknown key `{key}`. The keys are {', '.join(known)}.")
-    required = [k.name for k in known.values() if k.default is MISSING and k.default_factory is MISSING]
+    keys = [key.name for key in fields(Task)]
+    for key, value in data.items():
+        if key not in keys:
+            raise MolaError(f"unknown key `{key}`. The keys are {', '.join(keys)}.")
+        _check_kind(key, value)
+    required = [key.name for key in fields(Task) if key.default is MISSING and key.default_factory is MISSING]
     for key in required:
         if key not in data:
             raise MolaError(f"the key `{key}` is missing. A task needs {', '.join(required)}.")
-    for key, value in data.items():
-        _check_kind(key, value)
-    for key in _LIST_KEYS:
-        data[key] = tuple(data.get(key, ()))
-    data["fields"] = {name: _field_rule(name, rule) for name, rule in data.get("fields", {}).items()}
+    data |= {key: tuple(data.get(key, ())) for key in _LIST_KEYS}
+    layout = "{column: NAME}, optionally with `default: TEXT` and `strip: both` or `strip: end`"
+    data["fields"] = {
+        name: _column_rule(FieldRule, f"fields.{name}", rule, layout) for name, rule in data.get("fields", {}).items()
+    }
     if data.get("answer") is not None:
         data["answer"] = _answer_rule(data["answer"])
     if data.get("strata") is not None:
-        data["strata"] = _strata_rule(data["strata"])
+        layout = "{column: NAME} or {column: NAME, until: TEXT}"
+        data["strata"] = _column_rule(StrataRule, "strata", data["strata"], layout)
     task = Task(**data)
     _check_scoring(task)
     _check_names(task)
@@ -97,51 +99,34 @@ def _check_kind(key: str, value: Any) -> None:
         is_valid = isinstance(value, list) and all(isinstance(item, str) for item in value)
         kind = "a list of texts"
     else:
-        is_mapping = isinstance(value, dict) and all(isinstance(name, str) for name in value)
-        is_valid, kind = is_mapping or (key in _OPTIONAL_MAPPING_KEYS and value is None), "a mapping with text keys"
+        is_valid = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+        is_valid, kind = is_valid or (value is None and key in ("answer", "strata")), "a mapping with text keys"
     if not is_valid:
         raise MolaError(f"`{key}` must be {kind}: got {value!r}. Correct the value (quote text).")
 
 
-def _field_rule(name: str, rule: Any) -> FieldRule:
-    if (
-        not isinstance(rule, dict)
-        or not isinstance(rule.get("column"), str)
-        or not isinstance(rule.get("default"), (str, type(None)))
-        or rule.get("strip", "both") not in ("both", "end")
-        or set(rule) - {"column", "default", "strip"}
-    ):
-        raise MolaError(
-            f"`fields.{name}` must be {{column: NAME}}, optionally with `default: TEXT` and `strip: both` or `strip: "
-            f"end`: got {rule!r}. Correct the field."
-        )
-    return FieldRule(**rule)
-
-
-def _strata_rule(rule: dict[str, Any]) -> StrataRule:
-    column, until = rule.get("column"), rule.get("until")
-    is_text = isinstance(column, str) and isinstance(until, (str, type(None)))
-    if set(rule) - {"column", "until"} or not is_text or until == "":
-        raise MolaError(
-            f"`strata` must be {{column: NAME}} or {{column: NAME, until: TEXT}}: got {rule!r}. Correct the value."
-        )
-    return StrataRule(**rule)
+def _column_rule(kind: type[_Rule], key: str, rule: Any, layout: str) -> _Rule:
+    """Make a rule about a column, whose other values are text or null."""
+    is_valid = isinstance(rule, dict) and set(rule) <= {each.name for each in fields(kind)}
+    is_valid = is_valid and isinstance(rule.get("column"), str)
+    is_valid = is_valid and all(value is None or isinstance(value, str) for value in rule.values())
+    if not is_valid or rule.get("until") == "" or rule.get("strip", "both") not in ("both", "end"):
+        raise MolaError(f"`{key}` must be {layout}: got {rule!r}. Correct the value.")
+    return kind(**rule)
 
 
 def _answer_rule(rule: dict[str, Any]) -> AnswerRule:
     words, choices = rule.get("words"), rule.get("choices")
-    is_valid = isinstance(rule.get("column"), str) and not set(rule) - {"column", "choices", "words"}
-    if words is None:
-        is_valid = is_valid and isinstance(choices, str)
-    else:
-        is_valid = is_valid and choices is None and isinstance(words, dict) and len(words) > 1
-        is_valid = is_valid and all(isinstance(word, str) and word for word in words.values())
-    if not is_valid:
+    has_choices = isinstance(choices, str) and words is None
+    has_words = isinstance(words, dict) and len(words) > 1 and choices is None
+    has_words = has_words and all(isinstance(word, str) and word for word in words.values())
+    is_known = isinstance(rule.get("column"), str) and set(rule) <= {"column", "choices", "words"}
+    if not is_known or not (has_choices or has_words):
         raise MolaError(
             "`answer` must be {column: NAME, choices: NAME} or {column: NAME, words: {LABEL: TEXT, ...}} "
             f"with at least two words, as quoted text: got {rule!r}."
         )
-    if words is None:
+    if has_choices:
         return AnswerRule(column=rule["column"], choices=choices)
     labels = [TRUTH.get(str(label), str(label)) for label in words]
     if len(set(labels)) < len(labels):

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mola.allocation.measured import eigenvalues, power_law_exponent
 from mola.errors import MolaError
-from mola.insight.spectra import eigenvalues, power_law_exponent
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (12, 7), (5, 5), (1, 3)])
