@@ -76,9 +76,8 @@ def test_shares_by_hand():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("num_layers", [4, 30])
-def test_a_shape_at_its_own_budget_is_the_shape(shape, num_layers):
-    wanted = resolve_per_layer(shape, num_layers, "num_experts")
+def test_a_shape_at_its_own_budget_is_the_shape(shape):
+    wanted = resolve_per_layer(shape, 30, "num_experts")
     assert experts_from_scores(wanted, sum(wanted)) == wanted
 
 
@@ -316,12 +315,9 @@ def test_the_file_trains(method, tiny_model_dir, probe, data, tmp_path, capsys):
     assert json.loads((run / "adapter_config.json").read_text())["num_experts"] == numbers
 
 
-def test_without_a_file_the_numbers_are_printed(no_weights_dir, capsys):
+def test_the_printed_flags_cover_one_layer_and_chosen_linears(no_weights_dir, small_model_dir, capsys):
     assert main(["allocate", "--base_model", str(no_weights_dir), "--method", "2468", "--budget", "20"]) == 0
     assert "--num_experts 2,4,6,8" in capsys.readouterr().out
-
-
-def test_the_printed_flags_cover_one_layer_and_chosen_linears(small_model_dir, capsys):
     command = ["allocate", "--base_model", str(small_model_dir), "--method", "uniform", "--budget", "12"]
     assert main([*command, "--target_modules", "q_proj"]) == 0
     assert "--num_experts 12, --target_modules q_proj ..." in capsys.readouterr().out
@@ -353,21 +349,16 @@ def test_a_probe_of_a_model_that_has_no_default_linears(tmp_path, capsys):
     ("changes", "message"),
     [
         ({"method": "circle"}, "`method` must be one of"),
-        ({"method": "2460"}, "`method` must be one of"),
         ({"method": "24682"}, "more digits than"),
         ({"budget": 3}, "`budget` must be at least 4, which 4 layers with `min_experts` 1 allow: got 3"),
         ({"max_experts": 3}, "between 4 and 12, which 4 layers with `min_experts` 1 and `max_experts` 3 allow: got 16"),
         ({"min_experts": 0}, "`min_experts` must be at least 1"),
         ({"min_experts": 3, "max_experts": 2}, "`max_experts` must be at least `min_experts`"),
-        ({"adapter": "x"}, "`adapter` .'x'. has no effect with `method` '2468'"),
-        ({"inspection": "x", "method": "redundancy"}, "`inspection` .'x'. has no effect"),
         ({"method": "redundancy"}, "pass --adapter"),
         ({"method": "usage"}, "pass --adapter or --inspection"),
         ({"method": "usage", "adapter": "x", "target_modules": "q_proj"}, "`target_modules`"),
-        ({"beta": 2.0}, "`beta` .2.0. has no effect with `method` .2468."),
         ({"beta": -1.0, "method": "alphalora"}, "`beta` must be a number of at least 0"),
         ({"target_modules": "q_prj"}, "did you mean 'q_proj'"),
-        ({"target_modules": "lm_head"}, "'lm_head' is not"),
         ({"method": "alphalora", "max_experts": 2}, "between 4 and 8"),
         ({"device": "auto"}, "`device` .'auto'. has no effect with `method` '2468'"),
         ({"method": "usage", "inspection": "nosuch.json"}, "`inspection` cannot be read: 'nosuch.json'"),
@@ -398,7 +389,6 @@ def test_unusable_probes_are_refused(tiny_model_dir, no_weights_dir, probe, tmp_
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1", "must hold the mean gates"),
         ("[]", "must hold the mean gates"),
         ('{"usage": {"all": [{"module": "x", "layer_index": 0, "mean_gates": [0, 0]}]}}', "mean_gates"),
         (json.dumps({"usage": {"all": records(GATES[:3])}}), "it lacks 3"),

@@ -159,11 +159,9 @@ def test_the_command_measures_the_chosen_samples(tiny_model_dir, base, data, tmp
     ("words", "message"),
     [
         ({"method": "gradient"}, "`method` gradient needs samples: pass --data FILE --task TASK"),
-        ({"method": "activation", "data": "x.json"}, "pass --data FILE --task TASK"),
         ({"method": "gradient", "data": "x.json", "task": "sample", "limit": 0}, "`limit` must be at least 1: got 0"),
         ({"method": "2468", "data": "x.json"}, "`data` \\('x.json'\\) has no effect with `method` '2468'"),
         ({"method": "gradient", "data": "missing.json", "task": "sample"}, "missing.json"),
-        ({"method": "2468", "template": "alpaca"}, "`template` .'alpaca'. has no effect with `method` '2468'"),
     ],
 )
 def test_wrong_options_are_refused(words, message, no_weights_dir):

@@ -123,17 +123,8 @@ def test_an_allocation_trains_on(tiny_model_dir, uniform, tmp_path, capsys):
     assert main(["reallocate", *words]) == 0
     assert f"mola train --adapter {tmp_path / 'new'}" in capsys.readouterr().out
     (tmp_path / "data.json").write_text(json.dumps([{"instruction": "q", "input": "", "output": "a"}] * 4))
-    settings = [
-        "--data",
-        str(tmp_path / "data.json"),
-        "--output_dir",
-        str(run),
-        "--max_steps",
-        "2",
-        "--warmup_steps",
-        "0",
-    ]
-    assert main(["train", *base, "--adapter", str(tmp_path / "new"), *settings, "--dtype", "float32"]) == 0
+    settings = ["--data", str(tmp_path / "data.json"), "--output_dir", str(run), "--max_steps=2", "--warmup_steps=0"]
+    assert main(["train", *base, "--adapter", str(tmp_path / "new"), *settings, "--dtype=float32"]) == 0
     assert json.loads((run / "adapter_config.json").read_text())["num_experts"] == numbers
     assert numbers != [3, 3, 3, 3]
 
@@ -165,9 +156,10 @@ def test_wrong_options(uniform, tmp_path, num_experts, more, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_more_experts_than_a_plain_number_can_say_load_again(tiny_model_dir, uniform, tmp_path):
+def test_more_experts_than_a_plain_number_can_say_load_again(tiny_model_dir, tmp_path):
     """A larger integer would be read as digits of groups."""
-    moved(uniform, "300,", tmp_path / "many")
+    config = MolaConfig(num_experts=2, r=1, target_modules=["k_proj"], init_lora_weights=False)
+    moved(save_adapter(tiny_model_dir, tmp_path / "few", config), "300,", tmp_path / "many")
     assert json.loads((tmp_path / "many" / "adapter_config.json").read_text())["num_experts"] == [300] * 4
     assert load_model(tiny_model_dir, tmp_path / "many", dtype="float32", device="cpu")
 

@@ -3,7 +3,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -75,11 +74,6 @@ def test_rows_are_these_on_every_machine_and_with_every_version():
     ]
 
 
-def test_many_groups_of_one_row_take_no_longer_than_one_group():
-    drawn = draw(np.arange(200_000), [5000, 100, 100], 0)
-    assert [len(set(rows.tolist())) for rows in drawn] == [5000, 100, 100]
-
-
 def test_every_row_is_equally_likely():
     # 400 draws of 3 of 12 rows: each row is expected 100 times, with a standard deviation of 9.
     groups = np.repeat([0, 1], [8, 4])
@@ -88,15 +82,14 @@ def test_every_row_is_equally_likely():
     assert (np.abs(times - 100) < 45).all()
 
 
-@pytest.mark.parametrize("hash_seed", ["0", "12345"])
-def test_hash_seed_of_python_changes_nothing(hash_seed):
+def test_hash_seed_of_python_changes_nothing():
     code = (
         "import numpy as np; from mola.data.sampling import draw; from mola.data.examples import hash_text;"
         "print([r.tolist() for r in draw(np.arange(40) % 3, [9, 4], 7)], hash_text('a'))"
     )
     # Called like the command: this way torch is not imported, which takes long.
     program = f"import sys; sys.argv[0] = 'mola'; {code}"
-    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     process = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )

@@ -2,11 +2,10 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from mola.data.encode import data_fingerprint, encode_examples
 from mola.data.templates import Template, get_template
@@ -93,7 +92,6 @@ def masked(row):
 
 
 @every_tokenizer
-@settings(max_examples=60, deadline=None)
 @given(instruction=texts, context=texts, output=texts.filter(bool))
 def test_exactly_the_output_and_eos_are_trained(name, instruction, context, output):
     tokenizer = TOKENIZERS[name]
@@ -118,14 +116,6 @@ def test_exactly_the_output_and_eos_are_trained(name, instruction, context, outp
 
 
 @every_tokenizer
-def test_labels_of_a_science_question(name):
-    tokenizer = TOKENIZERS[name]
-    row = encode([example()], tokenizer)[0][0]
-    assert tokenizer.decode(trained(row)) == f"Answer: The answer is A.{EOS}"
-    assert tokenizer.decode(masked(row), skip_special_tokens=True) == ALPACA.prompt("Which?")
-
-
-@every_tokenizer
 def test_eos_is_added_once_or_never(name):
     tokenizer = TOKENIZERS[name]
     ids = encode([example()], tokenizer)[0][0]["input_ids"]
@@ -140,9 +130,8 @@ def test_output_that_spells_eos_gets_no_second_one():
     assert trained(row).count(1) == 1
 
 
-@every_tokenizer
-def test_train_on_inputs_copies_the_ids(name):
-    dataset, report = encode([example()], TOKENIZERS[name], train_on_inputs=True)
+def test_train_on_inputs_copies_the_ids():
+    dataset, report = encode([example()], TOKENIZERS["bos"], train_on_inputs=True)
     assert dataset[0]["labels"] == dataset[0]["input_ids"]
     assert report.trained_tokens == report.tokens
 
@@ -196,18 +185,6 @@ def test_too_long_is_an_error_by_default(name):
     assert encode(examples, tokenizer, cutoff_len=longest)[1].kept == 3
 
 
-def test_drop_leaves_long_samples_out():
-    tokenizer = TOKENIZERS["bos"]
-    examples = [example(number=0), example("w" * 500, number=1)]
-    short, longest = lengths(tokenizer, examples)
-    dataset, report = encode(examples, tokenizer, cutoff_len=short, truncation="drop")
-    assert dataset["length"] == [short]
-    assert (report.total, report.kept, report.dropped, report.truncated) == (2, 1, 1, 0)
-    assert report.longest == longest
-    with pytest.raises(MolaError, match="all 1 were dropped"):
-        encode(examples[1:], tokenizer, cutoff_len=short, truncation="drop")
-
-
 @every_tokenizer
 def test_left_keeps_bos_and_the_whole_answer(name):
     tokenizer = TOKENIZERS[name]
@@ -244,7 +221,6 @@ def test_right_counts_every_loss(name):
     assert (report.kept, report.truncated, report.answer_cut) == (1, 1, 1)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     pairs=st.lists(st.tuples(texts, texts.filter(bool)), min_size=1, max_size=4),
     cutoff_len=st.integers(8, 120),
@@ -317,9 +293,11 @@ def test_wrong_example_is_named(changed, message):
         encode([changed], TOKENIZERS["bos"])
 
 
-def test_no_examples_is_an_error():
+def test_no_example_and_no_sample_left_are_errors():
     with pytest.raises(MolaError, match="`examples` must not be empty"):
         encode([], TOKENIZERS["bos"])
+    with pytest.raises(MolaError, match="all 1 were dropped"):
+        encode([example("w" * 500)], TOKENIZERS["bos"], cutoff_len=100, truncation="drop")
 
 
 def test_tokenizer_without_eos_needs_the_option_off():
@@ -328,33 +306,6 @@ def test_tokenizer_without_eos_needs_the_option_off():
     with pytest.raises(MolaError, match="`add_eos_token` needs a tokenizer with an EOS token"):
         encode([example()], tokenizer)
     assert encode([example()], tokenizer, add_eos_token=False)[1].kept == 1
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_collator_pads_to_multiples_of_eight(side):
-    tokenizer = byte_level()
-    tokenizer.padding_side = side
-    dataset, _ = encode([example(), example("w" * 41, number=1)], tokenizer)
-    collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8, return_tensors="pt")
-    batch = collator([{k: row[k] for k in ("input_ids", "attention_mask", "labels")} for row in dataset])
-    width = batch["input_ids"].shape[1]
-    assert width == -(-max(dataset["length"]) // 8) * 8
-    for number, row in enumerate(dataset):
-        padding, size = width - row["length"], row["length"]
-        real = slice(padding, None) if side == "left" else slice(0, size)
-        assert batch["attention_mask"][number].sum() == size
-        for key, value in (("input_ids", tokenizer.pad_token_id), ("labels", IGNORED), ("attention_mask", 0)):
-            assert batch[key][number][real].tolist() == row[key]
-            rest = batch[key][number][:padding] if side == "left" else batch[key][number][size:]
-            assert torch.equal(rest, torch.full((padding,), value))
-
-
-def test_many_examples_keep_their_order():
-    outputs = [f"answer {number}" for number in range(1100)]
-    examples = [example(output=output, number=number) for number, output in enumerate(outputs)]
-    tokenizer = TOKENIZERS["bos"]
-    dataset, _ = encode(examples, tokenizer)
-    assert [tokenizer.decode(trained(row)[:-1]) for row in dataset] == outputs
 
 
 @pytest.mark.parametrize("truncation", ["drop", "right"])
@@ -366,6 +317,7 @@ def test_many_examples_are_encoded_in_parts(monkeypatch, truncation):
     assert report.total == 250
     assert 0 < report.dropped + report.truncated < 250
     monkeypatch.setattr("mola.data.encode._CHUNK", 100)
+    monkeypatch.setattr("mola.data.tokenized._BATCH", 64)
     parts, same = encode(examples, **options)
     assert same == report
     assert parts.features == whole.features

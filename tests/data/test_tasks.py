@@ -81,7 +81,7 @@ def test_answer_may_be_a_letter_already(scienceqa):
 def test_letters_go_up_to_z(scienceqa):
     row = {**ROW, "choices": [f"choice {i}" for i in range(26)], "answer": 25}
     example = scienceqa.example(row, 0)
-    assert example["answer"] == "Z"
+    assert example["answer"] == scienceqa.extract_answer("The answer is Z.") == "Z"
     assert "(Y) choice 24 (Z) choice 25\n" in example["instruction"]
 
 
@@ -89,21 +89,15 @@ def test_letters_go_up_to_z(scienceqa):
     ("changes", "message"),
     [
         ({"answer": 3}, r"row `17`: `answer` must be an index from 0 to 2 .* got 3\."),
-        ({"answer": -1}, r"row `17`: `answer`.* got -1\."),
         ({"answer": True}, r"row `17`: `answer`.* got True\."),
-        ({"answer": None}, r"row `17`: `answer`.* got None\."),
         ({"answer": "D"}, r"row `17`: `answer`.* got 'D'\."),
         ({"answer": "a"}, r"row `17`: `answer`.* got 'a'\."),
-        ({"answer": ""}, r"row `17`: `answer`.* got ''\."),
         ({"choices": ["one"]}, r"row `17`: `choices` must be a list of 2 to 26 texts"),
         ({"choices": ["x"] * 27}, r"row `17`: `choices`"),
-        ({"choices": "ab"}, r"row `17`: `choices`"),
         ({"choices": ["a", 2]}, r"row `17`: `choices`"),
-        ({"choices": None}, r"row `17`: `choices`"),
         ({"question": None}, r"row `17`: `question` must be text: got None"),
         ({"hint": 4}, r"row `17`: `hint` must be text: got 4"),
         ({"id": ""}, r"row 0: `id` must be text or an integer: got ''"),
-        ({"id": 1.5}, r"row 0: `id`"),
     ],
 )
 def test_bad_value_names_the_row(scienceqa, changes, message):
@@ -155,10 +149,6 @@ def test_extract_answer_with_three_choices(scienceqa, text, expected):
     assert scienceqa.extract_answer(text, 3) == expected
 
 
-def test_extract_answer_without_number_of_choices_knows_all_letters(scienceqa):
-    assert scienceqa.extract_answer("The answer is Z.") == "Z"
-
-
 @given(
     question=st.text(),
     hint=st.none() | st.text(),
@@ -189,6 +179,7 @@ def test_task_of_the_user_with_words(tmp_path):
     assert task.example({"sentence1": "a", "sentence2": "b", "label": "0"}, 0)["answer"] == "No"
     assert task.extract_answer("So The answer is No", example["num_choices"]) == "No"
     assert task.extract_answer("The answer is Nothing.") is None
+    assert task.extract_answer("The answer is Maybe.") is None
     with pytest.raises(MolaError, match=r"row `row-0`: `label` must be one of 0, 1: got -1"):
         task.example({"sentence1": "a", "sentence2": "b", "label": -1}, 0)
 
@@ -205,11 +196,6 @@ def test_no_and_yes_are_words_in_a_task_file(tmp_path):
     labels = {"yes": "Yes", "no": "No", "true": "Right", "false": "Wrong", True: "Right", False: "Wrong"}
     for label, word in labels.items():
         assert task.example({"sentence1": "no", "sentence2": "b", "label": label}, 0)["answer"] == word
-
-
-def test_word_outside_the_task_is_unanswered(tmp_path):
-    task = load_task(write_task(tmp_path, {"answer_pattern": r"The answer is (\w+)"}))
-    assert task.extract_answer("The answer is Maybe.") is None
 
 
 def test_task_of_free_text(tmp_path):
@@ -233,7 +219,6 @@ def test_task_of_free_text(tmp_path):
     [
         ({"colums": []}, "unknown key `colums`"),
         ({"version": "1"}, "`version` must be an integer: got '1'"),
-        ({"version": True}, "`version` must be an integer"),
         ({"name": 5}, "`name` must be text"),
         ({"input": None}, "`input` must be text"),
         ({"template": "alpacca"}, "`template` must be one of alpaca"),
@@ -242,15 +227,12 @@ def test_task_of_free_text(tmp_path):
         ({"groups": [1]}, "`groups` must be a list"),
         ({"groups": ["answer"]}, "`groups` must not hold .* got `answer`"),
         ({"filters": ["image"]}, "`filters` must be a mapping"),
-        ({"fields": {"context": "hint"}}, "`fields.context` must be"),
         ({"fields": {"context": {"column": "label", "defualt": "x"}}}, "`fields.context` must be"),
         ({"fields": {"context": {"column": "hint"}}}, "`columns` must list every column in use: `hint`"),
         ({"fields": {"context": {"column": "label", "strip": "start"}}}, "`strip: both` or `strip: end`"),
         ({"strata": "label"}, "`strata` must be a mapping"),
-        ({"strata": {}}, "`strata` must be {column: NAME}"),
         ({"strata": {"column": 1}}, "`strata` must be {column: NAME}"),
         ({"strata": {"column": "label", "until": ""}}, "`strata` must be {column: NAME}"),
-        ({"strata": {"column": "label", "until": 3}}, "`strata` must be {column: NAME}"),
         ({"strata": {"column": "label", "before": "."}}, "`strata` must be {column: NAME}"),
         ({"answer": "label"}, "`answer` must be a mapping"),
         ({"answer": {"column": "label"}}, "`answer` must be {column"),
@@ -258,7 +240,6 @@ def test_task_of_free_text(tmp_path):
         ({"answer": {"column": "label", "words": {0: "No"}}}, "at least two words"),
         ({"answer": {"column": "label", "words": {0: "a", 1: "b"}, "choices": "c"}}, "`answer` must be"),
         ({"answer_pattern": "("}, "`answer_pattern` is not a regular expression"),
-        ({"answer_pattern": "The answer is [A-Z]"}, "exactly one group: got 0"),
         ({"answer_pattern": "(A)(B)"}, "exactly one group: got 2"),
         ({"answer_pattern": None}, "depend on each other"),
         ({"answer": None}, "depend on each other"),
@@ -274,8 +255,6 @@ def test_task_of_free_text(tmp_path):
         ({"instruction": "{sentence3}"}, "`instruction` uses {sentence3}"),
         ({"instruction": "{options}"}, "`instruction` uses {options}"),
         ({"output": "{answer.__class__}"}, "plain fields"),
-        ({"output": "{answer!r}"}, "plain fields"),
-        ({"output": "{}"}, "plain fields"),
         ({"output": "{answer"}, "not a format string"),
     ],
 )
@@ -318,13 +297,6 @@ def test_file_that_is_not_a_mapping_is_refused(tmp_path, text, message):
 def test_unknown_task_lists_the_names(name):
     with pytest.raises(MolaError, match=f"scienceqa.*got {name!r}"):
         load_task(name)
-
-
-@pytest.mark.parametrize("name", task_names())
-def test_packaged_task_loads_under_its_name(name):
-    task = load_task(name)
-    assert task.name == name
-    assert task.description
 
 
 QUESTION = {"question": "Where do boats sleep?", "choices": ["harbour", "attic", "oven", "cloud", "well"]}
@@ -389,6 +361,7 @@ def test_every_packaged_task_has_an_example_here():
     free_text = [name for name in task_names() if load_task(name).answer is None]
     assert free_text == ["openorca"], "see below"
     assert sorted([case[0] for case in PACKAGED] + free_text) == task_names()
+    assert all(load_task(name).name == name and load_task(name).description for name in task_names())
 
 
 @given(question=st.text(), response=st.text())
@@ -459,13 +432,6 @@ def test_label_becomes_its_word_and_other_labels_are_refused(name, words):
             task.example({**row, "label": label}, 0)
 
 
-@pytest.mark.parametrize(("name", "column"), [("mrpc", "sentence2"), ("rte", "sentence1"), ("cola", "sentence")])
-def test_empty_sentence_is_refused(name, column):
-    row = next(case[1] for case in PACKAGED if case[0] == name)
-    with pytest.raises(MolaError, match=f"`{column}` must not be empty"):
-        load_task(name).example({**row, column: " "}, 0)
-
-
 @pytest.mark.parametrize("name", WORD_TASKS)
 @pytest.mark.parametrize(
     ("text", "expected"),
@@ -502,16 +468,6 @@ def test_metrics_of_the_packaged_tasks():
     assert {name: metrics for name, metrics in found.items() if metrics} == {"cola": ("matthews",), "mrpc": ("f1",)}
     assert load_task("mrpc").binary_labels == ("No", "Yes")
     assert load_task("scienceqa").binary_labels is None
-
-
-@pytest.mark.parametrize(("words", "value"), [('{"true": Yes, "false": No}', "true"), ("{true: Yes, false: No}", True)])
-def test_truth_values_are_the_same_quoted_or_not(words, value, tmp_path):
-    rule = f"answer: {{column: label, words: {words}}}".replace("Yes", "'Yes'").replace("No", "'No'")
-    layout = "name: own\nversion: 1\ntemplate: meta\ncolumns: [label]\ninstruction: x\noutput: '{answer}'\n"
-    path = tmp_path / "own.yaml"
-    path.write_text(f"{layout}{rule}\nanswer_pattern: '(Yes|No)'\nmetric: accuracy\n", encoding="utf-8")
-    task = load_task(str(path))
-    assert task.answer.resolve({"label": value}, "0")[0] == "Yes"
 
 
 def test_labels_that_become_equal_are_refused(tmp_path):

@@ -55,18 +55,6 @@ def test_template_names_are_all_covered_here():
     assert sorted(template_names()) == sorted([*EXPECTED, CHAT])  # that of a tokenizer: test_chat_template.py
 
 
-def test_alpaca_prompt_of_a_science_question():
-    instruction = (
-        "Context: Plants need light.\nQuestion: Which plant grows?\nOptions: (A) the fern (B) the  rock (C) a pen\n"
-    )
-    prompt = get_template("alpaca").prompt(instruction, "")
-    assert prompt + "Answer: The answer is A." == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the "
-        "request.\n\n### Instruction:\nContext: Plants need light.\nQuestion: Which plant grows?\nOptions: "
-        "(A) the fern (B) the  rock (C) a pen\n\n\n### Response:\nAnswer: The answer is A."
-    )
-
-
 def test_empty_name_means_alpaca():
     assert get_template("") is get_template("alpaca")
 

@@ -24,7 +24,7 @@ def model(tiny_model_dir):
     return get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32), config).eval()
 
 
-@pytest.mark.parametrize(("num_experts", "top_k"), [(2, 2), (2, 1), (3, 3), (5, 2), (8, 8)])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(2, 1), (3, 3), (5, 2)])
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_leaving_out_an_expert_equals_a_logit_of_minus_infinity(num_experts, top_k, tokens):
     torch.manual_seed(0)

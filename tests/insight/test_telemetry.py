@@ -132,7 +132,7 @@ def assert_same_use(found, usages):
         {"logging_steps": 3},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        *slow({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
         {"eval_strategy": "steps", "eval_steps": 1},
         *slow({"bf16": True}),
     ],

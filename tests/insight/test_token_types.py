@@ -24,14 +24,8 @@ def test_types_of_tokens(tiny_tokenizer):
     types = TokenTypes(tiny_tokenizer)
     ids = tiny_tokenizer("a 1.")["input_ids"]
     for _ in range(2):
-        assert types([*ids, tiny_tokenizer.eos_token_id]) == [
-            "special",
-            "word",
-            "space",
-            "number",
-            "punctuation",
-            "special",
-        ]
+        kinds = ["special", "word", "space", "number", "punctuation", "special"]
+        assert types([*ids, tiny_tokenizer.eos_token_id]) == kinds
 
 
 def test_chat_tokens_are_special():

@@ -70,17 +70,14 @@ def measure_losses_without(
     Raises:
         MolaError: the loss of the whole model is not finite.
     """
-    whole_loss, changes = 0.0, []
-    steps: list[Experiment | None] = [None, *experiments]
-    for experiment in show_progress(steps, f"Leaving out {len(experiments)} experts"):
-        if experiment is None:
-            whole_loss = answer_loss(model, samples)
-            if not math.isfinite(whole_loss):
-                raise MolaError(
-                    f"the model's loss must be a finite number to see how it changes: got {whole_loss}. In float16 "
-                    "this model's activations may be too large: pass --dtype bfloat16 or float32."
-                )
-            continue
+    whole_loss = answer_loss(model, samples)
+    if not math.isfinite(whole_loss):
+        raise MolaError(
+            f"the model's loss must be a finite number to see how it changes: got {whole_loss}. In float16 "
+            "this model's activations may be too large: pass --dtype bfloat16 or float32."
+        )
+    changes = []
+    for experiment in show_progress(experiments, f"Leaving out {len(experiments)} experts"):
         with expert_left_out(experiment.layers, experiment.expert):
             change = answer_loss(model, samples) - whole_loss
         changes.append(LeftOut(experiment.layer_index, experiment.module, experiment.expert, change))

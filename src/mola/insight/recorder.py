@@ -7,7 +7,8 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -58,16 +59,11 @@ def recorded_gates(model: nn.Module) -> Iterator[list[ModuleGates]]:
         MolaError: a forward pass uses `adapter_names`.
     """
     recorded: list[ModuleGates] = []
-    handles = [
-        module.register_forward_pre_hook(_gate_hook(name, recorded))
-        for name, module in model.named_modules()
-        if isinstance(module, MolaLinear)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, MolaLinear):
+                hooks.enter_context(module.register_forward_pre_hook(_gate_hook(name, recorded)))
         yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _gate_hook(name: str, recorded: list[ModuleGates]) -> Callable[[MolaLinear, tuple[torch.Tensor, ...]], None]:
@@ -256,13 +252,13 @@ class RouterRecorder:
             next(iter(self._sums.values())).copy_(sums)
 
 
+@dataclass
 class _LayerObserver:
     """The observer of one layer, which hands router outputs to the recorder."""
 
-    def __init__(self, recorder: RouterRecorder, layer_index: int | None, rows: dict[str, tuple[int, str]]) -> None:
-        self.recorder = recorder
-        self.layer_index = layer_index
-        self.rows = rows  # by adapter: its row in the sums, and its function
+    recorder: RouterRecorder
+    layer_index: int | None
+    rows: dict[str, tuple[int, str]]  # by adapter: its row in the sums, and its function
 
     @property
     def collecting(self) -> bool:

@@ -127,7 +127,7 @@ class ExpertTelemetry(TrainerCallback):
             )
         folder = _checkpoint_folder(args, state.global_step)
         if state.is_world_process_zero and bool(sums.any()) and folder.is_dir():
-            content = {"routers": _router_names(self._recorder), "sums": sums.tolist()}
+            content = {"routers": [router.module for router in self._recorder.routers], "sums": sums.tolist()}
             atomic_write_json(folder / SUMS_FILE, content, indent=None)
 
     def on_train_end(
@@ -203,14 +203,10 @@ def _checkpoint_folder(args: TrainingArguments, step: int) -> Path:
     return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
-def _router_names(recorder: RouterRecorder) -> list[str]:
-    return [router.module for router in recorder.routers]
-
-
 def _saved_sums(recorder: RouterRecorder, checkpoint: Path) -> torch.Tensor | None:
     """Sums in a checkpoint; None if it has none, or has sums of different routers."""
     saved = read_json_object(checkpoint / SUMS_FILE)
-    if saved.get("routers") != _router_names(recorder):
+    if saved.get("routers") != [router.module for router in recorder.routers]:
         return None
     return torch.tensor(saved["sums"], dtype=torch.float64)
 
@@ -236,8 +232,7 @@ def _means_over_modules(records: list[dict[str, Any]]) -> dict[str, Any]:
 def _half_l1(gates: Sequence[float | None], before: Sequence[float | None]) -> float:
     """Half the L1 distance; NaN if a gate was not finite, such as in a run that diverges."""
     pairs = zip(gates, before, strict=True)
-    distances = [abs(new - old) for new, old in pairs if new is not None and old is not None]
-    return sum(distances) / 2 if len(distances) == len(gates) else math.nan
+    return sum(math.nan if new is None or old is None else abs(new - old) for new, old in pairs) / 2
 
 
 def _rounded(value: Any) -> Any:

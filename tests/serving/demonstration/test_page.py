@@ -9,6 +9,7 @@ import time
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from mola import MolaConfig, generate_text, load_model, load_tokenizer
 from mola.data.templates import get_template
 from mola.errors import MolaError
+from mola.insight.recorder import ModuleGates
 from mola.serving.demonstration.demo import DemoOptions, main, running_demo
 from tests.browser import browser, complaints, requested_addresses
 from tests.ports import free_port
@@ -90,7 +92,6 @@ def test_page_without_a_browser(options):
 
 def test_two_linears_of_one_name_in_a_layer_are_different_kinds():
     """As GPT-2's `c_proj`, of its attention and of its MLP."""
-    from mola.insight.recorder import ModuleGates
     from mola.serving.demonstration.answering import Answer, Experts
     from mola.serving.demonstration.page import _find_experts, _tables
 
@@ -250,3 +251,57 @@ def test_stop_in_a_browser(options):
         waiting.until(
             lambda _: (text := box(window, "With the adapter").get_attribute("value")) and text[:5] != stopped[:5]
         )
+
+
+# ---------------------------------------------------------------------- tables of gates: text of a model is no HTML
+
+
+class Cells(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.rows = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        else:
+            assert tag in ("div", "table", "caption", "thead", "tbody", "code"), tag
+
+    def handle_data(self, data):
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+
+TWO = ModuleGates("layers.0.q_proj", 0, torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]), torch.zeros(3))
+THREE = ModuleGates(
+    "layers.1.q_proj", 1, torch.tensor([[0.25, 0.75, 0.0], [0.25, 0.0, 0.75], [0.0, 0.0, 1.0]]), torch.zeros(3)
+)
+
+
+def test_mean_gate_by_layer():
+    from mola.serving.demonstration.page import layers_table
+
+    assert Cells(layers_table([TWO, THREE], slice(0, 2))).rows == [
+        ["layer", "expert 0", "expert 1", "expert 2"],
+        ["0", "75", "25", ""],
+        ["1", "25", "38", "38"],
+    ]
+
+
+def test_mean_gates_without_tokens():
+    from mola.serving.demonstration.page import layers_table
+
+    assert Cells(layers_table([TWO], slice(3, None))).rows[1] == ["0", "·", "·"]
+
+
+def test_gates_by_token():
+    from mola.serving.demonstration.page import tokens_table
+
+    assert Cells(tokens_table(THREE, ["a", "<script>", "&"], slice(1, None))).rows == [
+        ["token", "expert 0", "expert 1", "expert 2"],
+        ["<script>", "25", "·", "75"],
+        ["&", "·", "·", "100"],
+    ]

@@ -1,6 +1,7 @@
 """The page of `mola demo`: prompt, sampling values, both answers side by side, and the experts behind one of them."""
 
-from collections.abc import Iterator
+import html
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -8,7 +9,7 @@ import gradio as gr
 from mola.architecture.layer_stacks import module_kinds
 from mola.data.templates import template_names
 from mola.errors import MolaError
-from mola.insight.tables import layers_table, tokens_table
+from mola.insight.recorder import ModuleGates
 from mola.serving.demonstration.answering import Answer, Answerer, Experts
 
 _NO_TEMPLATE = "none: the text as it is"
@@ -162,3 +163,49 @@ def _tables(
     of_layer = [module for module in modules if module.layer_index == layer]
     by_token = "".join(tokens_table(module, experts.tokens, tokens) for module in of_layer)
     return layers_table(modules, tokens), by_token
+
+
+# ---------------------------------------------------------------------- gates as HTML tables, without a style sheet
+
+# A share of the page's text colour is legible on light and on dark pages.
+_CELL = "padding:2px 8px;text-align:right;background:color-mix(in srgb,currentColor {shade}%,transparent)"
+_MAX_SHADE = 45  # per cent; the number stays legible on this shade
+
+
+def layers_table(modules: Sequence[ModuleGates], tokens: slice) -> str:
+    """Mean gate of each expert over some tokens in per cent, with one row per layer, for modules of one kind."""
+    rows = []
+    for module in modules:
+        counted = module.gates[tokens]
+        mean = counted.mean(0) if len(counted) else counted.new_zeros(counted.shape[1])
+        layer = module.module if module.layer_index is None else str(module.layer_index)
+        rows.append((html.escape(layer), mean.tolist()))
+    return _gates_table("Mean gate of each expert, by layer, per cent", "layer", rows)
+
+
+def tokens_table(module: ModuleGates, tokens: Sequence[str], shown: slice) -> str:
+    """Gates of one module in per cent, with one row for each of the shown tokens."""
+    texts = (f"<code>{html.escape(text)}</code>" for text in tokens[shown])
+    rows = list(zip(texts, module.gates[shown].tolist(), strict=True))
+    return _gates_table(f"Gates of {module.module}, by token, per cent", "token", rows)
+
+
+def _gates_table(caption: str, first_column: str, rows: Sequence[tuple[str, list[float]]]) -> str:
+    """A table of rows with a heading (HTML) and the gates of one or more experts."""
+    width = max((len(gates) for _, gates in rows), default=0)
+    columns = (first_column, *(f"expert {expert}" for expert in range(width)))
+    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+    body = "".join(
+        f'<tr><th scope="row" style="text-align:left">{heading}</th>{"".join(map(_cell, gates))}'
+        f"{'<td></td>' * (width - len(gates))}</tr>"
+        for heading, gates in rows
+    )
+    caption = f'<caption style="text-align:left">{html.escape(caption)}</caption>'
+    table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div style="overflow-x:auto" tabindex="0">{table}</div>'  # a wide table scrolls sideways, also by keyboard
+
+
+def _cell(gate: float) -> str:
+    if gate == 0:
+        return '<td style="padding:2px 8px;text-align:right">·</td>'
+    return f'<td style="{_CELL.format(shade=round(_MAX_SHADE * gate))}">{100 * gate:.0f}</td>'
