@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mola.data.read import _rows_of, read_rows, split_names, stream_rows
+from mola.data.read import read_rows, split_names, stream_rows
 from mola.errors import MolaError
 
 ROWS = [
@@ -58,8 +58,6 @@ def test_values_of_mixed_kinds_are_decoded(tmp_path):
     ]
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert read_rows(tmp_path / "a.parquet") == expected
-    if hasattr(datasets, "Json"):  # else it has no data set of them
-        assert list(_rows_of(datasets.Dataset(table), None)) == expected
 
 
 @given(rows=st.lists(st.dictionaries(st.text(), st.none() | st.text() | st.lists(st.text())), min_size=1))
@@ -102,7 +100,9 @@ def test_images_are_not_decoded(tmp_path):
     rows = {"image": [{"bytes": b"no image", "path": None}, None], "id": ["1", "2"]}
     table = pyarrow.table(rows, schema=features.arrow_schema)
     datasets.Dataset(table, datasets.DatasetInfo(features=features)).save_to_disk(str(tmp_path / "d"))
-    assert [row["image"] for row in read_rows(tmp_path / "d")] == rows["image"]
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for source in (tmp_path / "d", tmp_path / "a.parquet"):
+        assert [row["image"] for row in read_rows(source)] == rows["image"]
 
 
 def test_unknown_split_lists_the_splits(tmp_path):
@@ -221,19 +221,6 @@ def test_columns_that_are_not_needed_are_left_out(tmp_path):
 def test_saved_dataset_with_more_rows_than_one_batch_keeps_their_order(tmp_path):
     rows = [{"number": number} for number in range(2500)]
     assert list(stream_rows(saved(tmp_path / "d", train=rows), "train")) == rows
-
-
-def test_streaming_dataset_of_the_library_is_read_without_decoding_images(tmp_path):
-    # What `load_dataset(..., streaming=True)` returns for a Hub name, here for a local file.
-    features = datasets.Features({"image": datasets.Image(), "id": datasets.Value("string")})
-    rows = [{"image": {"bytes": b"no image", "path": None}, "id": "1"}, {"image": None, "id": "2"}]
-    table = pyarrow.Table.from_pylist(rows, schema=features.arrow_schema)
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    settings = {"data_files": str(tmp_path / "a.parquet"), "cache_dir": str(tmp_path / "cache")}
-    loaded = datasets.load_dataset("parquet", split="train", streaming=True, features=features, **settings)
-    assert list(_rows_of(loaded, None)) == rows
-    assert list(_rows_of(loaded, {"id"})) == [{"id": "1"}, {"id": "2"}]
-    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*")) == 0, "but for a lock"
 
 
 def test_hub_dataset_is_streamed(monkeypatch):

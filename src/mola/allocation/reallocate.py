@@ -10,7 +10,6 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,19 +164,15 @@ def _resize_modules(
 
 
 def main(options: ReallocateOptions) -> int:
-    """Run the command and print the numbers; layers with the same numbers share a row. Returns 0, the exit code."""
+    """Run the command and print the numbers of every layer. Returns 0, the exit code."""
     result = reallocate(options)
     table = Table(title="Experts per decoder layer")
-    for column in ("layers", "before", "now", "top_k"):
+    for column in ("layer", "before", "now", "top_k"):
         table.add_column(column, justify="right")
     all_numbers = list(zip(result.before, result.num_experts, result.top_k, strict=True))
     adapted = [numbers for numbers, has in zip(all_numbers, result.is_adapted, strict=True) if has]
-    rows = [numbers if has else ("-",) * 3 for numbers, has in zip(all_numbers, result.is_adapted, strict=True)]
-    first = 0
-    for numbers, members in groupby(rows):
-        last = first + len(list(members)) - 1
-        table.add_row(str(first) if first == last else f"{first}-{last}", *map(str, numbers))
-        first = last + 1
+    for layer, (numbers, has) in enumerate(zip(all_numbers, result.is_adapted, strict=True)):
+        table.add_row(str(layer), *map(str, numbers if has else "---"))
     table.add_section()
     totals = (sum(before for before, _, _ in adapted), sum(now for _, now, _ in adapted))
     table.add_row("total", *map(str, totals), "", style="bold")

@@ -124,7 +124,7 @@ def _merge(experts: Experts, weights: torch.Tensor, num_experts: int) -> Experts
         first, second = pair = sorted(divmod(int(cost.fill_diagonal_(math.inf).argmin()), len(inner)))
         shares = weights[pair] / weights[pair].sum()
         A, B = low_rank_mean(experts.A[pair], experts.B[pair], shares)
-        router = _router(experts)
+        _, _, router = _tensors(experts)
         row = (shares.unsqueeze(1) * router[pair].double()).sum(0).to(router.dtype)
         merged = [tensor.clone() for tensor in _tensors(experts)]
         for tensor, value in zip(merged, (A, B, row), strict=True):
@@ -157,11 +157,7 @@ def _add_copies(experts: Experts, weights: torch.Tensor, num_experts: int, gener
     return experts
 
 
-def _router(experts: Experts) -> torch.Tensor:
+def _tensors(experts: Experts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if experts.router is None:
         raise MolaError(f"a module with {len(experts.A)} experts must have a router, but has none. The file is broken.")
-    return experts.router
-
-
-def _tensors(experts: Experts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return experts.A, experts.B, _router(experts)
+    return experts.A, experts.B, experts.router

@@ -145,12 +145,13 @@ def draw_splits(
         )
     drawn = dict(zip(sizes, draw(candidates.groups, list(sizes.values()), seed), strict=True))
     positions = np.sort(np.concatenate(list(drawn.values())))
-    built, heads = _fetch(source, task, candidates, positions, None if columns is None else needed | {*columns}, build)
-    places = {split: np.searchsorted(positions, chosen) for split, chosen in drawn.items()}
+    columns = None if columns is None else needed | {*columns}
+    rows, instructions = _fetch(source, task, candidates, positions, columns, build)
+    indices = {split: np.searchsorted(positions, chosen) for split, chosen in drawn.items()}  # into `rows`
     return Drawn(
-        splits={split: [built[place] for place in chosen.tolist()] for split, chosen in places.items()},
+        splits={split: [rows[index] for index in chosen.tolist()] for split, chosen in indices.items()},
         candidates=candidates,
-        shared_instructions=count_shared([heads[chosen] for chosen in places.values()]),
+        shared_instructions=count_shared([instructions[chosen] for chosen in indices.values()]),
     )
 
 
@@ -261,25 +262,23 @@ def _fetch(
     columns: Collection[str] | None,
     build: _Build,
 ) -> tuple[list[dict[str, Any]], NDArray[np.uint64]]:
-    """Second pass: build the rows at ascending positions among the candidates, and hash their instructions."""
-    built: list[dict[str, Any]] = []
-    heads = array("Q")
-    wanted = zip(candidates.numbers[positions].tolist(), candidates.texts[positions].tolist(), strict=True)
-    number, text = next(wanted, (-1, 0))
-    for index, row in enumerate(source.rows(columns)):
-        if number < 0:
+    """Second pass: build the rows of the candidates at ascending positions, and hash their instructions."""
+    texts = dict(zip(candidates.numbers[positions].tolist(), candidates.texts[positions].tolist(), strict=True))
+    rows: list[dict[str, Any]] = []
+    instructions = array("Q")
+    for number, row in enumerate(source.rows(columns)):
+        if len(rows) == len(texts):
             break
-        if index < number:
+        if number not in texts:
             continue
-        example = task.example(row, index, source.split) if not task.missing_columns(row) else {}
-        if not example or hash_example(example) != text:
+        example = {} if task.missing_columns(row) else task.example(row, number, source.split)
+        if not example or hash_example(example) != texts[number]:
             break
-        built.append(build(row, example))
-        heads.append(hash_instruction(example))
-        number, text = next(wanted, (-1, 0))
-    if number >= 0:
+        rows.append(build(row, example))
+        instructions.append(hash_instruction(example))
+    if len(rows) < len(texts):
         raise MolaError(
-            f"`data` must not change while it is read: row {number} of `{source.path}` has changed since the first "
-            "pass. Run the command again."
+            f"`data` must not change while it is read: row {[*texts][len(rows)]} of `{source.path}` has changed since "
+            "the first pass. Run the command again."
         )
-    return built, np.array(heads, dtype=np.uint64)
+    return rows, np.array(instructions, dtype=np.uint64)

@@ -116,7 +116,8 @@ def _column_rule(kind: type[_Rule], key: str, rule: Any, layout: str) -> _Rule:
 
 
 def _answer_rule(rule: dict[str, Any]) -> AnswerRule:
-    words, choices = rule.get("words"), rule.get("choices")
+    words: Any = rule.get("words")
+    choices: Any = rule.get("choices")
     has_choices = isinstance(choices, str) and words is None
     has_words = isinstance(words, dict) and len(words) > 1 and choices is None
     has_words = has_words and all(isinstance(word, str) and word for word in words.values())

@@ -14,8 +14,6 @@ from mola.errors import MolaError
 LETTERS = string.ascii_uppercase
 BINARY_METRICS = ("f1", "matthews")
 EXAMPLE_KEYS = ("id", "instruction", "input", "output", "answer", "num_choices")
-
-
 # CSV files have no truth values: the text "true" is the same label as a task's `true`, which Python writes as True.
 TRUTH = {"true": "True", "false": "False"}
 
@@ -206,8 +204,7 @@ class Task:
             MolaError: a column is missing or a value does not fit; the message names the row.
         """
         row_id = example_id(row, index, split)
-        missing = self.missing_columns(row)
-        if missing:
+        if missing := self.missing_columns(row):
             raise MolaError(
                 f"row `{row_id}` has no column `{missing[0]}`, which the task `{self.name}` needs: "
                 f"its columns are {', '.join(row)}. Add or rename the column, or choose another task."
@@ -221,10 +218,9 @@ class Task:
             values["answer"] = answer
             if self.answer.choices is not None:  # else `options` may be a column
                 values["options"] = options
-        instruction = None if self.instruction is None else _fill(self.instruction, values, row_id)
         return {
             "id": row_id,
-            "instruction": instruction,
+            "instruction": None if self.instruction is None else _fill(self.instruction, values, row_id),
             "input": _fill(self.input, values, row_id),
             "output": _fill(self.output, values, row_id),
             "answer": answer,
@@ -264,12 +260,11 @@ class Task:
         found = match.group(1) if match else None
         if found is None:
             return None
-        if self.answer.words is not None:
-            words = set(self.answer.words.values())
-            equal_but_case = [word for word in words if word.casefold() == found.casefold()]
-            return found if found in words else equal_but_case[0] if len(equal_but_case) == 1 else None
-        letters = LETTERS[:num_choices]
-        return found if len(found) == 1 and found in letters else None
+        options = {*LETTERS[:num_choices]} if self.answer.words is None else {*self.answer.words.values()}
+        if found in options or self.answer.words is None:
+            return found if found in options else None
+        equal_but_case = [word for word in options if word.casefold() == found.casefold()]
+        return equal_but_case[0] if len(equal_but_case) == 1 else None
 
 
 def example_id(row: Mapping[str, Any], index: int, split: str | None = None) -> str:
