@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mola import MolaConfig, MolaError
-from mola.checkpoints.adapter_folder import read_settings
 from mola.checkpoints.published import read_published, read_tensors, to_published
 from mola.exporting.convert import ConvertOptions, convert
 
@@ -294,22 +293,6 @@ def test_two_files_of_weights_are_refused(tmp_path):
     (tmp_path / "both" / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(MolaError, match="they may differ"):
         read_published(tmp_path / "both", 2)
-
-
-def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(MolaError, match="holds neither adapter_model.safetensors nor adapter_model.bin"):
-        read_tensors(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "cannot be read"), ("{", "cannot be read"), ("[1]", r"must hold an object, got \[1\]")],
-)
-def test_settings_that_are_no_object_are_refused(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "adapter_config.json").write_text(content)
-    with pytest.raises(MolaError, match=message):
-        read_settings(tmp_path)
 
 
 def test_a_file_of_safetensors_is_read(tmp_path):

@@ -22,28 +22,6 @@ def test_wilson_interval_of_a_published_example():
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
 
 
-@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
-def test_wilson_interval_solves_its_equation(counts, confidence):
-    correct, total = counts
-    low, high = wilson_interval(correct, total, confidence)
-    share = correct / total
-    assert -1e-12 <= low <= share + 1e-12 <= high + 2e-12 <= 1 + 3e-12
-    assert low < high
-    # The ends are where the score statistic equals the same quantile; ends at 0 and 1 are exact.
-    statistics = [(share - end) / math.sqrt(end * (1 - end) / total) for end in (low, high) if 1e-9 < end < 1 - 1e-9]
-    magnitudes = [abs(value) for value in statistics]
-    assert max(magnitudes) == pytest.approx(min(magnitudes), rel=1e-4)
-
-
-def test_wilson_interval_narrows_with_samples_and_widens_with_confidence():
-    def width(*arguments):
-        low, high = wilson_interval(*arguments)
-        return high - low
-
-    assert width(500, 1000) < width(50, 100)
-    assert width(50, 100, 0.99) > width(50, 100, 0.9)
-
-
 def test_accuracy_summary_fields():
     summary = accuracy_summary(3, 4)
     assert {key: summary[key] for key in ("accuracy", "correct", "total")} == {
@@ -117,16 +95,6 @@ def test_unanswered_counts_as_the_wrong_label(pairs):
     assert counts == binary_counts(answers, filled, LABELS)
     assert sum(counts) == len(pairs)
     assert counts.true_positive + counts.true_negative == sum(answer == label for answer, label in pairs)
-
-
-@given(PAIRS)
-def test_matthews_is_bounded_and_symmetric_in_the_labels(pairs):
-    answers, predicted = [answer for answer, _ in pairs], [label for _, label in pairs]
-    value = binary_metrics(["matthews"], answers, predicted, LABELS)["matthews"]
-    assert -1 <= value <= 1
-    assert binary_metrics(["matthews"], answers, predicted, LABELS[::-1])["matthews"] == value
-    if None not in predicted:
-        assert binary_metrics(["matthews"], predicted, answers, LABELS)["matthews"] == value
 
 
 @given(st.tuples(*[st.integers(0, 10**6)] * 4))

@@ -122,8 +122,6 @@ def lose_a_tensor(folder):
         (lose_a_tensor, "1 of 78 tensors are missing"),
         (lambda folder: change(folder, base_model_type="gpt2"), "of type 'llama', `base_model_type`.*'gpt2'"),
         (lambda folder: change(folder, num_experts=2), "does not fit the model"),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "holds neither adapter_model.safetensors"),
-        (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json in it"),
     ],
 )
 def test_files_are_checked_as_mola_checks_them(harm, message, tiny_model_dir, copied):
@@ -132,7 +130,7 @@ def test_files_are_checked_as_mola_checks_them(harm, message, tiny_model_dir, co
         read(tiny_model_dir, copied)
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.320", "1.0"])
+@pytest.mark.parametrize("version", ["0.31.9", "0.320"])
 def test_versions_that_were_not_tried_are_refused(version):
     check_version(f"{TRIED}.4+cpu")
     with pytest.raises(MolaError, match=rf"`vllm` must be 0.32.\*.*this is {version}"):

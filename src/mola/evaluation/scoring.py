@@ -9,20 +9,19 @@ from scipy.stats import binomtest
 _MIN_SAMPLES = 20  # a model that discriminates hardly gives 20 samples the same answer by chance
 
 
-def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion.
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a proportion.
 
     Unlike the normal approximation it stays inside [0, 1] and is not empty at 0 or `total` hits.
 
     Args:
         correct: hits, `0 <= correct <= total`.
         total: trials, at least 1.
-        confidence: level, strictly between 0 and 1.
 
     Returns:
         Lower and upper end, as fractions.
     """
-    interval = binomtest(correct, total).proportion_ci(confidence_level=confidence, method="wilson")
+    interval = binomtest(correct, total).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
