@@ -67,7 +67,7 @@ class Line:
 
     name: str
     points: Points
-    look: str
+    css_class: str
 
 
 def step_axis(lines: Sequence[Line]) -> Axis:

@@ -16,7 +16,7 @@ from mola.reporting.heatmaps import Cell, GateMaps, HeatMap, change_map, gate_ma
 from mola.reporting.load_run import Run
 from mola.reporting.routing_log import VALUES, RoutingLog
 
-_LOOKS = "cba"  # classes of curves: lower layers faint, upper layers strong
+_CSS_CLASSES = "cba"  # classes of curves: lower layers faint, upper layers strong
 _MAX_CHANGES = 20  # rows of single modules in a table
 
 # ---------------------------------------------------------------------- numbers of experts, and their use
@@ -72,8 +72,8 @@ def routing_section(run: Run) -> dict[str, Any]:
     charts = []
     for name in (name for name in VALUES if any(log.curves[name])):
         lines = [
-            Line(f"layers {layer_range(part)}", thinned(curve)[0], look)
-            for part, curve, look in zip(log.parts, log.curves[name], _LOOKS[-len(log.parts) :], strict=True)
+            Line(f"layers {layer_range(part)}", thinned(curve)[0], css_class)
+            for part, curve, css_class in zip(log.parts, log.curves[name], _CSS_CLASSES[-len(log.parts) :], strict=True)
             if curve
         ]
         values = [value for line in lines for _, value in line.points]

@@ -30,7 +30,7 @@ class Cell(NamedTuple):
     """Text of a cell, its class in the style sheet, and its tooltip."""
 
     text: object = ""
-    look: str = ""
+    css_class: str = ""
     title: str = ""
 
 

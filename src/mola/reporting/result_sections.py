@@ -13,7 +13,7 @@ from mola.reporting.load_run import Run
 
 # ---------------------------------------------------------------------- accuracy
 
-_LOOKS = {"before": "b", "after": "a"}
+_CSS_CLASSES = {"before": "b", "after": "a"}
 _MAX_GROUPS = 40  # groups in the chart; the table has all
 
 Results = Mapping[str, Mapping[str, Any]]  # keys `before` and `after`
@@ -27,7 +27,7 @@ def accuracy_section(run: Run) -> dict[str, Any]:
     needed = {"before": "without", "after": "with"}
     return {
         "results": results,
-        "looks": _LOOKS,
+        "css_classes": _CSS_CLASSES,
         "rows": rows,
         "shown": [*rows[:1], *(rows[index] for index in sorted(largest))],
         "numbers": _accuracy_table(rows, results),
@@ -52,7 +52,7 @@ def _accuracy_rows(results: Results) -> list[dict[str, Any]]:
             "label": label,
             "parts": parts,
             "total": max(part["total"] for part in parts.values()),
-            "measured": [(_LOOKS[name], part["accuracy"], part["interval_95"]) for name, part in parts.items()],
+            "measured": [(_CSS_CLASSES[name], part["accuracy"], part["interval_95"]) for name, part in parts.items()],
         }
         for label, parts in rows.items()
     ]
