@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mola.allocation.resize import Experts, low_rank_mean, resize
-from mola.errors import MolaError
 from mola.tuner.layer import ExpertSettings, MolaLinear
 
 IN, OUT, R = 7, 6, 2
@@ -175,11 +174,3 @@ def test_dtypes_stay(dtype):
         found = resize(experts, count, seeded())
         assert (found.A.dtype, found.B.dtype) == (dtype, dtype)
         assert found.router is None or found.router.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("count", "use", "message"), [(0, None, "`num_experts` must be at least 1"), (2, torch.ones(4), "`use` must have")]
-)
-def test_wrong_numbers(count, use, message):
-    with pytest.raises(MolaError, match=message):
-        resize(random_experts(3), count, seeded(), use)

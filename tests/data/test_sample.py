@@ -1,32 +1,20 @@
 """The generated questions: right, different, balanced, and the same for the same seed."""
 
+import hashlib
+import json
 import re
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mola.data.sample import DEFAULT_KINDS, HINT_SHARE, TOPICS, generate_splits
 from mola.data.tasks import load_task
 from mola.errors import MolaError
 
-COLUMNS = [
-    "id",
-    "question",
-    "choices",
-    "answer",
-    "hint",
-    "task",
-    "grade",
-    "subject",
-    "topic",
-    "category",
-    "skill",
-    "lecture",
-    "solution",
-    "image",
-]
+COLUMNS = (
+    *("id", "question", "choices", "answer", "hint", "task", "grade", "subject", "topic", "category", "skill"),
+    *("lecture", "solution", "image"),
+)
 SIZES = {"train": 600, "validation": 60, "test": 200}
 # Words that only sentences of one class have: an independent statement of what is right.
 SIGNS = {
@@ -66,8 +54,8 @@ def rows(splits):
 
 def test_sizes_columns_and_ids(splits, rows):
     assert {name: len(split) for name, split in splits.items()} == SIZES
-    assert all(list(row) == COLUMNS for row in rows)
-    assert len({row["id"] for row in rows}) == len(rows)
+    assert all(tuple(row) == COLUMNS for row in rows)
+    assert len({row["id"] for row in rows}) == len({row["question"] for row in rows}) == len(rows)
     assert all(row["image"] is None for row in rows)
 
 
@@ -90,10 +78,6 @@ def test_the_answer_to_a_harder_question_is_right():
         for word, answer in words.items():
             found = {r["answer"] for r in rows if r["category"] == category and f" {word}" in r["question"]}
             assert found == {answer}, word
-
-
-def test_no_question_is_asked_twice(rows):
-    assert max(Counter(row["question"] for row in rows).values()) == 1
 
 
 def test_two_to_five_options_in_a_fixed_order(rows, topics):
@@ -128,13 +112,10 @@ def test_rows_fit_their_task(rows):
         assert task.extract_answer(example["output"], example["num_choices"]) == example["answer"]
 
 
-@settings(deadline=None, max_examples=20)
-@given(st.dictionaries(st.sampled_from(["train", "validation", "test"]), st.integers(0, 40)), st.integers())
-def test_same_seed_same_questions(sizes, seed):
-    assert generate_splits(sizes, seed) == generate_splits(dict(sizes), seed)
-
-
-def test_other_seed_other_questions():
+def test_a_seed_gives_these_questions_in_every_version():
+    text = json.dumps(generate_splits({"train": 200, "test": 40}, seed=3, kinds=12))
+    digest = "da120cd9d70d1f1eb05b157ef9063aa76a46c1ea781420ceccc8c27fd4696472"
+    assert hashlib.sha256(text.encode()).hexdigest() == digest
     assert generate_splits({"train": 20}, 0) != generate_splits({"train": 20}, 1)
 
 

@@ -42,21 +42,14 @@ def resize(
 
     Args:
         experts: the module's experts.
-        num_experts: the new number of experts.
+        num_experts: the new number of experts, at least 1.
         generator: generator of random numbers, on the CPU.
         use: mean gates `m: (E,)`; None treats all experts alike, so that the lowest ones are copied first.
 
     Returns:
         Tensors of the same dtypes; the router is float32.
-
-    Raises:
-        MolaError: `num_experts` is below 1, or `use` does not have one entry per expert.
     """
     count = len(experts.A)
-    if num_experts < 1:
-        raise MolaError(f"`num_experts` must be at least 1: got {num_experts}.")
-    if use is not None and use.shape != (count,):
-        raise MolaError(f"`use` must have one entry for each of {count} experts: got shape {tuple(use.shape)}.")
     if num_experts == count:
         return experts
     weights = torch.ones(count, dtype=torch.float64) if use is None else use.double().clamp_min(1e-9)

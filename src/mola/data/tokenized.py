@@ -46,7 +46,7 @@ def tokenized(
         ending: ids that stand after every text, such as EOS.
 
     Raises:
-        MolaError: an example lacks a field, or its output is not text.
+        MolaError: the template cannot write the prompt of an example, or its output is not text.
     """
     encode = encode_with_border if tokenizer.is_fast and not template.is_encoded_apart else _encode_apart
     for begin in range(0, len(examples), _BATCH):
@@ -65,16 +65,11 @@ def _text_parts(example: Mapping[str, Any], template: Template) -> tuple[str, st
     """Prompt and output of one example as text."""
     try:
         prompt = template.prompt(example["instruction"], example.get("input"))
-        output = example["output"]
-    except KeyError as error:
-        raise MolaError(
-            f"example `{example.get('id')}` has no `{error.args[0]}`. Make examples with `load_examples`."
-        ) from error
     except MolaError as error:
         raise MolaError(f"example `{example.get('id')}`: {error}") from error
-    if not isinstance(output, str):
-        raise MolaError(f"example `{example.get('id')}`: `output` must be text: got {output!r}. Correct it.")
-    return prompt, template.answer(output)
+    if not isinstance(example["output"], str):
+        raise MolaError(f"example `{example.get('id')}`: `output` must be text: got {example['output']!r}. Correct it.")
+    return prompt, template.answer(example["output"])
 
 
 def encode_with_border(

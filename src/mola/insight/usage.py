@@ -52,18 +52,10 @@ class UsageCounter:
         Args:
             recorded: gates from `recorded_gates`.
             token_mask: N elements in any shape, nonzero for tokens that count; None counts all.
-
-        Raises:
-            MolaError: a module's number of tokens differs from the mask's.
         """
         for each in recorded:
             gates, entropies = each.gates.double(), each.entropies.double()
             if token_mask is not None:
-                if token_mask.numel() != len(gates):
-                    raise MolaError(
-                        f"`token_mask` must have one element per token: {each.module} saw {len(gates)} tokens, the "
-                        f"mask has {token_mask.numel()}."
-                    )
                 counted = token_mask.flatten().to(gates.device) != 0
                 gates, entropies = gates[counted], entropies[counted]
             largest = gates.topk(2, dim=1).values
