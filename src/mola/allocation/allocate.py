@@ -262,7 +262,9 @@ def _layer_table(scores: LayerScores, num_experts: Sequence[int], title: str) ->
     table.add_column("", width=_BAR_WIDTH)
     largest = max(num_experts)
     for index, (score, experts) in enumerate(zip(scores, num_experts, strict=True)):
-        bar = "not adapted" if score is None else ProgressBar(largest, experts, _BAR_WIDTH)
+        bar: Any = "not adapted"
+        if score is not None:
+            bar = ProgressBar(largest, experts, _BAR_WIDTH, finished_style="bar.complete")
         table.add_row(str(index), "-" if score is None else f"{score:.4g}", str(experts), bar)
     return table
 
