@@ -10,6 +10,7 @@ A comment in the line before a code block says what is done with it here:
 The working folder has `my-model` (tiny, random) and `data/sample`. Of other bash blocks the flags are checked.
 """
 
+import functools
 import importlib
 import importlib.util
 import re
@@ -175,6 +176,7 @@ def test_links_lead_somewhere(page):
             assert match["anchor"] in anchors(target), f"{page_id(page)}: {match[0]}"
 
 
+@functools.cache
 def anchors(page):
     """Anchors of a page's headings, as GitHub makes them."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)

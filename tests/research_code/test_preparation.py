@@ -287,14 +287,6 @@ def test_more_samples_than_rows_is_an_error(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_several_files_are_an_error_with_advice_that_can_be_followed(tmp_path, monkeypatch, capsys):
-    files = [write_orca(tmp_path / name, 60) for name in ("a.jsonl", "b.jsonl")]
-    assert instruction(tmp_path, monkeypatch, f"train={files[0]},test={files[1]}") == 2
-    line = error_line(INSTRUCTION, capsys)
-    assert "`data` must be a single source" in line
-    assert line.endswith("Name one of them.")  # `num_samples` has a default here: leaving it out changes nothing
-
-
 def test_sizes_are_exact_for_small_groups_and_ids_without_a_dot(tmp_path, monkeypatch):
     rows = [
         {**row, "id": f"g{index % 23}.{index}" if index % 2 else f"x{index}"} for index, row in enumerate(orca_rows(90))

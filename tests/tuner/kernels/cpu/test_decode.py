@@ -231,7 +231,7 @@ def test_a_compiler_sees_one_operator(dtypes, num_tokens):
         torch.testing.assert_close(output, layer(x), **tolerance)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow])])
 @torch.no_grad()
 def test_compiled_by_a_backend(backend):
     torch._dynamo.reset()
