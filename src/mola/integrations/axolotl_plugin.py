@@ -5,7 +5,6 @@ axolotl finds the plug-in by the entry point in pyproject.toml and imports the p
 
 from __future__ import annotations
 
-import warnings
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import set_seed
 
 from mola.errors import MolaError
 from mola.integrations import axolotl_fields as yaml
-from mola.integrations.mixture_settings import continued_config, require_router_losses
+from mola.integrations.mixture_settings import check_version, continued_config, require_router_losses
 
 TRIED = "0.21.0"
 
@@ -40,8 +39,7 @@ class MolaPlugin(BasePlugin):
         """
         yaml.check_merge(cfg)
         if cfg.get("adapter") == "mola":
-            if version("axolotl") != TRIED:
-                warnings.warn(f"mola was tried with axolotl {TRIED}, this is {version('axolotl')}.", stacklevel=1)
+            check_version("axolotl", version("axolotl"), TRIED)
             yaml.check_inference(cfg)
             self._given = yaml.given_settings(cfg)
         elif cfg.get("mola"):
