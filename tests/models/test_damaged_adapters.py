@@ -75,7 +75,7 @@ FAULTS = {
     "expert too many": (of_each_expert(lambda tensor: torch.cat([tensor, tensor[:1]])), ["(4, 2, 32)", "(3, 2, 32)"]),
     "tensor missing": (drop, ["layers.2.self_attn.q_proj.mola_router", "1 of 24", "incomplete"]),
     "newer version": (lambda folder: change_settings(folder, router_kind="x"), ["router_kind", "has no field"]),
-    "older version": (lambda folder: change_settings(folder, top_k=None), ["top_k", "restore the file"]),
+    "older version": (lambda folder: change_settings(folder, top_k=None), ["top_k", "Restore the file"]),
     "settings": (lambda folder: cut_off(folder / "adapter_config.json", 0.5), ["adapter_config.json cannot be read"]),
 }
 
@@ -145,8 +145,12 @@ REWRITING = {
 # These commands read no base model, so their messages compare the tensors with the configuration.
 REWRITING_FAULTS = {
     ("convert", "shape"): ["layers.2.self_attn.q_proj", "router for 32 features and experts for 31"],
-    ("convert", "expert missing"): ["layers.2.self_attn.q_proj", "(2, 2, 32)", "`num_experts` 3"],
-    ("convert", "tensor missing"): ["layers.2.self_attn.q_proj", "the file has ['A', 'B']", "incomplete"],
+    ("convert", "expert missing"): ["layers.2.self_attn.q_proj", "{'A': (2, 2)", "`num_experts` 3"],
+    ("convert", "tensor missing"): [
+        "layers.2.self_attn.q_proj",
+        "the file has {'A': (3, 2), 'B': (3, 2)}",
+        "incomplete",
+    ],
     ("reallocate", "NaN"): ["layers.2.self_attn.q_proj.mola_B", "1 of 192"],
     ("reallocate", "tensor missing"): ["a module with 3 experts must have a router"],
 }
