@@ -282,6 +282,17 @@ def test_incomplete_checkpoint_is_skipped_with_a_warning(finished_run, caplog):
     assert (folder / WEIGHTS).read_bytes() == whole
 
 
+def test_checkpoint_of_an_earlier_version_is_resumed(finished_run):
+    """Earlier versions wrote the sha256 of every file into the checkpoint."""
+    folder, arguments = finished_run
+    whole = (folder / WEIGHTS).read_bytes()
+    shutil.rmtree(folder / "checkpoint-6")
+    digests = {"optimizer.pt": "0" * 64, "sha256.json": "0" * 64}
+    (folder / "checkpoint-4" / "sha256.json").write_text(json.dumps(digests), encoding="utf-8")
+    assert main([*arguments, "--resume_from_checkpoint=last"]) == 0
+    assert (folder / WEIGHTS).read_bytes() == whole
+
+
 def test_checkpoint_with_weights_that_are_not_finite_is_refused(finished_run, error_line):
     folder, arguments = finished_run
     change_tensors(folder / "checkpoint-6", lambda tensors: next(iter(tensors.values())).fill_(float("nan")))

@@ -107,10 +107,12 @@ def test_training_and_evaluation_choose_the_same_dtype(tmp_path):
     assert options.base_dtype == str(chosen).removeprefix("torch.")
 
 
-def test_same_seed_gives_the_same_weights(flags, tmp_path):
-    for name in ("a", "b"):
-        assert main(flags(tmp_path / name, seed=7, lora_dropout=0.1, num_train_epochs=1, **NO_EVALUATION)) == 0
+def test_same_seed_gives_the_same_weights_and_another_seed_does_not(flags, tmp_path):
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        assert main(flags(tmp_path / name, seed=seed, lora_dropout=0.1, num_train_epochs=1, **NO_EVALUATION)) == 0
     assert_same_weights(tmp_path / "a", tmp_path / "b")
+    first, other = load_file(tmp_path / "a" / WEIGHTS), load_file(tmp_path / "c" / WEIGHTS)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 def test_options_of_the_caller_stay_as_they_are(tiny_model_dir, rows_file, tmp_path):

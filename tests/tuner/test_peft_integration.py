@@ -247,6 +247,16 @@ def test_disable_adapter(base, inputs):
     assert torch.equal(logits(model, inputs), before)
 
 
+def test_every_attention_gives_the_same_logits(base, inputs):
+    model = get_peft_model(clone(base), random_config())
+    found = {}
+    for name in ("eager", "sdpa"):
+        model.base_model.model.set_attn_implementation(name)
+        assert model.config._attn_implementation == name
+        found[name] = logits(model, inputs)[inputs["attention_mask"].bool()]
+    torch.testing.assert_close(found["eager"], found["sdpa"], atol=1e-5, rtol=1e-5)
+
+
 def test_greedy_generation_with_and_without_cache(base, inputs):
     model = get_peft_model(clone(base), random_config()).eval()
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

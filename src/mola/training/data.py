@@ -40,7 +40,7 @@ class TrainingData:
         evaluation: encoded evaluation samples, or None.
         reports: what encoding changed, by part (train, evaluation).
         fingerprints: sha256 of the examples, by part.
-        questions: hashes of the questions, by part; see `mola.data.hashing.distinct_questions`.
+        questions: hashes of the questions, by part; see `mola.data.examples.distinct_questions`.
         template: name of the prompt template.
     """
 
