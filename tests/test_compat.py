@@ -29,7 +29,7 @@ ENTRIES = [
     ("set_adapter_to_infer", "peft", "0.19"),
     ("cache_argument", "transformers", "5.24"),
     ("generation_finds_cache", "peft", "0.22"),  # not before
-    ("asks_before_loading", "peft", "0.21"),
+    ("has_load_hook", "peft", "0.21"),
     ("ties_saved_modules", "peft", "0.19"),
 ]
 
@@ -54,7 +54,7 @@ def test_what_this_version_is_taken_for():
     assert _compat.has_activation_checkpointing() == has("transformers", "5.21")
     assert ("quantization_config" in _compat.gguf_arguments("x.gguf")) == hasattr(transformers, "GgufConfig")
     assert _compat.cache_argument(LlamaForCausalLM) == ("cache" if has("transformers", "5.24") else "past_key_values")
-    assert _compat.asks_before_loading(BaseTuner) == has("peft", "0.21")
+    assert _compat.has_load_hook(BaseTuner) == has("peft", "0.21")
     assert _compat.ties_saved_modules(BaseTuner) == has("peft", "0.19")
 
 

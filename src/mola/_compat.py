@@ -71,7 +71,7 @@ def generation_finds_cache() -> bool:
         return False
 
 
-def asks_before_loading(tuner: type[nn.Module]) -> bool:
+def has_load_hook(tuner: type[nn.Module]) -> bool:
     """Whether PEFT lets a method rename an adapter's tensors before loading, and saves trained biases of any method.
 
     PEFT does both since version 0.21.

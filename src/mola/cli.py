@@ -1,6 +1,7 @@
 """`mola <command>`: finds the command in the table `COMMANDS`, parses its options and runs it.
 
-Invalid input and file errors print one line and exit with code 2. Any other exception keeps its traceback.
+Invalid input and errors of the operating system print one line and exit with code 2. Any other exception keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from mola.files.failures import explain_out_of_memory
 from mola.files.terminal import close_output
 
 _LESS_MEMORY = (
-    "Pass a smaller batch or shorter texts, if the command has such options, --dtype bfloat16, or a quantised "
-    "base model."
+    "Use --dtype bfloat16 or a quantised base model, or, if the command has such options, a smaller batch or shorter "
+    "texts."
 )
 
 
@@ -30,20 +31,22 @@ class Command(NamedTuple):
     module: str  # its function `main` runs the command
     options: str  # name of the options dataclass in the module
     summary: str  # one line for the help text
-    positional: str | None = None  # option set by a positional first argument
+    positional: str | None = None  # the option that the first positional argument sets
 
 
 COMMANDS = {
-    "prepare": Command("mola.data.prepare", "PrepareOptions", "turn a data set into instructions and answers", "task"),
+    "prepare": Command("mola.data.prepare", "PrepareOptions", "convert a data set to instructions and answers", "task"),
     "train": Command("mola.training.train", "TrainOptions", "fine-tune a mixture of LoRA experts"),
     "continual": Command(
         "mola.studies.continual_learning.continual",
         "ContinualOptions",
-        "train on one task after another, measure forgetting",
+        "train on one task after another, and measure forgetting",
     ),
     "evaluate": Command("mola.evaluation.evaluate", "EvaluateOptions", "measure the accuracy on a test file"),
     "lm-eval": Command("mola.evaluation.lm_eval", "LmEvalOptions", "run a model on tasks of the LM Evaluation Harness"),
-    "generate": Command("mola.generation.generate", "GenerateOptions", "answer one prompt, or every line of the input"),
+    "generate": Command(
+        "mola.generation.generate", "GenerateOptions", "answer one prompt, or every line of standard input"
+    ),
     "serve": Command("mola.serving.serve", "ServeOptions", "answer over HTTP, with an OpenAI-compatible API"),
     "plan": Command(
         "mola.models.plan", "PlanOptions", "show parameters and cost of an allocation, without loading weights"
@@ -54,10 +57,10 @@ COMMANDS = {
         "train recipes on tasks with several seeds, and test which differences are significant",
     ),
     "allocate": Command(
-        "mola.allocation.allocate", "AllocateOptions", "choose the number of experts per layer for an exact budget"
+        "mola.allocation.allocate", "AllocateOptions", "choose how many experts each layer gets, for an exact budget"
     ),
     "reallocate": Command(
-        "mola.allocation.reallocate", "ReallocateOptions", "change the numbers of experts of a trained adapter"
+        "mola.allocation.reallocate", "ReallocateOptions", "change how many experts each layer of a trained adapter has"
     ),
     "convert": Command(
         "mola.exporting.convert",
@@ -66,10 +69,12 @@ COMMANDS = {
         "source",
     ),
     "merge": Command(
-        "mola.exporting.merge", "MergeOptions", "write base model and LoRA as one model folder", "adapter"
+        "mola.exporting.merge", "MergeOptions", "merge a LoRA into its base model and write the result", "adapter"
     ),
     "inspect": Command(
-        "mola.reporting.inspect", "InspectOptions", "show which experts process which tokens, and how similar they are"
+        "mola.reporting.inspect",
+        "InspectOptions",
+        "show which experts process which tokens, and how similar the experts are",
     ),
     "report": Command("mola.reporting.report", "ReportOptions", "write one HTML page about a run", "run_dir"),
     "doctor": Command(
@@ -78,7 +83,7 @@ COMMANDS = {
     "demo": Command(
         "mola.serving.demonstration.demo",
         "DemoOptions",
-        "open a page that answers with and without an adapter, and shows its experts",
+        "open a web page that compares answers with and without an adapter, and shows its experts",
     ),
     "quickstart": Command(
         "mola.studies.quickstart", "QuickstartOptions", "run prepare, train, evaluate and report on a small model"
@@ -90,39 +95,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `mola` command.
 
     Returns:
-        The exit code: 0, 2 for invalid input, 130 after an interrupt, 141 if the reading end of a pipe was closed.
+        The exit code: 0, 2 for invalid input, 130 after an interrupt, 141 if the reader of the output closed the pipe.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in COMMANDS:
         return run(words[0], words[1:])
     if words and words[0] == "with":
-        return _exit_code("mola with", lambda: _run_with(words[1:]))
-    return _exit_code("mola", lambda: _print_usage_or_version(words))
+        return _run_and_report("mola with", lambda: _run_with(words[1:]))
+    return _run_and_report("mola", lambda: _print_usage_or_version(words))
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run one command. Returns its exit code, like `main`."""
-    return _exit_code(f"mola {name}", lambda: _run(COMMANDS[name], arguments, f"mola {name}"))
+    return _run_and_report(f"mola {name}", lambda: _run(COMMANDS[name], arguments, f"mola {name}"))
 
 
-def run_script(module: str, options: str, summary: str, *, bare_no: bool = False) -> int:
+def run_script(module: str, options: str, summary: str, *, accept_no_prefix: bool = False) -> int:
     """Run a script as a command that is named after its file.
 
     Args:
         module: holds the options and `main`.
         options: name of the options dataclass.
         summary: one line for the help text.
-        bare_no: accept `--noflag` for `--flag=false`, like Python Fire.
+        accept_no_prefix: accept `--noflag` for `--flag=false`, like Python Fire.
 
     Returns:
         The exit code, like `main`.
     """
     command, name = Command(module, options, summary), Path(sys.argv[0]).name
-    return _exit_code(name, lambda: _run(command, sys.argv[1:], name, bare_no=bare_no))
+    return _run_and_report(name, lambda: _run(command, sys.argv[1:], name, accept_no_prefix=accept_no_prefix))
 
 
-def _exit_code(name: str, work: Callable[[], int]) -> int:
-    """The exit code that `work` returns, or that of an error, which is printed in one line after the name."""
+def _run_and_report(name: str, work: Callable[[], int]) -> int:
+    """Run `work` and return its exit code. An error is printed in one line that begins with `name`."""
     try:
         code = work()
         sys.stdout.flush()  # so that a broken pipe is noticed here
@@ -137,12 +142,12 @@ def _exit_code(name: str, work: Callable[[], int]) -> int:
         return 130
 
 
-def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool = False) -> int:
-    from mola.options.parsing import parse  # imports Transformers, which the list of commands does not need
+def _run(command: Command, arguments: Sequence[str], name: str, *, accept_no_prefix: bool = False) -> int:
+    from mola.options.parsing import parse  # imported late: `mola --help` does not need Transformers
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("mola").setLevel(logging.INFO)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # like stderr
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as Python does for stderr
     # PEFT reads a property of Transformers by its old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     module = importlib.import_module(command.module)
@@ -152,7 +157,7 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, bare_no: bool
         prog=name,
         summary=command.summary,
         positional=command.positional,
-        bare_no=bare_no,
+        accept_no_prefix=accept_no_prefix,
     )
     with explain_out_of_memory(_LESS_MEMORY):
         code: int = module.main(options)
@@ -173,13 +178,11 @@ def _print_usage_or_version(words: Sequence[str]) -> int:
         print("usage: mola COMMAND [--config RECIPE.yaml] [--flag value ...]\n")
         for name, command in COMMANDS.items():
             print(f"  {name:<{width}}  {command.summary}")
-        print(
-            f"  {'with':<{width}}  run a different program (transformers, lm_eval, accelerate ...) with mola registered"
-        )
-        print("\nmola COMMAND --help")
+        print(f"  {'with':<{width}}  run another program (transformers, lm_eval, accelerate ...) with mola registered")
+        print("\nRun `mola COMMAND --help` for the options of a command.")
     else:
-        raise MolaError(f"there is no command {words[0]!r}; the commands are {', '.join(COMMANDS)}")
-    return 0 if words else 2
+        raise MolaError(f"there is no command {words[0]!r}; the commands are {', '.join([*COMMANDS, 'with'])}")
+    return 0 if words else 2  # `mola` alone is a usage error
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def test_one_answer_to_everything_is_named(number, text, labels, is_named, tiny_
     examples = [task.example(row, index) for index, row in enumerate(rows)]
     model = Scripted(tiny_model, tiny_tokenizer, defaultdict(lambda: f"Answer: {text}"))
     evaluate_examples(model, tiny_tokenizer, task, examples, max_new_tokens=40, show_progress=False)
-    assert ("All 20 samples got one answer, 'Yes', which is correct for 50.0 % of them" in caplog.text) == is_named
+    assert ("All 20 samples got the same answer, 'Yes', which is correct for 50.0 % of them" in caplog.text) == is_named
 
 
 @pytest.mark.parametrize("change", [{"answer": None}, {"answer": ""}])

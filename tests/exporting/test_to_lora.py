@@ -51,7 +51,7 @@ def test_fitted_lora_is_measured_and_near(tiny_model_dir, mixture, questions, tm
         "convert", mixture, *flags, *data, "--device", "cpu", "--dtype", "float32", "--output", tmp_path / "fit"
     )
     run("convert", mixture, *flags, "--output", tmp_path / "mean")
-    for text in ("explained, q_proj", "KL(mixture || LoRA)", "accuracy of mixture", "lora less mixture"):
+    for text in ("explained, q_proj", "KL(mixture || LoRA)", "accuracy of mixture", "lora minus mixture"):
         assert text in printed
     report = report_of(tmp_path / "fit")
     assert report["rows"] == {"answer": {"fitted": 36, "held_out": 4}, "test answer": {"fitted": 0, "held_out": 12}}

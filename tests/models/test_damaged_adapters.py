@@ -75,7 +75,7 @@ FAULTS = {
     "expert too many": (of_each_expert(lambda tensor: torch.cat([tensor, tensor[:1]])), ["(4, 2, 32)", "(3, 2, 32)"]),
     "tensor missing": (drop, ["layers.2.self_attn.q_proj.mola_router", "1 of 24", "incomplete"]),
     "newer version": (lambda folder: change_settings(folder, router_kind="x"), ["router_kind", "has no field"]),
-    "older version": (lambda folder: change_settings(folder, top_k=None), ["top_k", "Restore the file"]),
+    "older version": (lambda folder: change_settings(folder, top_k=None), ["top_k", "Copy the original file back"]),
     "settings": (lambda folder: cut_off(folder / "adapter_config.json", 0.5), ["adapter_config.json cannot be read"]),
 }
 

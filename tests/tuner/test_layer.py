@@ -260,7 +260,7 @@ def test_experts_on_a_base_of_8_bits_are_not_rounded_to_it():
 
 def test_training_drops_what_kernels_cache(monkeypatch):
     layer, dropped = MolaLinear(nn.Linear(6, 5), "default", ExpertSettings(2, 3, 2, 4.0)), []
-    monkeypatch.setattr("mola.tuner.layer.forget", lambda experts: dropped.extend(experts))
+    monkeypatch.setattr("mola.tuner.layer.drop_cached_copies", lambda experts: dropped.extend(experts))
     layer.eval()
     assert dropped == []
     nn.Sequential(layer).train()

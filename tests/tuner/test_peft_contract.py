@@ -75,7 +75,7 @@ def test_a_base_weight_that_is_no_plain_number_is_not_merged():
 
 
 def test_the_logits_of_one_expert_are_refused():
-    with pytest.raises(MolaError, match="has no router in this module: it has one expert"):
+    with pytest.raises(MolaError, match="has no router in this module, which has only one"):
         layers(adapted())[0].router_logits("default", torch.zeros(1, 6))
 
 

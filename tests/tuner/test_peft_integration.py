@@ -172,7 +172,7 @@ def test_an_offloaded_base_is_refused(num_experts, inputs, tmp_path):
         get_peft_model(base, random_config(**settings))
     adapted = get_peft_model(tiny_llama(), random_config(**settings)).eval()
     adapted = accelerate.cpu_offload(adapted, execution_device="cpu")
-    with pytest.raises(MolaError, match="the experts have no values: the model was offloaded"):
+    with pytest.raises(MolaError, match="the experts are not in memory: the model was offloaded"):
         adapted(input_ids=inputs["input_ids"])
 
 
@@ -403,7 +403,7 @@ def test_mixing_with_another_method_is_refused(base):
     with pytest.raises(ValueError, match="PeftType.MOLA"):  # PEFT's own
         model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
     model.base_model.peft_config["other"] = LoraConfig(target_modules=["q_proj"])
-    with pytest.raises(MolaError, match="all adapters of a model must be of one kind"):
+    with pytest.raises(MolaError, match="all adapters of this model must be of one kind"):
         model.base_model.inject_adapter(model.base_model.model, "other")
 
 
@@ -420,7 +420,7 @@ def test_mixing_with_another_method_is_refused(base):
         ({"bias": "lora_only"}, "bias"),
         ({"init_lora_weights": "zero"}, "`init_lora_weights` must be one of"),
         ({"target_modules": 7}, "`target_modules` must be a list of names: got 7"),
-        ({"target_modules": []}, "`target_modules` must be a non-empty list"),
+        ({"target_modules": []}, "`target_modules` must not be empty unless"),
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "need `target_modules` as a list of names"),
         ({"target_modules": ["q_proj"], "layers_to_transform": []}, r"non-empty list of layer numbers: got \[\]"),
         (
@@ -429,7 +429,7 @@ def test_mixing_with_another_method_is_refused(base):
         ),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 30]}, "there is no layer 30. Correct"),
         ({"layers_pattern": "layers"}, "`layers_pattern` is only used together with `layers_to_transform`"),
-        ({"task_type": "POETRY"}, "`task_type` is wrong"),
+        ({"task_type": "POETRY"}, "`task_type` is invalid"),
     ],
 )
 def test_wrong_settings_are_refused(base, options, message):
@@ -504,7 +504,7 @@ def test_a_saved_field_of_an_earlier_version_loads_at_its_default(base, saved):
     path.write_text(json.dumps({**settings, "layer_replication": None}))
     PeftModel.from_pretrained(clone(base), folder)
     path.write_text(json.dumps({**settings, "layer_replication": [[0, 4], [2, 4]]}))
-    with pytest.raises(MolaError, match="no field .'layer_replication'"):
+    with pytest.raises(MolaError, match="no fields layer_replication"):
         PeftModel.from_pretrained(clone(base), folder)
 
 

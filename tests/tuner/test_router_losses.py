@@ -296,12 +296,12 @@ def test_labels_of_masked_language_models_are_not_shifted(task_type):
 def test_router_runs_are_deleted_with_the_adapter():
     model = make()
     (first, *_) = routers(model)
-    first.router_runs["default"] = 12
-    assert all(module.router_runs == {} for module in routers(copy.deepcopy(model)))
+    first.router_calls["default"] = 12
+    assert all(module.router_calls == {} for module in routers(copy.deepcopy(model)))
     model.add_adapter("second", random_config(router_aux_loss_coef=COEF))
     model.set_adapter("second")
     model.delete_adapter("default")
-    assert "default" not in first.router_runs
+    assert "default" not in first.router_calls
 
 
 def test_data_parallel_is_refused():

@@ -107,12 +107,12 @@ def iterate_weights(base: Base) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _files_of(base: Base) -> dict[str, tuple[Path, str]]:
-    """File and key of every linear's weight; empty unless all of them have the model's own names."""
+    """Each linear's weight file and its key there; empty if a file names a weight differently from the model."""
     file_of: dict[str, Path] = {}
     for path in _safetensors_files(base.name):
         with safe_open(path, framework="pt") as file:
             file_of |= dict.fromkeys(file.keys(), path)
-    # The files of a model without its head lack the prefix, such as GPT-2's "transformer.".
+    # Files that were saved without the model's head lack a prefix, for example "transformer." in GPT-2.
     prefixes = ("", *{f"{linear.name.partition('.')[0]}." for linear in base.linears})
     for prefix in prefixes:
         keys = {linear.name: f"{linear.name.removeprefix(prefix)}.weight" for linear in base.linears}

@@ -11,7 +11,7 @@ from torch import nn
 
 from mola.allocation.base import Base
 from mola.allocation.measured import ModuleScore, relative_scores, scores_by_name
-from mola.data.encode import encode_whole
+from mola.data.encode import encode_untruncated
 from mola.data.examples import load_examples
 from mola.data.tasks import load_task
 from mola.data.templates import get_template
@@ -39,7 +39,7 @@ def read_samples(
     tokenizer = load_tokenizer(base.name, "right", base.trust_remote_code, base.gguf_file)
     positions = max_positions(load_config(base.name, base.trust_remote_code, base.gguf_file))
     prompts = get_template(template or read_as.template, tokenizer)
-    return encode_whole(examples, tokenizer, prompts, positions, bool(prompts.ending(tokenizer)))
+    return encode_untruncated(examples, tokenizer, prompts, positions, bool(prompts.ending(tokenizer)))
 
 
 def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> list[ModuleScore]:

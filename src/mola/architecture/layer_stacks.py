@@ -147,16 +147,19 @@ class LayerStacks:
         return index is not None and index < self.num_encoder_layers
 
     def also_excluding_towers(self, exclude_modules: Names | None) -> Names | None:
-        """`exclude_modules` extended by the towers for images or sound; unchanged for a model without towers."""
+        """`exclude_modules`, extended to exclude modules outside the language model, such as image or sound towers.
+
+        A model without towers leaves `exclude_modules` unchanged.
+        """
         if not self.parts:
             return exclude_modules
-        parts = "|".join(map(re.escape, self.parts))
-        beside = rf"(?!(?:{parts})\.).*"
+        language_model = "|".join(map(re.escape, self.parts))
+        outside = rf"(?!(?:{language_model})\.).*"
         if exclude_modules is None:
-            return beside
+            return outside
         if not isinstance(exclude_modules, str):
             exclude_modules = rf"(.*\.)?({'|'.join(map(re.escape, sorted(exclude_modules)))})"
-        return f"{exclude_modules}|{beside}"  # the user's expression first: its flags may only stand at the start
+        return f"{exclude_modules}|{outside}"  # the user's expression first: regex flags may only appear at the start
 
 
 def _layer_lists(model: nn.Module) -> dict[str, int]:

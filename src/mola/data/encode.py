@@ -1,4 +1,4 @@
-"""Examples become token ids and labels.
+"""Turns examples into token ids and labels.
 
 - The text is prompt + output. Only the output contributes to the loss, unless `train_on_inputs` is set.
 - `truncation` says what happens to samples that are too long; by default they are an error. The report counts every
@@ -22,7 +22,7 @@ from mola.errors import MolaError
 
 TRUNCATIONS = ("error", "drop", "left", "right")
 _SMALLEST_CUTOFF = 8
-_CHUNK = 10_000  # samples held as Python lists at the same time; lists need several times the memory of Arrow
+_CHUNK = 10_000  # samples held as Python lists at the same time; lists need several times the memory of Arrow arrays
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,11 @@ def encode_examples(
 ) -> tuple[datasets.Dataset, EncodeReport]:
     """Tokenise examples for training.
 
-    The tokenizer's special tokens (BOS) stand before the text. With `add_eos_token` exactly one EOS stands after it,
-    even if the tokenizer adds none. If a chat template ends a turn with a token of its own, that token stands before
-    EOS.
+    The tokenizer's special tokens (BOS) precede the text. With `add_eos_token` exactly one EOS follows it, even if the
+    tokenizer adds none. If a chat template ends a turn with a token of its own, that token comes before EOS.
 
-    A token that contains the border between prompt and output counts as output, so it contributes to the loss. With a
-    chat template, prompt and output are tokenised separately if a token would contain their border.
+    A token that spans the boundary between prompt and output contributes to the loss, like the output. A chat template
+    avoids such a token: prompt and output are then tokenised separately.
 
     Args:
         examples: as `load_examples` returns them.
@@ -84,9 +83,9 @@ def encode_examples(
         cutoff_len: maximum length of a sample in tokens, at least 8.
         train_on_inputs: let the prompt's tokens contribute to the loss as well; the labels become a copy of the ids.
         add_eos_token: end every sample with EOS.
-        truncation: what happens to a longer sample. 'error': raise; 'drop': leave it out; 'left': cut the prompt
-            after BOS and keep the whole answer; 'right': cut the end, including the answer, and leave the sample out
-            if no token to train on remains.
+        truncation: what happens to a sample longer than `cutoff_len`. 'error': raise; 'drop': leave it out; 'left':
+            remove the prompt's first tokens after BOS and keep the whole answer; 'right': cut the end, including the
+            answer, and leave the sample out if no token to train on remains.
 
     Returns:
         Dataset with `input_ids`, `attention_mask`, `labels` (each a list of integers) and `length`, and
@@ -122,14 +121,15 @@ def encode_examples(
     total = len(examples)
     if too_long and truncation == "error":
         raise MolaError(
-            f"`cutoff_len` is too small: {too_long} of {total} samples would lose tokens, the longest has {longest}, "
-            f"`cutoff_len` is {cutoff_len}. Raise `cutoff_len` to {longest}, or set `truncation` to 'drop', 'left' "
-            "or 'right'."
+            f"`cutoff_len` is too small: {too_long} of {total} samples would lose tokens. The longest has "
+            f"{longest}, but `cutoff_len` is {cutoff_len}. Raise `cutoff_len` to {longest}, or set `truncation` to "
+            "'drop', 'left' or 'right'."
         )
     if not parts:
         raise MolaError(
-            f"`cutoff_len` leaves no sample: all {total} were dropped, the longest has {longest} "
-            f"tokens, `cutoff_len` is {cutoff_len}. Raise `cutoff_len`, or set `truncation` to 'left'."
+            f"`truncation` {truncation!r} leaves no sample: all {total} were dropped, because they are longer than "
+            f"`cutoff_len` {cutoff_len} or have no token to train on. The longest has {longest} tokens. Raise "
+            "`cutoff_len`, set `truncation` to 'left', or check the column `output`."
         )
     report = EncodeReport(
         total=total,
@@ -144,11 +144,11 @@ def encode_examples(
     return datasets.concatenate_datasets(parts), report
 
 
-def encode_whole(
+def encode_untruncated(
     examples: Sequence[Mapping[str, Any]],
     tokenizer: Any,
     template: Template,
-    positions: int | None,
+    max_length: int | None,
     add_eos_token: bool = True,
 ) -> datasets.Dataset:
     """`encode_examples` without truncation, for commands that have no `cutoff_len`.
@@ -157,20 +157,20 @@ def encode_whole(
         examples: as in `encode_examples`.
         tokenizer: the model's tokenizer.
         template: prompt template.
-        positions: maximum length that the model can read, in tokens; None if unlimited.
+        max_length: length of the longest sequence that the model can read, in tokens; None if unlimited.
         add_eos_token: end every sample with EOS.
 
     Raises:
-        MolaError: a sample is longer than `positions`, or for the reasons of `encode_examples`.
+        MolaError: a sample is longer than `max_length`; see also `encode_examples`.
     """
     dataset, report = encode_examples(
         examples, tokenizer, template, cutoff_len=sys.maxsize, add_eos_token=add_eos_token
     )
-    if positions is not None and report.longest > positions:
+    if max_length is not None and report.longest > max_length:
         row_id = examples[list(dataset["length"]).index(report.longest)]["id"]
         raise MolaError(
-            f"`data` must fit into the model's {positions} positions: sample {row_id!r} has {report.longest} tokens. "
-            "Shorten it, or leave it out."
+            f"samples of `data` must have at most {max_length} tokens, the longest sequence that the model can read: "
+            f"sample {row_id!r} has {report.longest}. Shorten it, or leave it out."
         )
     return dataset
 
@@ -191,7 +191,7 @@ def _fit_samples(
     columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "attention_mask", "labels", "length")}
     for sample in samples:
         fitted = _fit(sample, cutoff_len, truncation)
-        if fitted is None or not _has_labels(fitted, train_on_inputs, truncation):
+        if fitted is None or not _check_labels(fitted, train_on_inputs, truncation):
             continue
         labels = fitted.labels(train_on_inputs)
         columns["input_ids"].append(fitted.ids)
@@ -220,12 +220,12 @@ def _fit(sample: Sample, cutoff_len: int, truncation: str) -> Sample | None:
             answer_start=min(sample.answer_start, cutoff_len),
             text_end=min(sample.text_end, cutoff_len),
         )
-    kept_prefix = max(sample.prefix, 1)  # no token predicts the first one
+    kept_prefix = max(sample.prefix, 1)  # the answer needs a token before it, from which it is predicted
     if kept_prefix + excess > sample.answer_start:
         needed = len(sample.ids) - sample.answer_start + kept_prefix
         raise MolaError(
             f"`cutoff_len` must leave room for the answer: example `{sample.row_id}` needs {needed} tokens "
-            f"without its prompt, `cutoff_len` is {cutoff_len}. Raise it, or set "
+            f"without its prompt, but `cutoff_len` is {cutoff_len}. Raise it, or set "
             "`truncation` to 'drop', or to 'right', which cuts the answer."
         )
     return replace(
@@ -236,9 +236,9 @@ def _fit(sample: Sample, cutoff_len: int, truncation: str) -> Sample | None:
     )
 
 
-def _has_labels(sample: Sample, train_on_inputs: bool, truncation: str) -> bool:
+def _check_labels(sample: Sample, train_on_inputs: bool, truncation: str) -> bool:
     """Whether any token contributes to the loss; raises if none does and `truncation` does not allow dropping it."""
-    first_label = max(0 if train_on_inputs else sample.answer_start, 1)  # no token predicts the first one
+    first_label = max(0 if train_on_inputs else sample.answer_start, 1)  # nothing precedes the first token
     if first_label < len(sample.ids):
         return True
     if truncation in ("error", "left"):

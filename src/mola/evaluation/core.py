@@ -1,4 +1,4 @@
-"""The core of an evaluation: a loaded model answers examples in memory, and the correct answers are counted."""
+"""The core of an evaluation: a loaded model answers examples, and the correct answers are counted."""
 
 import logging
 import math
@@ -25,9 +25,16 @@ from mola.options.fields import check_positive
 logger = logging.getLogger(__name__)
 
 # Padding changes the answers of these types of model, although it is masked.
-_PADDING_COUNTS = (
-    *("rwkv", "recurrent_gemma", "xlstm"),  # recurrent models, whose state reads the padding
-    *("deepseek_v4", "minimax_m3_vl", "minimax_m3_vl_text", "blt"),  # models that cut a sequence into windows
+_PADDING_SENSITIVE_TYPES = (
+    # recurrent models, whose state reads the padding
+    "rwkv",
+    "recurrent_gemma",
+    "xlstm",
+    # models that cut a sequence into windows
+    "deepseek_v4",
+    "minimax_m3_vl",
+    "minimax_m3_vl_text",
+    "blt",
 )
 
 
@@ -44,11 +51,11 @@ class EvaluateResult:
         metrics: the task's `more_metrics`, by name (`f1`, `matthews`); an unanswered sample counts as the wrong label.
         groups: column -> value -> accuracy, correct, total, interval_95.
         samples: id, prompt, output, predicted, answer, correct of each sample, in the order of the data.
-        settings: the options used.
+        settings: task, template, scoring, batch size (1 if batches would change answers) and max_new_tokens.
         versions: of mola, torch, transformers, peft and Python.
-        data_fingerprint: SHA-256 of the examples, the same as in a training run's `run.json`.
+        data_fingerprint: SHA-256 of the examples, computed as for a training run's `run.json`.
         task_fingerprint: SHA-256 of the task's prompts and answer extraction.
-        seconds: wall time of answering all samples, without loading; resumed parts included.
+        seconds: wall time of answering all samples, excluding loading; includes the time before a resume.
         machine: cpu, gpu, threads.
     """
 
@@ -97,13 +104,13 @@ def evaluate_examples(
         scoring: `"generate"` or `"likelihood"`.
         batch_size: samples per batch.
         max_new_tokens: tokens to generate per sample.
-        finished_records: records of samples that were answered before, as `on_batch` received these records.
+        finished_records: records of an earlier, interrupted evaluation, in the form in which `on_batch` gets them.
         on_batch: called after every batch with its records `{"index", "seconds", "sample"}`: place in `examples`,
             the sample's share of the batch's wall time, and the sample as in the result.
         show_progress: show a progress bar on stderr.
 
     Returns:
-        The result; its `settings` are these arguments.
+        The result.
 
     Raises:
         MolaError: wrong arguments or examples; a prompt too long for the model.
@@ -141,39 +148,42 @@ def evaluate_examples(
         "max_new_tokens": max_new_tokens,
     }
     device = next(model.parameters()).device
-    result = _result(task, examples, [records[index] for index in range(len(questions))], settings, device)
+    result = _build_result(task, examples, [records[index] for index in range(len(questions))], settings, device)
     if (answer := constant_prediction(result.samples)) is not None:
         logger.warning(
-            "All %d samples got one answer, %r, which is correct for %.1f %% of them: accuracy only reflects how "
+            "All %d samples got the same answer, %r, which is correct for %.1f %% of them: accuracy only reflects how "
             "common that answer is.",
-            *(result.total, answer, 100 * result.accuracy),
+            result.total,
+            answer,
+            100 * result.accuracy,
         )
     return result
 
 
 def _why_one_by_one(model: Any, longest: int) -> str | None:
-    """None if an answer does not depend on the other samples of its batch, else the reason why it does.
+    """Why samples must be answered one at a time; None if they can be answered in batches.
 
     `longest` is the number of tokens of the longest sample, with its answer.
     """
     max_length = predicting.max_length_of_shared_rope(model.config)
     if max_length is not None and longest > max_length:
-        return "positions of this model depend on a batch's longest sample"
-    if getattr(model.config, "model_type", None) in _PADDING_COUNTS:
+        return "position encoding of this model depends on the longest sample of a batch"
+    if getattr(model.config, "model_type", None) in _PADDING_SENSITIVE_TYPES:
         return "padding changes the answers of this type of model"
     if predicting.prompt_learning_configs(model):
-        return "padding would come between the virtual tokens and the prompt"
+        return "padding would come between the virtual tokens of prompt tuning and the prompt"
     return None
 
 
 def _answer_batch(
     model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, questions: Sequence[Question], max_new_tokens: int
 ) -> list[dict[str, Any]]:
-    """The sample of each question, as in the result."""
+    """One sample per question, in the form of `EvaluateResult.samples`."""
     predictions: Sequence[str | None]
     if questions[0].options:  # scoring by likelihood
-        predictions = options = _choose_options(model, tokenizer, questions)
+        options = _choose_options(model, tokenizer, questions)
         outputs = [question.prefix + option for question, option in zip(questions, options, strict=True)]
+        predictions = options
     else:
         outputs = _generate_outputs(model, tokenizer, questions, max_new_tokens)
         predictions = [
@@ -216,13 +226,13 @@ def _generate_outputs(
     """The text that greedy decoding writes after each prompt."""
     template = questions[0].template
     prompts = predicting.encode_before_answer(tokenizer, [question.prompt for question in questions], template)
-    ends = [] if template is None else template.ending(tokenizer)[:1]
+    ends = [] if template is None else template.ending(tokenizer)[:1]  # the first of them ends the answer
     return predicting.generate_batch(
         model, tokenizer, prompts, ends=ends, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
     )
 
 
-def _result(
+def _build_result(
     task: Task,
     examples: Sequence[Mapping[str, Any]],
     records: Sequence[Mapping[str, Any]],

@@ -88,7 +88,7 @@ class ExportReport:
         for column in ("", "value", "95 % interval"):
             table.add_column(column)
         for kind, value in self.by_kind().items():
-            table.add_row(f"explained, {escape(kind)}", f"{value:.1%}", "")
+            table.add_row(f"share of the update explained, {escape(kind)}", f"{value:.1%}", "")
         for kind, value in self.divergence.items():
             losses = ", ".join(f"{self.loss[kind][name]:.3f}" for name in ("base", "mixture", "lora"))
             table.add_row(f"KL(mixture || LoRA) per {kind} token", f"{value:.4f} nats", "")
@@ -98,7 +98,7 @@ class ExportReport:
             table.add_row(f"accuracy of {name}", f"{row['accuracy']:.1%}", f"{low:.1%} to {high:.1%}")
         for name, row in self.differences.items():
             table.add_row(
-                f"{name} less mixture, same questions",
+                f"accuracy of {name} minus mixture, same questions",
                 f"{points(row['value'])} points",
                 " to ".join(map(points, row["questions_95"])),
             )

@@ -13,7 +13,7 @@ from torch import nn
 from mola.insight.ablation import Experts, replaced_experts
 from mola.insight.redundancy import in_float64
 from mola.tuner.layer import MolaLinear
-from mola.tuner.routing import route_all
+from mola.tuner.routing import route_dense
 
 NAME = "default"  # name of the adapter in a model that a command has loaded
 Update = tuple[torch.Tensor, torch.Tensor]  # B (out, r) and A (r, in) of an update B A
@@ -83,7 +83,7 @@ def gated_hidden(layer: MolaLinear, experts_A: torch.Tensor, x: torch.Tensor) ->
     if num_experts == 1:
         return hidden
     logits = layer.router_logits(NAME, x)
-    gates, _ = route_all(layer.settings[NAME].router, logits, layer.top_k[NAME], 1)
+    gates, _ = route_dense(layer.settings[NAME].router, logits, layer.top_k[NAME], 1)
     return (hidden.view(-1, num_experts, r) * gates.to(x).unsqueeze(2)).flatten(1)
 
 

@@ -33,9 +33,10 @@ _warned_methods: set[PeftType] = set()
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], template: Template | None = None
 ) -> list[list[int]]:
-    """Token ids of each prompt, with the tokenizer's begin token and without its end token.
+    """Token ids of each prompt.
 
-    If the `template` writes its special tokens itself, the tokenizer adds none.
+    The tokenizer adds its begin token, unless the `template` writes its special tokens itself. An end token that the
+    tokenizer appends is removed: after it, the model would start a new text.
 
     Raises:
         MolaError: a prompt has no tokens.
@@ -43,11 +44,10 @@ def encode_prompts(
     encoded = tokenizer(list(prompts), add_special_tokens=_adds_special_tokens(template))["input_ids"]
     encoded = [list(ids) for ids in encoded]
     for prompt, ids in zip(prompts, encoded, strict=True):
-        # After an end token, which some tokenizers append, the model would start a new text.
         if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
             ids.pop()
         if not ids:
-            raise MolaError(f"`prompt` must hold at least one token: got {prompt[:80]!r}. Pass some text.")
+            raise MolaError(f"`prompt` must have at least one token: got {prompt[:80]!r}. Pass some text.")
     return encoded
 
 
@@ -71,15 +71,16 @@ def encode_before_answer(
     ]
 
 
-def _loses_text(tokenizer: PreTrainedTokenizerBase, alone: list[int], before: list[int]) -> bool:
-    """Whether the tokens `before` an answer lack more of the prompt than blanks.
+def _loses_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], shortened_ids: list[int]) -> bool:
+    """Whether more than blanks at the end of a prompt is missing from `shortened_ids`, the tokens before its answer.
 
-    That happens if the last character of a prompt and the letter after it are one token, such as `:A`.
+    Example: if `:A` is one token, the tokens before the answer `A` lack the `:` that ends the prompt.
     """
-    pairs = enumerate(zip(alone, before, strict=False))
-    num_shared = next((index for index, (one, other) in pairs if one != other), min(len(alone), len(before)))
-    whole, kept = (str(tokenizer.decode(ids[num_shared:])) for ids in (alone, before))
-    return bool(whole.removeprefix(kept).strip())
+    num_shared = 0
+    while num_shared < min(len(prompt_ids), len(shortened_ids)) and prompt_ids[num_shared] == shortened_ids[num_shared]:
+        num_shared += 1
+    prompt_end, shortened_end = (str(tokenizer.decode(ids[num_shared:])) for ids in (prompt_ids, shortened_ids))
+    return bool(prompt_end.removeprefix(shortened_end).strip())
 
 
 def _adds_special_tokens(template: Template | None) -> bool:

@@ -127,7 +127,7 @@ def _choice(mode: str, inputs: MixtureInputs) -> tuple[str, tuple[tuple[str, str
     forced = None if inputs.router is None else forced_backend()
     with torch.set_grad_enabled(mode == "training"):
         if forced is not None:
-            reason = forced.supports(inputs)
+            reason = forced.why_unsupported(inputs)
             why = "is set" if reason is None else f"{forced.name}: {reason}"
             return forced.name if reason is None else "none", (("MOLA_KERNEL", why),)
         explained = explain(inputs)
@@ -145,7 +145,7 @@ def _serves(backend: Backend, mode: str, device_type: str) -> bool:
     """Whether a backend is meant for a mode on a device: backends with a backward pass train, the others decode."""
     has_backward = type(backend).backward is not Backend.backward
     is_on_device = backend.device_type in (None, device_type)
-    return is_on_device and not backend.is_recorded and has_backward == (mode == "training")
+    return is_on_device and not backend.uses_autograd and has_backward == (mode == "training")
 
 
 def _shape_and_dtype(value: Any) -> Any:

@@ -19,7 +19,7 @@ from mola.errors import MolaError
 from mola.tuner.layer import MolaLinear
 from mola.tuner.router_losses import call_arguments
 from mola.tuner.router_statistics import RouterOutput
-from mola.tuner.routing import DEFAULT_ROUTER, route_all
+from mola.tuner.routing import DEFAULT_ROUTER, route_dense
 
 SCALAR_SUMS = 3  # columns of a router's sums that are not per expert: entropies, margins, tokens
 
@@ -76,7 +76,7 @@ def _gate_hook(name: str, recorded: list[ModuleGates]) -> Callable[[MolaLinear, 
             if adapter in layer.mola_router:
                 with torch.no_grad():
                     logits = layer.router_logits(adapter, inputs[0])
-                    gates, _ = route_all(layer.settings[adapter].router, logits, layer.top_k[adapter], 1)
+                    gates, _ = route_dense(layer.settings[adapter].router, logits, layer.top_k[adapter], 1)
                     entropies = router_entropies(logits, dim=1)
                 recorded.append(ModuleGates(name, layer.layer_index, gates.cpu(), entropies.cpu()))
 
@@ -338,5 +338,5 @@ def _chosen_gates(function: str, logits: torch.Tensor, expert_indices: torch.Ten
     if function == DEFAULT_ROUTER:
         return torch.softmax(logits.gather(1, expert_indices), dim=1)
     by_token = logits.transpose(0, 1).flatten(1)  # (E, M N)
-    gates, _ = route_all(function, by_token, expert_indices.shape[1], 0)
+    gates, _ = route_dense(function, by_token, expert_indices.shape[1], 0)
     return gates.unflatten(1, (len(logits), -1)).transpose(0, 1).gather(1, expert_indices)

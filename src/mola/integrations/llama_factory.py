@@ -85,7 +85,7 @@ def _set_up(
     are_mixtures = [PeftConfig.from_pretrained(folder, **init_kwargs).peft_type == "MOLA" for folder in folders]
     if not (getattr(finetuning_args, "is_mixture", False) or any(are_mixtures)):
         return original(config, model, model_args, finetuning_args, is_trainable, cast)
-    _check_use(model_args, finetuning_args, folders, are_mixtures, is_trainable)
+    _check_settings(model_args, finetuning_args, folders, are_mixtures, is_trainable)
     # LLaMA-Factory sometimes makes arguments of its own class, which have no such attribute.
     settings = getattr(finetuning_args, "mixture_settings", {})
     if folders and not is_trainable:
@@ -104,20 +104,20 @@ def _set_up(
     base, checkpointing = model.get_base_model(), not model_args.disable_gradient_checkpointing
     if has_router_losses(vars(model.peft_config["default"])) and checkpointing and base.supports_gradient_checkpointing:
         adapter.logger.info_rank0("Router losses: gradient checkpointing is not re-entrant.")
-        _checkpoint_without_reentering(base)
+        _set_gradient_checkpointing(base)
     return model
 
 
-def _checkpoint_without_reentering(base: Any) -> None:
-    """Switch to non-re-entrant checkpointing, now and when the trainer enables it without arguments."""
-    enable, how = base.gradient_checkpointing_enable, {"use_reentrant": False}
+def _set_gradient_checkpointing(base: Any) -> None:
+    """Enable non-re-entrant gradient checkpointing, and make it the default when the trainer enables it again."""
+    enable, default = base.gradient_checkpointing_enable, {"use_reentrant": False}
     base.gradient_checkpointing_enable = lambda gradient_checkpointing_kwargs=None, **more: enable(
-        gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or how, **more
+        gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or default, **more
     )
     base.gradient_checkpointing_enable()
 
 
-def _check_use(
+def _check_settings(
     model_args: Any, finetuning_args: Any, folders: list, are_mixtures: list[bool], is_trainable: bool
 ) -> None:
     for name in _UNSUPPORTED_MODELS:
@@ -125,8 +125,10 @@ def _check_use(
             raise MolaError(f"`{name}` does not work with a mixture: leave it out.")
     if model_args.export_dir is not None:
         raise_not_mergeable("`export_dir`")
-    if len(folders) > 1 or not all(are_mixtures) or finetuning_args.create_new_adapter:
-        raise MolaError(f"`adapter_name_or_path` must be one mixture, which cannot be merged: got {folders}.")
+    if len(folders) > 1 or not all(are_mixtures):
+        raise MolaError(f"`adapter_name_or_path` must be one mixture: got {folders}, which would have to be merged.")
+    if finetuning_args.create_new_adapter:
+        raise MolaError("`create_new_adapter` would merge the mixture into the base model: leave it out.")
     if is_trainable and not finetuning_args.is_mixture:
         raise MolaError(f"{folders[0]!r} is a mixture: set `finetuning_type: mola` to train it.")
     if not is_trainable and not folders:

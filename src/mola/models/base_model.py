@@ -119,7 +119,7 @@ def load_config(
 
 
 def weights_identity(base_model: str | os.PathLike[str]) -> str:
-    """Identify the weights of a base model, whatever its name is.
+    """A text that identifies the weights of a base model; a copied or renamed folder keeps it.
 
     Returns:
         The sha256 of a folder's weight files, "" if there are none; for a model on the hub its name and commit.

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mola.checkpoints.adapter_folder import read_tensors
-from mola.data.encode import encode_whole
+from mola.data.encode import encode_untruncated
 from mola.data.examples import load_examples
 from mola.data.read import check_split
 from mola.data.tasks import Task, load_task, template_name
@@ -179,7 +179,7 @@ def _load_samples(options: InspectOptions) -> tuple[list[dict[str, Any]], Any, A
     template = template_for(prompts, tokenizer, options.adapter)
     # Like in training, the end token is part of an answer only if the adapter was trained with it.
     has_end_token = trained.get("add_eos_token") is not False
-    dataset = encode_whole(rows, tokenizer, template, max_positions(config), has_end_token)
+    dataset = encode_untruncated(rows, tokenizer, template, max_positions(config), has_end_token)
     samples = [
         {
             "id": str(row.get("id", number)),

@@ -26,7 +26,7 @@ from mola.serving.jobs import Job, JobMaker
 from mola.serving.metrics import Metrics
 from mola.serving.request_queue import QueuedRequest, RequestQueue
 from mola.serving.requests import ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
-from mola.serving.responses import ChatFormat, CompletionFormat, RequestError, add_error_handlers, count_usage
+from mola.serving.responses import ChatFormat, CompletionFormat, RequestError, add_error_handlers, usage_counts
 from mola.serving.stream_writer import AnswerPiece, TokenDecoder
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ async def _write_events(
         yield _event(error.body())
         return
     if with_usage:
-        yield _event(answer_format.usage_chunk(count_usage(queued.num_prompt_tokens, num_tokens)))
+        yield _event(answer_format.usage_chunk(usage_counts(queued.num_prompt_tokens, num_tokens)))
     yield "data: [DONE]\n\n"
 
 
@@ -172,7 +172,7 @@ async def _answer_whole(
         queued.cancel()
         collecting.cancel()
         leaving.cancel()
-    usage = count_usage(queued.num_prompt_tokens, sum(piece.num_tokens for piece in pieces))
+    usage = usage_counts(queued.num_prompt_tokens, sum(piece.num_tokens for piece in pieces))
     return JSONResponse(answer_format.whole(pieces, usage))
 
 

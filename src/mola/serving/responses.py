@@ -155,8 +155,8 @@ class CompletionFormat(_AnswerFormat):
         return start
 
 
-def count_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Token counts under OpenAI's names."""
+def usage_counts(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """Token counts of a request, under OpenAI's names."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

@@ -128,7 +128,7 @@ class CheckpointLast(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._is_wanted = False
+        self._is_postponed = False
         self._saved_step = -1
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -137,14 +137,14 @@ class CheckpointLast(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Postpone the checkpoint of the last step."""
-        self._is_wanted = control.should_save and (control.should_training_stop or is_whole_epoch(state.epoch))
-        if self._is_wanted:
+        self._is_postponed = control.should_save and (control.should_training_stop or is_whole_epoch(state.epoch))
+        if self._is_postponed:
             control.should_save = False
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Request the postponed checkpoint. The Trainer evaluates first."""
-        control.should_save = (control.should_save or self._is_wanted) and self._saved_step != state.global_step
-        self._is_wanted = False
+        """Request the postponed checkpoint. The Trainer evaluates before it saves."""
+        control.should_save = (control.should_save or self._is_postponed) and self._saved_step != state.global_step
+        self._is_postponed = False
 
 
 class AveragedWeights(TrainerCallback):

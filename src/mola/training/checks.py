@@ -36,7 +36,7 @@ class CheckedRun:
         folder: the run folder.
         config: configuration of the base model.
         checkpoint: the checkpoint that the run resumes from, or None.
-        first_step: number of steps that the checkpoint has done.
+        steps_before_resume: number of steps that the checkpoint has done.
         tokenizer: of the base model.
         data: encoded samples.
         record: what `run.json` will hold.
@@ -45,7 +45,7 @@ class CheckedRun:
     folder: Path
     config: PretrainedConfig
     checkpoint: Path | None
-    first_step: int
+    steps_before_resume: int
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
     record: dict[str, Any]
@@ -80,17 +80,17 @@ def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
     logger.info("%d steps of %d samples; base model in %s.", steps, options.effective_batch_size, options.dtype_reason)
     _settle_steps(options, data, steps)
     record = describe_run(options, config, data, allocation)
-    first_step = state.get("global_step", 0)
+    steps_before_resume = state.get("global_step", 0)
     if checkpoint is not None:
         check_same_run(checkpoint, record)
         if options.load_best_model_at_end:
             check_best_checkpoint(checkpoint)
         options.eval_on_start = False  # the run was evaluated when it began
-        if first_step >= steps:
+        if steps_before_resume >= steps:
             # Without this the Trainer would do one more step in an incomplete epoch.
             options.num_train_epochs, options.max_steps = 0, -1
             options.warmup_steps = 1  # without steps the polynomial schedule would divide by 0
-    return CheckedRun(folder, config, checkpoint, first_step, tokenizer, data, record)
+    return CheckedRun(folder, config, checkpoint, steps_before_resume, tokenizer, data, record)
 
 
 def _settle_steps(options: TrainOptions, data: TrainingData, steps: int) -> None:

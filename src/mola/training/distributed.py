@@ -200,7 +200,7 @@ def keep_dtypes(trainer: Trainer) -> None:
 
 
 @contextlib.contextmanager
-def whole_weights() -> Iterator[None]:
+def loading_whole_weights() -> Iterator[None]:
     """A block that builds and loads models without sharding them.
 
     With ZeRO-3 Transformers would shard every weight while it loads, which fails for models on the meta device. The

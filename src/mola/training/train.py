@@ -33,7 +33,7 @@ from mola.training.advice import failures_explained, loading_advice, loss_gap_ad
 from mola.training.callbacks import TrainingClock, overflow_explained
 from mola.training.checkpoints import RUN_FILE, newest_complete
 from mola.training.checks import CheckedRun, check_run
-from mola.training.distributed import shards_weights, uses_fsdp, whole_weights
+from mola.training.distributed import loading_whole_weights, shards_weights, uses_fsdp
 from mola.training.model import build_model
 from mola.training.options import TrainOptions
 from mola.training.run_folder import check_output_dir, locked, start_run
@@ -52,10 +52,10 @@ class TrainResult:
         output_dir: the run folder; it holds the adapter.
         status: "finished", or "interrupted" by a signal.
         steps: number of optimiser steps, including those before a resume.
-        metrics: final metrics of the Trainer; with evaluation data also `eval_loss` of the saved weights.
+        metrics: final metrics of the Trainer; with evaluation data also `eval_loss`, of the saved weights.
         trainable_parameters: number of trainable parameters, routers included.
         best_checkpoint: the checkpoint whose weights were saved, or None for the last weights.
-        seconds: wall time of training without loading, including the time before a resume.
+        seconds: wall time of training, excluding loading; includes the time before a resume.
         warning: one line if the evaluation loss is far above the training loss, else None.
     """
 
@@ -81,17 +81,17 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
 
     Raises:
         MolaError: options or data are wrong (before weights are loaded), or memory or disk space ran out.
-        NotFiniteError: loss, weights or routers are not finite; it is a MolaError.
+        NotFiniteError: the loss, a weight or a router's logits are not finite; a subclass of MolaError.
     """
     options = copy.copy(options)  # some options are changed below; the caller's object is left unchanged
     if not (shards_weights(options) or getattr(options.accelerator_config, "use_configured_state", False)):
-        AcceleratorState._reset_state()  # it may hold the mixed precision of an earlier training
+        AcceleratorState._reset_state()  # it may hold the mixed-precision setting of an earlier run
     is_main = options.process_index == 0
     with failures_explained(options):
         with options.main_process_first(local=False):
             folder = check_output_dir(options)
         with locked(folder) if is_main else contextlib.nullcontext():
-            with whole_weights():
+            with loading_whole_weights():
                 run = check_run(options, folder)
                 with explain_out_of_memory(loading_advice(options)):
                     model = build_model(options, run.config, run.checkpoint)
@@ -99,7 +99,7 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
                 _log_kernels(options, model)
             trainer = make_trainer(options, model, run, callbacks)
 
-            # Up to this point, an error in any process leaves an earlier run untouched.
+            # An error before this point leaves an earlier run in the folder untouched, so wait for all processes.
             PartialState().wait_for_everyone()
             if is_main:
                 start_run(run.folder, run.checkpoint, overwrite=options.overwrite_output_dir)
@@ -117,7 +117,7 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
 
 def _log_kernels(options: TrainOptions, model: PeftModel) -> None:
     mixed = options.mixed_dtype
-    with torch.autocast(options.device.type, mixed, enabled=mixed is not None):  # as in the run
+    with torch.autocast(options.device.type, mixed, enabled=mixed is not None):  # the same autocast as in training
         for choice in kernels_report(model, modes=["training"]):
             logger.info("Kernels: %s", choice)
 
@@ -128,27 +128,27 @@ def _write_record(trainer: MolaTrainer, run: CheckedRun, **more: Any) -> None:
 
 
 def _train_and_evaluate(options: TrainOptions, trainer: MolaTrainer, run: CheckedRun) -> tuple[dict[str, Any], float]:
-    """Train, and evaluate the weights that are kept. Returns the metrics, and the seconds of training."""
+    """Train, and evaluate the final weights. Returns the metrics, and the seconds of training."""
     interruption = trainer.interruption
     telemetry = ExpertTelemetry(run.folder / ROUTING_FILE, run.checkpoint)
     if options.expert_telemetry:
         telemetry.add_to(trainer)
     elif trainer.is_world_process_zero():
-        drop_later_lines(run.folder / ROUTING_FILE, run.first_step)
+        drop_later_lines(run.folder / ROUTING_FILE, run.steps_before_resume)
     try:
         with _failure_recorded(options, trainer, run):
             with overflow_explained(trainer), compiler_settings(trainer):
                 checkpoint = str(run.checkpoint) if run.checkpoint else None
                 metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
             seconds = _seconds(trainer)
-            if trainer.state.global_step == run.first_step:
+            if trainer.state.global_step == run.steps_before_resume:
                 metrics.pop("train_loss", None)  # no step was trained
             interruption.share_signal(options)
             if run.data.evaluation is not None and interruption.signal_number is None:
                 with interruption.stop_on_signal():
                     metrics.update(trainer.evaluate())
                 interruption.share_signal(options)
-            if interruption.signal_number is not None and trainer.state.global_step > run.first_step:
+            if interruption.signal_number is not None and trainer.state.global_step > run.steps_before_resume:
                 trainer.save_last_step()
             return metrics, seconds
     finally:
@@ -173,7 +173,7 @@ def _failure_recorded(options: TrainOptions, trainer: MolaTrainer, run: CheckedR
 
 
 def _seconds(trainer: Trainer) -> float:
-    """Seconds of training until now. Resuming may replace the clock, so look it up."""
+    """Seconds of training until now. Resuming may replace the clock callback, so look it up."""
     return next(each.seconds for each in trainer.callback_handler.callbacks if isinstance(each, TrainingClock))
 
 
@@ -193,7 +193,7 @@ def _result_of(
     if result.warning is not None:
         logger.warning(result.warning)
     if options.load_best_model_at_end and result.status == "finished" and result.best_checkpoint is None:
-        logger.warning("No evaluation chose a best checkpoint: the run ends with its last weights.")
+        logger.warning("No evaluation ran that could choose a best checkpoint: the last weights are kept.")
     return result
 
 
@@ -239,7 +239,9 @@ def main(options: TrainOptions) -> int:
         return 0
     if is_main:
         next_step = "Resume with the same command and --resume_from_checkpoint last"
-        if newest_complete(Path(result.output_dir)) is None:  # with `save_only_model`, or the best weights are loaded
+        if (
+            newest_complete(Path(result.output_dir)) is None
+        ):  # after `save_only_model`, or if the best weights were loaded
             next_step = f"No checkpoint to resume from: continue training with --adapter {result.output_dir}"
         print(next_step, file=sys.stderr)
     return 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,7 @@ from mola.training.options import TrainOptions
 from mola.training.run_folder import METRICS_FILE, SAVING, move_result
 from mola.tuner.loraplus import split_groups
 
-_PAD_TO_MULTIPLE_OF = 8  # fills vector registers; padding never counts in the loss
+_PAD_TO_MULTIPLE_OF = 8  # suits the kernels of most hardware; the loss ignores padding
 
 
 def make_trainer(
@@ -46,10 +47,10 @@ def make_trainer(
 ) -> MolaTrainer:
     """A trainer with mola's collator, callbacks and optimiser.
 
-    With sharded weights the optimiser is made when training begins. `callbacks` are called after mola's own.
+    With sharded weights the optimiser is made only when training begins. `callbacks` are called after mola's own.
 
     Raises:
-        MolaError: Trainer options exclude each other, or the optimiser cannot be made.
+        MolaError: options of the Trainer conflict, or the optimiser cannot be made.
     """
     collate: Any = DataCollatorForSeq2Seq(run.tokenizer, pad_to_multiple_of=_padding(options, model))
     if computes_needed_logits(model, options):
@@ -57,7 +58,7 @@ def make_trainer(
     interruption = Interruption()
     # The order matters: `Interruption` requests a checkpoint, `CheckpointLast` may postpone it, and the weights are
     # replaced by averages and checked before they are saved.
-    own: list[TrainerCallback] = [
+    mola_callbacks: list[TrainerCallback] = [
         MetricsFile(run.folder / METRICS_FILE, run.checkpoint),
         interruption,
         CheckpointLast(),
@@ -75,9 +76,9 @@ def make_trainer(
             eval_dataset=run.data.evaluation,
             data_collator=collate,
             processing_class=run.tokenizer,
-            callbacks=[*own, *callbacks],
+            callbacks=[*mola_callbacks, *callbacks],
         )
-    trainer.interruption, trainer.first_step = interruption, run.first_step
+    trainer.interruption, trainer.steps_before_resume = interruption, run.steps_before_resume
     keep_dtypes(trainer)
     register_experts(trainer)
     if not shards_weights(options):
@@ -87,8 +88,9 @@ def make_trainer(
 
 
 def _padding(options: TrainOptions, model: PeftModel) -> int | None:
-    """Batch lengths are padded to this multiple; None if padding could exceed the model's maximum length."""
-    limit, longest = max_positions(model.config), options.cutoff_len + -options.cutoff_len % _PAD_TO_MULTIPLE_OF
+    """The multiple to which batch lengths are padded; None if padding could exceed the model's maximum length."""
+    limit = max_positions(model.config)
+    longest = math.ceil(options.cutoff_len / _PAD_TO_MULTIPLE_OF) * _PAD_TO_MULTIPLE_OF
     return None if limit is not None and longest > limit else _PAD_TO_MULTIPLE_OF
 
 
@@ -96,7 +98,7 @@ class MolaTrainer(Trainer):
     """The Trainer of Transformers, for `TrainOptions` and an adapter."""
 
     interruption: Interruption
-    first_step = 0  # number of steps that an earlier part of the run has done
+    steps_before_resume = 0
     _checkpoint_root: str | None = None  # folder in which a checkpoint is being written
     _operations_per_token: int | None = None
 
@@ -112,7 +114,7 @@ class MolaTrainer(Trainer):
         sampler = super()._get_train_sampler(*args, **kwargs)
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
-        # Group by optimiser step, so that its samples have similar lengths.
+        # Each group holds the samples of one optimiser step, so that these have similar lengths.
         sampler.batch_size = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SeededGroups(sampler, seed, lambda: int(self.state.epoch or 0))
@@ -131,16 +133,16 @@ class MolaTrainer(Trainer):
             self.args.average_tokens_across_devices = is_averaged
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Count the operations per token once. The Trainer would visit all modules for every batch."""
+        """Like the Trainer, but measure the operations per token only once, not for every batch."""
         tokens = inputs["input_ids"].numel()
         if self._operations_per_token is None:
             self._operations_per_token = super().floating_point_ops(inputs) // tokens
         return self._operations_per_token * tokens
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log like the Trainer, but `train_loss` is the mean over the steps of this call and over all processes."""
+        """Log like the Trainer, but `train_loss` is the mean over all processes and over the steps since a resume."""
         if "train_loss" in logs:
-            steps = self.state.global_step - self.first_step
+            steps = self.state.global_step - self.steps_before_resume
             loss = self._total_loss_scalar / steps if steps else 0.0
             if steps and self.args.world_size > 1:
                 own_loss = torch.tensor(loss, dtype=torch.float32, device=self.args.device)
@@ -168,10 +170,10 @@ class MolaTrainer(Trainer):
         best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if best == final_folder or best.is_dir():
             self.state.best_model_checkpoint = str(best)
-        self.accelerator.wait_for_everyone()  # until all processes have written their random state
+        self.accelerator.wait_for_everyone()  # all processes must have written their random state
         if self.args.should_save:
             written = root / final_folder.name
-            self.state.save_to_json(str(written / STATE_FILE))  # with the final path of the best checkpoint
+            self.state.save_to_json(str(written / STATE_FILE))  # again, with the final path of the best checkpoint
             flush_to_disk(*(path for path in written.rglob("*") if path.is_file()), written)
             shutil.rmtree(final_folder, ignore_errors=True)
             written.rename(final_folder)
@@ -181,9 +183,9 @@ class MolaTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_last_step(self) -> None:
-        """Save a checkpoint of the last step if it has none, unless the best weights have been loaded since.
+        """Save a checkpoint of the last step if there is none yet, for a signal during the final evaluation.
 
-        Without it, a signal in the evaluation after training would leave nothing to resume from.
+        With `load_best_model_at_end` nothing is saved: the model then has the best weights, not those of the last step.
         """
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if not (folder.is_dir() or self.args.load_best_model_at_end):
@@ -202,10 +204,10 @@ class MolaTrainer(Trainer):
                 move_result(Path(temporary), folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the model card alone: `train` has written mola's own, which `push_to_hub` uploads."""
+        """Do nothing: `train` has written mola's own model card, which `push_to_hub` uploads."""
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
-        token, self.args.hub_token = self.args.hub_token, None  # the arguments are saved with the weights
+        token, self.args.hub_token = self.args.hub_token, None  # the arguments are saved beside the weights
         try:
             super()._save(*args, **kwargs)
         finally:
@@ -213,23 +215,23 @@ class MolaTrainer(Trainer):
 
 
 class SeededGroups(LengthGroupedSampler):
-    """Batches of samples of similar length, in an order that only the seed and the epoch decide.
+    """Batches of samples of similar length, in an order that depends only on the seed and the epoch.
 
     Transformers draws the order from the random numbers of the run. After resuming within an epoch the order would
     differ, so some samples would repeat and others be skipped; and each process would have a different order.
 
     Args:
-        sampler: gives the lengths and the batch size.
-        seed: of the data.
-        epoch: returns the number of the epoch that is about to begin.
+        sampler: source of the lengths and of the batch size.
+        seed: data seed.
+        get_epoch: returns the number of the epoch that is about to begin.
     """
 
-    def __init__(self, sampler: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
+    def __init__(self, sampler: LengthGroupedSampler, seed: int, get_epoch: Callable[[], int]) -> None:
         super().__init__(sampler.batch_size, lengths=sampler.lengths)
-        self._seed, self._epoch = seed, epoch
+        self._seed, self._get_epoch = seed, get_epoch
 
     def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self._seed + self._epoch())
+        self.generator = torch.Generator().manual_seed(self._seed + self._get_epoch())
         return super().__iter__()
 
 
@@ -237,7 +239,7 @@ class SeededGroups(LengthGroupedSampler):
 def compiler_settings(trainer: Trainer) -> Iterator[None]:
     """Settings of Accelerate and torch for `torch_compile` while a trainer trains in this block.
 
-    The number and the length of samples are dynamic from the first batch: one graph serves all batches of several
+    Batch size and length are dynamic dimensions from the first batch on: one graph serves all batches of several
     samples, and one more serves batches of one sample. Layers that are computed again in the backward pass (activation
     checkpointing) do not record their router outputs a second time.
     """

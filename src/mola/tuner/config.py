@@ -32,7 +32,7 @@ _CHOICES: dict[str, Collection[Any]] = {
     "ensure_weight_tying": (False, True),
 }
 _PATTERNS = ("num_experts_pattern", "rank_pattern", "alpha_pattern")
-# A saved adapter must contain these fields: with other values it computes something else.
+# A saved adapter must contain these fields: defaults would change what it computes.
 _REQUIRED_WHEN_SAVED = ("r", "num_experts", "top_k", "lora_alpha")
 
 _Class = TypeVar("_Class")
@@ -49,13 +49,13 @@ def _refuse_unknown_fields(cls: type[_Class]) -> type[_Class]:
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
         known = [field.name for field in fields(cls)]  # type: ignore[arg-type] # a dataclass
         if "layer_replication" in kwargs and kwargs["layer_replication"] is None:
-            del kwargs["layer_replication"]  # a field of earlier versions, which saved it
+            del kwargs["layer_replication"]  # earlier versions saved this field
         unknown = sorted(set(kwargs) - set(known))
         if unknown:
             raise MolaError(
-                f"MolaConfig has no field {unknown}. The known ones are {known}. docs/lora-fields.md explains which "
-                "fields of LoraConfig it lacks. If the field comes from a saved adapter, a different version wrote it: "
-                "install the matching mola-peft or peft."
+                f"MolaConfig has no fields {', '.join(unknown)}. Its fields are {', '.join(known)}. "
+                "docs/lora-fields.md explains which LoraConfig fields MolaConfig lacks. If the field is in a saved "
+                "adapter, a different version wrote it: install the matching mola-peft or peft."
             )
         dataclass_init(self, *args, **kwargs)
 
@@ -77,10 +77,11 @@ class MolaConfig(PeftConfig):
     Args:
         r (`int | list[int] | str`): rank of each expert; one value, or one per decoder layer (for an encoder-decoder
             one per layer of the encoder, then one per layer of the decoder).
-        num_experts (`int | list[int] | str`): experts per adapted module: one value, one per decoder layer, digits over
-            equal groups of layers ("2468", lowest layers first), a shape of the paper ("inverted_triangle", "triangle",
-            "hourglass", "rectangle", "diamond") or a JSON file. A layer with one expert is plain LoRA and has no
-            router. Default: "2468"; models with one, two or three layers get 5, [3, 7] or [2, 4, 7].
+        num_experts (`int | list[int] | str`): experts per adapted module: one value, one per decoder layer, a string
+            of digits for equal groups of layers ("2468", lowest layers first), one of the paper's shapes
+            ("inverted_triangle", "triangle", "hourglass", "rectangle", "diamond") or a JSON file. A layer
+            with one expert is plain LoRA and has no router. Default: "2468"; models with one, two or three layers get
+            5, [3, 7] or [2, 4, 7], respectively.
         top_k (`int | list[int] | str`): experts used per token; at most the layer's `num_experts`.
         lora_alpha (`float`): the experts' output is multiplied by `lora_alpha / r`.
         lora_dropout (`float`): dropout on the input of the experts. The router's input has no dropout.
@@ -93,17 +94,17 @@ class MolaConfig(PeftConfig):
             have one entry for every layer of the model.
         layers_pattern (`list[str] | str`): name of the layer list, for `layers_to_transform`.
         target_parameters (`list[str]`): names of parameters that stack the base model's own experts, such as
-            ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]. Each of these experts gets one LoRA and no mixture,
-            as with PEFT's field. With it `target_modules` may be an empty list, which adapts no linears.
+            ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]. Each of these experts gets a LoRA, not a mixture,
+            as with PEFT's field. `target_modules` may then be an empty list, so that no linears are adapted.
         bias (`str`): biases that are trained: "none", "all" or "mola_only" (those of adapted linears).
-        init_lora_weights (`bool | str`): initial values of the experts, see `mola.tuner.initialization`. With True
-            (`B` zero), "gaussian", "orthogonal" and "principal" the initial model equals the base model. False draws
+        init_lora_weights (`bool | str`): initial values of the experts, see `mola.tuner.initialization`. True
+            (`B` zero), "gaussian", "orthogonal" and "principal" start with the outputs of the base model. False draws
             `B` at random, for tests.
         use_rslora (`bool`): multiply the experts' output by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
         num_experts_pattern (`dict[str, int]`): experts of individual modules, such as `{"mlp.*": 8}`. A key is a
-            regular expression for a module's whole name or for the end of the name after a dot; the first key that
-            matches counts. Other modules use their layer's `num_experts`. The JSON file of `num_experts` may contain
-            this pattern.
+            regular expression for a module's whole name or for the end of the name after a dot; the first matching key
+            applies. Other modules use their layer's `num_experts`. If `num_experts` is a JSON file, the file may
+            contain this pattern.
         rank_pattern (`dict[str, int]`): the same for `r`.
         alpha_pattern (`dict[str, float]`): the same for `lora_alpha`.
         trainable_token_indices (`list[int] | dict[str, list[int]]`): tokens whose embeddings are trained, as in PEFT.
@@ -112,9 +113,9 @@ class MolaConfig(PeftConfig):
         router (`str`): how experts are chosen, a name in `mola.tuner.routing.ROUTERS`.
         router_aux_loss_coef (`float`): weight of the balance loss, 0 = off. The paper's code uses 1e-3 with the
             reduction "layer".
-        router_aux_loss_reduction (`str`): "module" is the mean over routers, and counts neither padding nor tokens
-            without a label. "layer" is the paper's: the routers of a decoder layer are pooled, their losses are summed
-            over layers, and padding counts.
+        router_aux_loss_reduction (`str`): "module" is the mean over routers; it ignores padding and tokens without
+            a label. "layer" follows the paper: pool the routers of each decoder layer, sum over layers, and include
+            padding.
         router_z_loss_coef (`float`): weight of the mean squared log-sum-exp of router logits, 0 = off.
         router_jitter_noise (`float`): in training the router's input is multiplied by uniform noise
             from [1 - noise, 1 + noise]; 0 = off.
@@ -154,18 +155,18 @@ class MolaConfig(PeftConfig):
     base_model_type: str | None = None
     weights_sha256: str | None = None
 
-    has_default_num_experts = False  # not a field: True if the user left `num_experts` out
+    has_default_num_experts = False  # no field, since it has no annotation: True if the user left `num_experts` out
 
     def __post_init__(self) -> None:
-        # PEFT sets `peft_type` from a saved file; it is also set in copies of an existing configuration.
+        # PEFT sets `peft_type` from a saved file. A copy of an existing configuration has it, too.
         is_loaded = self.peft_type is not None
         try:
             super().__post_init__()
         except ValueError as error:  # PEFT checks `task_type` only
-            raise MolaError(f"`task_type` is wrong: {error}") from error
+            raise MolaError(f"`task_type` is invalid: {error}") from error
         if is_loaded:
             self._check_complete()
-            self._read_older_version()
+            self._migrate_from_older_version()
         self.peft_type = PeftType("MOLA")
         self.has_default_num_experts = self.num_experts is None
         for name, default in (("r", 8), ("num_experts", DEFAULT_NUM_EXPERTS), ("top_k", 2), ("lora_alpha", 16)):
@@ -190,17 +191,17 @@ class MolaConfig(PeftConfig):
         if missing:
             raise MolaError(
                 f"`adapter_config.json` of a MOLA adapter must contain {list(_REQUIRED_WHEN_SAVED)}: "
-                f"{missing} are missing. Restore the file."
+                f"{missing} are missing. Copy the original file back, or save the adapter again."
             )
         if self.peft_type != "MOLA":
             raise MolaError(f"`peft_type` must be 'MOLA' for MolaConfig, got {self.peft_type!r}.")
 
-    def _read_older_version(self) -> None:
-        # mola sets one of these two fields when it uses or saves an adapter.
-        is_saved = self.base_model_type is not None or self.weights_sha256 is not None
-        if is_saved and self.target_parameters and self.target_modules is None:
+    def _migrate_from_older_version(self) -> None:
+        # mola sets at least one of these two fields when it uses or saves an adapter.
+        was_saved = self.base_model_type is not None or self.weights_sha256 is not None
+        if was_saved and self.target_parameters and self.target_modules is None:
             self.target_modules = []  # in earlier versions None meant that no linears are adapted
-        if is_saved and self.layers_to_transform == []:
+        if was_saved and self.layers_to_transform == []:
             self.layers_to_transform = self.layers_pattern = None  # PEFT adapts all layers if the list is empty
 
     # ------------------------------------------------------------------ saving and loading
@@ -215,18 +216,18 @@ class MolaConfig(PeftConfig):
         saved.weights_sha256 = weights_sha256(save_directory) if "auto_mapping_dict" in kwargs else None
         super(MolaConfig, saved).save_pretrained(save_directory, **kwargs)
         patterns = {name: pattern for name in _PATTERNS if (pattern := getattr(saved, name))}
-        if patterns:  # written again in their own order: PEFT sorts all keys, but the first key that matches counts
+        if patterns:  # PEFT has sorted all keys; restore the user's order, because the first matching key applies
             path = Path(save_directory, CONFIG_NAME)
             atomic_write_json(path, read_json_object(path) | patterns)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read a configuration (see PEFT). Weights in the same folder must be those that it was saved with.
+        """Read a configuration (see PEFT). Weights in the same folder must match the digest in the file.
 
         Raises:
-            MolaError: a setting is wrong or passed as an argument, or the weights have a different digest.
+            MolaError: a setting is invalid or is passed as an argument, or the weights have a different digest.
         """
-        # `number_experts` is the research code's name for `num_experts`.
+        # The research code's name for `num_experts` is refused, too.
         own = {"number_experts", *(each.name for each in fields(cls))} - {each.name for each in fields(PeftConfig)}
         if given := sorted(own & kwargs.keys()):
             raise MolaError(
@@ -258,7 +259,7 @@ def _check_values(config: MolaConfig) -> None:
                 raise MolaError(f"`{name}` must be a number {rule}, got {value!r}.")
     for name, allowed in _CHOICES.items():
         value, choices = getattr(config, name), list(allowed)
-        if value not in choices or not isinstance(value, type(choices[0])):  # 1 is not True
+        if value not in choices or not isinstance(value, type(choices[0])):  # 1 == True, but only True is allowed
             raise MolaError(f"`{name}` must be one of {choices}, got {value!r}.")
     check_initialization(config.init_lora_weights)
 
@@ -304,20 +305,18 @@ def _layer_numbers(value: Any) -> list[int] | int | None:
 def _check_combinations(config: MolaConfig) -> None:
     """Raise MolaError for values that are allowed individually, but not together."""
     if config.target_modules == set() and not config.target_parameters:
-        raise MolaError(
-            "`target_modules` must be a non-empty list of module names, or `target_parameters` must be set."
-        )
+        raise MolaError("`target_modules` must not be empty unless `target_parameters` is set.")
     if config.target_parameters and config.lora_dropout:
         raise MolaError(
-            f"`lora_dropout` must be 0 with `target_parameters`, as with LoRA: got {config.lora_dropout}. A weight's "
-            "update has no input to drop from."
+            f"`lora_dropout` must be 0 with `target_parameters`, as with LoRA: got {config.lora_dropout}. "
+            "Dropout acts on the input of a layer, and the update of a weight has no input."
         )
     if config.target_parameters and config.init_lora_weights == "principal":
         raise MolaError(
             "`init_lora_weights` 'principal' reads the weights of linears, but `target_parameters` are not linears: "
             "choose a different initialisation."
         )
-    # PEFT would ignore the layers in these two cases.
+    # In the two cases below PEFT would ignore `layers_to_transform` or `layers_pattern`.
     has_layers = config.layers_to_transform is not None
     if isinstance(config.target_modules, str) and (has_layers or config.layers_pattern is not None):
         raise MolaError(

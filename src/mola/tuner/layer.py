@@ -19,7 +19,7 @@ from torch import nn
 from mola.errors import MolaError
 from mola.tuner.initialization import initialize
 from mola.tuner.kernels.api import FrozenLinear, MixtureInputs, MixtureSettings
-from mola.tuner.kernels.dispatch import decode_layer, forget, mixture, register
+from mola.tuner.kernels.dispatch import drop_cached_copies, mixture, register, try_decode
 from mola.tuner.kernels.tensors import autocast_is_on, has_hooks
 from mola.tuner.merging import SingleExpertMerging
 from mola.tuner.router_statistics import RouterOutput
@@ -48,9 +48,9 @@ class ExpertSettings:
 
 @contextlib.contextmanager
 def keep_requires_grad(module: nn.Module) -> Iterator[None]:
-    """Restore `requires_grad` of all parameters after the block, in which parameters are assigned to a `ParameterDict`.
+    """Restore `requires_grad` of all parameters after the block.
 
-    A `ParameterDict` makes each assigned parameter trainable.
+    Use it around assignments to a `ParameterDict`, which make the assigned parameters trainable.
     """
     flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     yield
@@ -60,10 +60,10 @@ def keep_requires_grad(module: nn.Module) -> Iterator[None]:
 
 
 def offloaded_error() -> MolaError:
-    """The error for a call of experts that accelerate has offloaded."""
+    """The error for using experts that accelerate has offloaded."""
     return MolaError(
-        "the experts have no values: the model was offloaded to the CPU or a disk, and accelerate only restores the "
-        "weights of modules that are called. Keep the model on its device."
+        "the experts are not in memory: the model was offloaded to the CPU or a disk, and accelerate restores weights "
+        "only when a module's own `forward` runs, which mola bypasses. Keep the model on its device."
     )
 
 
@@ -101,7 +101,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         "top_k",
         "mola_dropout",
         "router_outputs",
-        "router_runs",
+        "router_calls",
     )
     mixed_batch: Any = None  # a `MixedBatch` during calls with `adapter_names`
 
@@ -131,9 +131,9 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.top_k: dict[str, int] = {}
         # Router output by adapter, recorded in forward passes in training mode while `router_losses` is collecting.
         self.router_outputs: dict[str, RouterOutput] = {}
-        self.router_runs: dict[str, int] = {}  # number of calls whose outputs are concatenated; 1 if absent
+        self.router_calls: dict[str, int] = {}  # calls of this module in the forward pass; 1 if missing
         self.router_losses: Any = None  # the `RouterLosses` of the model
-        self.observer: Any = None  # set while a recorder of `mola.insight` observes this layer
+        self.observer: Any = None  # a recorder of `mola.insight` while it observes this layer
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` switches this off
         self._disable_adapters = False
@@ -161,7 +161,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_settings(self, adapter_name: str, settings: ExpertSettings) -> None:
-        """Replace the settings of an adapter, but not its weights."""
+        """Replace the settings of an adapter and keep its weights."""
         self.settings[adapter_name] = settings
         self.scaling[adapter_name] = settings.scaling
         self.r[adapter_name] = settings.r
@@ -175,7 +175,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         initialize(method, self.mola_A[adapter_name], self.mola_B[adapter_name], router, self.get_base_layer())
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # The dtype stays the same. PEFT's method casts to the base's dtype, even weights just loaded in float32.
+        # Keep the dtype: PEFT's method would cast to the base's dtype, even weights that were just loaded in float32.
         dicts = [each for each in (self.mola_A, self.mola_B, self.mola_router) if adapter_name in each]
         originals = [parameters[adapter_name] for parameters in dicts]
         with keep_requires_grad(self):
@@ -186,7 +186,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     def _cast_experts(self, adapter_name: str) -> None:
         """Cast new experts to the base's dtype, like PEFT, unless the base is quantised. Routers stay in float32."""
         weight = getattr(self.get_base_layer(), "weight", None)
-        if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:  # float8
             return
         with keep_requires_grad(self):
             for experts in (self.mola_A, self.mola_B):
@@ -197,7 +197,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     def train(self, mode: bool = True) -> MolaLinear:
         """Like `nn.Module.train`. Before training, kernels drop their cached copies of frozen experts."""
         if mode:
-            forget(self.mola_A.values())
+            drop_cached_copies(self.mola_A.values())
         return super().train(mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -210,21 +210,21 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             return self.mixed_batch.forward(self, x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.scaling]
         if len(names) == 1 and not args and not kwargs:
-            # One native function computes base and experts for few tokens without gradients.
-            output = decode_layer(self, names[0], x)
+            # For few tokens without gradients, one native function computes base and experts.
+            output = try_decode(self, names[0], x)
             if output is not None:
                 return output
             # A backend computes the base layer together with the experts if the base layer is plain and frozen.
             if not torch.compiler.is_compiling() and (base := self.frozen_linear(x)) is not None:
-                return self.add_experts(names[0], x, base).to(x.dtype)
+                return self.add_expert_output(names[0], x, base).to(x.dtype)
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for name in names:
-            result = self.add_experts(name, x, result)
+            result = self.add_expert_output(name, x, result)
         return result.to(dtype)
 
     def frozen_linear(self, x: torch.Tensor) -> FrozenLinear | None:
-        """Weight and bias of the base layer, if a backend may compute `x W^T + b` without calling the layer; else None.
+        """Weight and bias, for a backend to compute `x W^T + b`; None if the base layer itself must be called.
 
         The base layer must be an `nn.Linear` without hooks, frozen, and in the dtype of `x`.
         """
@@ -243,8 +243,8 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             return None
         return FrozenLinear(weight, bias)
 
-    def add_experts(self, adapter_name: str, x: torch.Tensor, base: torch.Tensor | FrozenLinear) -> torch.Tensor:
-        """Base output plus the experts' output of one adapter, `(..., out)`, in the wider of the two dtypes.
+    def add_expert_output(self, adapter_name: str, x: torch.Tensor, base: torch.Tensor | FrozenLinear) -> torch.Tensor:
+        """Base output plus the experts' output of one adapter: `(..., out)`, in the wider dtype of the two outputs.
 
         Args:
             adapter_name: the adapter.
@@ -258,7 +258,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         return output
 
     def mixture_inputs(self, adapter_name: str, x: torch.Tensor, base: torch.Tensor | FrozenLinear) -> MixtureInputs:
-        """The inputs of a backend; arguments as in `add_experts`."""
+        """The inputs of a backend; arguments as in `add_expert_output`."""
         # `_modules` instead of attributes: `__getattr__` takes measurable time for every linear and every token.
         parts: Any = self._modules
         experts_A, experts_B = (_tensor(parts[each], adapter_name) for each in ("mola_A", "mola_B"))
@@ -288,13 +288,13 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         return self.training and any(each is not None and each.collecting for each in recorders)
 
     def _record(self, adapter_name: str, output: RouterOutput) -> None:
-        # Statistics of the outputs are computed after the forward pass, so gradient checkpointing does not repeat them.
+        # Statistics are computed after the forward pass: gradient checkpointing would repeat work that is done here.
         if self.observer is not None and self.observer.collecting:
             self.observer.observe(adapter_name, output)
         if self.router_losses is not None and self.router_losses.collecting:
             before = self.router_outputs.get(adapter_name)
             if before is not None:  # this module runs several times in this forward pass
-                self.router_runs[adapter_name] = self.router_runs.get(adapter_name, 1) + 1
+                self.router_calls[adapter_name] = self.router_calls.get(adapter_name, 1) + 1
                 output = RouterOutput(*(torch.cat(parts) for parts in zip(before, output, strict=True)))
             self.router_outputs[adapter_name] = output
 
@@ -311,19 +311,19 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         """Router logits for `x: (..., in)`: float32 `(N, E)`.
 
         Raises:
-            MolaError: the module does not have this adapter, or the adapter has one expert in it and so no router.
+            MolaError: the module does not have this adapter, or the adapter has only one expert here, so no router.
         """
         if adapter_name not in self.settings:
             known = ", ".join(self.settings)
             raise MolaError(f"`adapter_name` must be one of {known} in this module: got {adapter_name!r}.")
         if adapter_name not in self.mola_router:
-            raise MolaError(f"Adapter {adapter_name!r} has no router in this module: it has one expert.")
+            raise MolaError(f"Adapter {adapter_name!r} has no router in this module, which has only one expert.")
         return router_logits(x, self.mola_router[adapter_name])
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no router outputs, which hold an autograd graph. `router_losses` and the observer hold the whole
-        # model; a copied `RouterLosses` connects itself to the copied layers.
-        return {**self.__dict__, "router_outputs": {}, "router_runs": {}, "observer": None, "router_losses": None}
+        # A copy leaves out the router outputs, which hold an autograd graph, and the two recorders, which would drag
+        # the whole model into the copy. A copied `RouterLosses` connects itself to the copied layers.
+        return {**self.__dict__, "router_outputs": {}, "router_calls": {}, "observer": None, "router_losses": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from mola.errors import MolaError
-from mola.tuner.kernels.dispatch import row_table
+from mola.tuner.kernels.dispatch import try_row_table
 from mola.tuner.kernels.gemm import linear
 from mola.tuner.layer import MolaLinear
 from mola.tuner.stacked import StackedParameters
@@ -46,14 +46,14 @@ class MixedBatch:
 
     Args:
         names: adapter of each row, or "__base__".
-        copies: number of rows that `generate` makes of each row, side by side.
+        copies: number of copies that `generate` makes of each row, such as beams; the copies lie side by side.
     """
 
     def __init__(self, names: list[str], copies: int = 1) -> None:
         self._names, self._copies = names, copies
         self._tokens_per_row = 1
         self._row_orders: dict[tuple[int, torch.device], _RowOrder] = {}
-        self._row_tables: dict[tuple[Any, ...], Any] = {}  # tables of rows for few tokens, see `row_table`
+        self._row_tables: dict[tuple[Any, ...], Any] = {}  # results of `try_row_table`, by layer and shape
 
     def adapters_of_rows(self, num_rows: int) -> list[str]:
         """Adapter of each row of a layer's input.
@@ -75,20 +75,20 @@ class MixedBatch:
     def forward(self, layer: MolaLinear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The output of `MolaLinear.forward`, with each row's own adapter."""
         adapters, sizes, order, original_order = self._row_order(len(x), x.device)
-        must_call_base = bool(args or kwargs) or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        frozen = None if must_call_base else layer.frozen_linear(x)
-        result = layer.base_layer(x, *args, **kwargs) if frozen is None else linear(x, *frozen)
-        # For few tokens, one native function adds the outputs of all adapters.
-        table = None if frozen is None else self._row_table(layer, x)
+        must_call_base_layer = bool(args or kwargs) or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        weight_and_bias = None if must_call_base_layer else layer.frozen_linear(x)
+        result = layer.base_layer(x, *args, **kwargs) if weight_and_bias is None else linear(x, *weight_and_bias)
+        # For few tokens there is a table, whose native function adds the outputs of all adapters at once.
+        table = None if weight_and_bias is None else self._row_table(layer, x)
         if table is not None:
             return table.add(result, x)
         if not any(name in layer.scaling for name in adapters):
             return result
-        # For many tokens, each adapter adds its output to its own rows.
+        # Without a table, each adapter adds its output to its own rows.
         if order is not None:
             x, result = x.index_select(0, order), result.index_select(0, order)
         parts = [
-            layer.add_experts(name, rows, base).to(base.dtype) if name in layer.scaling else base
+            layer.add_expert_output(name, rows, base).to(base.dtype) if name in layer.scaling else base
             for name, rows, base in zip(adapters, x.split(sizes), result.split(sizes), strict=True)
         ]
         result = torch.cat(parts)
@@ -97,7 +97,7 @@ class MixedBatch:
     def _row_table(self, layer: MolaLinear, x: torch.Tensor) -> Any:
         key = id(layer), x.shape, x.dtype
         if key not in self._row_tables:
-            self._row_tables[key] = row_table(layer, self.adapters_of_rows(len(x)), x)
+            self._row_tables[key] = try_row_table(layer, self.adapters_of_rows(len(x)), x)
         return self._row_tables[key]
 
     def _row_order(self, num_rows: int, device: torch.device) -> _RowOrder:

@@ -2,7 +2,7 @@
 
 - Injection: `inject_adapter` resolves the configuration for this model, checks it, and replaces the linears.
 - Losses: `get_balance_loss`, `get_router_loss`; `RouterLosses` adds them to the model's loss.
-- PEFT calls the methods with a leading underscore.
+- Most methods with a leading underscore override PEFT's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from mola._compat import asks_before_loading, ties_saved_modules
+from mola._compat import has_load_hook, ties_saved_modules
 from mola.architecture.allocation import StackShape
 from mola.architecture.layer_stacks import LayerStacks, config_of
 from mola.architecture.targets import find_stacks, resolve_target_modules
@@ -38,14 +38,14 @@ from mola.tuner.stacked import StackedParameters
 
 
 class MolaModel(BaseTuner):
-    """A model whose targeted linears are `MolaLinear` (paper, section 3), and its stacked experts `StackedParameters`.
+    """A model whose targeted linears are `MolaLinear` (paper, section 3), and targeted parameters `StackedParameters`.
 
-    `get_peft_model(model, MolaConfig(...))` makes one. It supports PEFT's features: several adapters, also in one batch
-    (`adapter_names`), `disable_adapter`, `delete_adapter`, `modules_to_save`, saving and loading. The passed
+    `get_peft_model(model, MolaConfig(...))` creates one. It supports PEFT's features: several adapters, also in one
+    batch (`adapter_names`), `disable_adapter`, `delete_adapter`, `modules_to_save`, saving and loading. The passed
     configuration is copied, so one object can be used for models of different depth.
 
-    Merging several experts (their gates depend on the input), `add_weighted_adapter`, and unsloth's merged or GGUF
-    files raise an error. PEFT's `hotswap_adapter`, `rescale_adapter_scale` and `PeftMixedModel` support PEFT's own
+    Merging several experts (their gates depend on the input), `add_weighted_adapter`, and saving unsloth's merged or
+    GGUF files raise an error. PEFT's `hotswap_adapter`, `rescale_adapter_scale` and `PeftMixedModel` support PEFT's own
     methods only.
     """
 
@@ -70,7 +70,7 @@ class MolaModel(BaseTuner):
         passed = self._passed_config = self.peft_config[adapter_name]
         if not isinstance(passed, MolaConfig):
             raise MolaError(
-                f"Adapter {adapter_name!r} has peft_type {passed.peft_type}; all adapters of a model must be of "
+                f"Adapter {adapter_name!r} has peft_type {passed.peft_type}; all adapters of this model must be of "
                 "one kind, here MOLA."
             )
         _check_peft_version(passed)
@@ -97,7 +97,7 @@ class MolaModel(BaseTuner):
         if original is not None:
             _copy_experts(model, original, adapter_name)
         RouterLosses.install(model)
-        if not asks_before_loading(BaseTuner):
+        if not has_load_hook(BaseTuner):
             check_on_load_state_dict(model)
 
     def _resolve(self, model: nn.Module, config: MolaConfig, *, is_new: bool) -> None:
@@ -121,18 +121,19 @@ class MolaModel(BaseTuner):
     def _find_parameter_stacks(self, model: nn.Module, config: MolaConfig) -> list[StackShape]:
         if not config.target_parameters:
             return []
-        # PEFT's rule for linears, so that `exclude_modules` and `layers_to_transform` apply to parameters too.
-        as_modules = copy.copy(config)
-        as_modules.target_modules = set(config.target_parameters)
+        # Use PEFT's rule for linears, so that `exclude_modules` and `layers_to_transform` apply to parameters too.
+        config_of_modules = copy.copy(config)
+        config_of_modules.target_modules = set(config.target_parameters)
         return find_stacks(
-            model, config.target_parameters, lambda name: self._check_target_module_exists(as_modules, name)
+            model, config.target_parameters, lambda name: self._check_target_module_exists(config_of_modules, name)
         )
 
     def _original_of_reference(self, adapter_name: str, passed: MolaConfig) -> str | None:
-        """Name of the adapter in training if the new adapter is its reference in TRL's preference training; else None.
+        """If TRL adds a reference copy of an adapter in training, the name of the adapter in training; otherwise None.
 
         TRL adds the adapter "ref" with the configuration object of the adapter in training, and copies tensors whose
-        names contain ".default.". The names of mola's tensors end with ".default", so TRL copies none of them.
+        names contain ".default.". The names of mola's tensors end with ".default", so TRL copies none of them,
+        and mola copies them itself.
         """
         if adapter_name != "ref":
             return None
@@ -248,11 +249,11 @@ class MolaModel(BaseTuner):
         )
 
     def save_pretrained_merged(self, *args: Any, **kwargs: Any) -> None:
-        """Raise MolaError: no program could read the file that unsloth, which adds this method, would write."""
+        """Raise MolaError. unsloth adds this method, and no program could read the file that it would write."""
         raise MolaError(
             "A merged or GGUF file cannot hold a mixture, because its gates depend on the input: save the adapter with "
             "`save_pretrained`. With one expert everywhere, call `merge_and_unload` first. With several, `mola convert "
-            "ADAPTER --to lora --rank R ...` writes the plain LoRA nearest to it, which `mola merge` merges."
+            "ADAPTER --to lora --rank R ...` writes the plain LoRA nearest to the mixture, which `mola merge` merges."
         )
 
     push_to_hub_merged = save_pretrained_gguf = push_to_hub_gguf = save_pretrained_merged
@@ -269,10 +270,12 @@ class MolaModel(BaseTuner):
 
             loss = E * sum_e f_e P_e
 
-        where `f_e` is the share of an expert in all choices, and `P_e` its mean softmax probability (Fedus et al. 2021,
-        equations 4 to 6): 1 if all experts are used equally, E at most. With the reduction "module" the tokens count
-        that `attention_mask` and `labels` of the call select. With "layer" all tokens count, the routers of a layer are
-        pooled, and a layer without a router adds 1.
+        where `f_e` is the fraction of the routing choices that went to expert `e`, and `P_e` its mean softmax
+        probability (Fedus et al. 2021, equations 4 to 6). The loss is 1 if all experts are used equally, and at most E.
+
+        With the reduction "module", only tokens that `attention_mask` and `labels` of the call select are counted. With
+        "layer", all tokens are counted, the routers of a layer are pooled, and a layer without a router adds 1, as in
+        the paper's code.
 
         Args:
             adapter_name: default: the first active adapter.
@@ -281,8 +284,8 @@ class MolaModel(BaseTuner):
             Scalar, float32: the mean over routers ("module"), or the sum over decoder layers ("layer").
 
         Raises:
-            MolaError: there is no adapter of this name, or the last forward pass was not in training mode with a router
-                loss switched on.
+            MolaError: there is no adapter of this name, the last forward pass was in eval mode, or no router loss is
+                switched on.
         """
         if adapter_name is not None and adapter_name not in self.peft_config:
             raise MolaError(f"`adapter_name` must be one of {', '.join(self.peft_config)}: got {adapter_name!r}.")
@@ -302,7 +305,9 @@ class MolaModel(BaseTuner):
             MolaError: see `get_balance_loss`; also with re-entrant gradient checkpointing.
         """
         loss = RouterLosses.install(self.model).weighted_loss()
-        return self.get_balance_loss() if loss is None else loss  # `get_balance_loss` raises with the reason
+        return (
+            self.get_balance_loss() if loss is None else loss
+        )  # `get_balance_loss` raises an error here, which says why
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, so that its hooks add the router losses; PEFT before 0.21 skips the hooks."""
@@ -333,7 +338,7 @@ class MolaModel(BaseTuner):
 
 
 def _check_peft_version(config: MolaConfig) -> None:
-    if config.bias != "none" and not asks_before_loading(BaseTuner):
+    if config.bias != "none" and not has_load_hook(BaseTuner):
         raise MolaError(
             f"`bias` {config.bias!r} needs PEFT 0.21 or newer, which saves trainable biases: "
             "upgrade peft, or pass 'none'."
@@ -343,7 +348,7 @@ def _check_peft_version(config: MolaConfig) -> None:
 
 
 def _disable_fast_paths(model: nn.Module) -> None:
-    """Make PyTorch's own encoder layers call their linears; their fast paths in evaluation read only the weights."""
+    """Make PyTorch's own encoder layers call their linears; their fast paths would bypass the adapters."""
     for module in model.modules():
         if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
             continue
@@ -351,7 +356,7 @@ def _disable_fast_paths(model: nn.Module) -> None:
             if isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False  # only the fast paths accept nested tensors
             else:
-                module.activation_relu_or_gelu = 0
+                module.activation_relu_or_gelu = 0  # neither of the two: no fast path
 
 
 def _delete_experts(model: nn.Module, adapter_name: str) -> None:
@@ -367,6 +372,6 @@ def _copy_experts(model: nn.Module, source: str, target: str) -> None:
     for module in model.modules():
         if isinstance(module, (MolaLinear, StackedParameters)):
             for tensors in (getattr(module, name) for name in module.adapter_layer_names):
-                if source in tensors:  # a new parameter, since PEFT has already cast those of `source`
-                    is_trained = tensors[target].requires_grad
-                    tensors[target] = nn.Parameter(tensors[source].detach().clone(), requires_grad=is_trained)
+                if source in tensors:  # a new parameter: the dtype of `source` may differ
+                    is_trainable = tensors[target].requires_grad
+                    tensors[target] = nn.Parameter(tensors[source].detach().clone(), requires_grad=is_trainable)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -27,9 +27,17 @@ from mola.tuner.log_prob_loss import LikelihoodCheck, add_loss_to_log_probs
 from mola.tuner.router_statistics import RouterOutput, RouterStatistics, balance_loss, pool, router_statistics, z_loss
 from mola.tuner.router_warnings import RouterWarnings
 
-# Routers with outputs of one shape: the decoder layer of each, and their statistics in one tensor each.
+# Routers whose outputs have equal shapes: their decoder layers, and their stacked statistics.
 StatisticsGroup = tuple[list[int | None], RouterStatistics]
 _ATTRIBUTE = "_mola_router_losses"
+
+
+class _RouterGroup(NamedTuple):
+    """Routers whose outputs have equal shapes: their decoder layers and outputs, in the same order."""
+
+    num_calls: int  # calls of each router in the forward pass
+    layer_indices: list[int | None]
+    outputs: list[RouterOutput]
 
 
 class RouterLosses:
@@ -47,7 +55,7 @@ class RouterLosses:
         self._warnings = RouterWarnings()
         self._likelihood_check = LikelihoodCheck()
         self._layers: list[MolaLinear] = []
-        self._layers_with_router: dict[str, MolaLinear] = {}  # for each adapter, the first layer where it has a router
+        self._first_router_layer: dict[str, MolaLinear] = {}  # for each adapter, the first layer where it has a router
         self._layer_stacks = LayerStacks.of(model)
         self._counted_tokens = CountedTokens(model, self._layer_stacks)
         self._handles = [
@@ -62,13 +70,13 @@ class RouterLosses:
 
     @classmethod
     def install(cls, model: nn.Module) -> RouterLosses:
-        """The `RouterLosses` of a model, connected to all its `MolaLinear`; made with new hooks at the first call."""
+        """The `RouterLosses` of a model, connected to all its `MolaLinear`; the first call creates it and its hooks."""
         losses = getattr(model, _ATTRIBUTE, None)
         if losses is None:
             losses = cls(model)
             setattr(model, _ATTRIBUTE, losses)
         losses._layers = [module for module in model.modules() if isinstance(module, MolaLinear)]
-        losses._layers_with_router = {name: layer for layer in losses._layers[::-1] for name in layer.mola_router}
+        losses._first_router_layer = {name: layer for layer in losses._layers[::-1] for name in layer.mola_router}
         for layer in losses._layers:
             layer.router_losses = losses
         return losses
@@ -87,7 +95,7 @@ class RouterLosses:
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Clear old records. In training mode, start recording and note which tokens count."""
         if not module.training:
-            # No loop over layers: this runs for each generated token, and a compiler guards all that it reads.
+            # No loop over layers: this runs for each generated token, and `torch.compile` guards all that is read here.
             self.collecting = False
             if self._has_outputs:
                 self._clear()
@@ -99,9 +107,9 @@ class RouterLosses:
         configs = [self._config(name) for name in adapters]
         self.collecting = self._has_outputs = any(_has_router_loss(config) for config in configs)
         for name, config in zip(adapters, configs, strict=True):
-            if config.router_aux_loss_coef == 0:
+            if config.router_aux_loss_coef == 0:  # the balance loss gives every router a gradient
                 self._warnings.check_gradient(name, self._layers)
-            self._warnings.check_precision(name, self._layers_with_router.get(name))
+            self._warnings.check_precision(name, self._first_router_layer.get(name))
         if self.collecting:
             self._likelihood_check.raise_if_violated()
             if getattr(module, "_is_replica", False):
@@ -115,7 +123,7 @@ class RouterLosses:
     def _warn_in_evaluation(self, kwargs: dict[str, Any]) -> None:
         names = self._active_adapters()
         for name in names:
-            self._warnings.check_precision(name, self._layers_with_router.get(name))
+            self._warnings.check_precision(name, self._first_router_layer.get(name))
         # The cheap conditions come first, because this runs for each generated token.
         computes_loss = torch.is_grad_enabled() and kwargs.get("labels") is not None
         if computes_loss and any(_has_router_loss(self._config(name)) for name in names):
@@ -131,11 +139,11 @@ class RouterLosses:
 
     def _clear(self) -> None:
         for layer in self._layers:
-            # This also drops what a recomputation under gradient checkpointing stored after the last forward pass.
-            # Assign a new dict: emptying the old one would trigger a recompilation.
+            # Gradient checkpointing records outputs again in the backward pass; they are cleared here, too.
+            # A new dict is assigned because `torch.compile` would recompile if the old one were emptied.
             if torch.compiler.is_compiling() or layer.router_outputs:
                 layer.router_outputs = {}
-                layer.router_runs = {}
+                layer.router_calls = {}
         self._counted_tokens.clear()
         self._has_outputs = False
 
@@ -144,7 +152,7 @@ class RouterLosses:
     def weighted_loss(self) -> torch.Tensor | None:
         """Balance loss and z-loss of the last training forward pass, times their coefficients; None without a router.
 
-        The losses of the active adapters are added: a float32 scalar.
+        Returns a float32 scalar, summed over the active adapters.
         """
         terms = [term for name in self._active_adapters() if (term := self._weighted_loss_of(name)) is not None]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
@@ -156,7 +164,7 @@ class RouterLosses:
             raise MolaError(
                 "No router has run: run a forward pass in training mode first, with `router_aux_loss_coef` or "
                 "`router_z_loss_coef` above 0 and more than one expert somewhere. Call this before the next pass in "
-                "eval mode, which drops the records."
+                "eval mode, which clears the records."
             )
         return self._reduce_balance_loss(adapter_name, groups)
 
@@ -174,7 +182,7 @@ class RouterLosses:
     def _reduce_balance_loss(self, adapter_name: str, groups: list[StatisticsGroup]) -> torch.Tensor:
         if self._config(adapter_name).router_aux_loss_reduction == "module":
             return _mean([balance_loss(statistics) for _, statistics in groups])
-        # "layer": pool the routers of a layer with equal numbers of experts, then sum over layers.
+        # "layer": pool those routers of a layer that have equally many experts, then sum over layers.
         layers = defaultdict(list)
         for layer_indices, statistics in groups:
             for row, layer_index in enumerate(layer_indices):
@@ -187,36 +195,43 @@ class RouterLosses:
         return total + len(single - {layer_index for layer_index, _ in layers})
 
     def _statistics(self, adapter_name: str) -> list[StatisticsGroup]:
-        """Statistics of the routers that ran, computed together for routers with outputs of one shape.
+        """Statistics of the routers that ran. Routers whose outputs have equal shapes are computed together.
 
-        With the reduction "layer" all tokens count, padding too, like in the paper's code.
+        With the reduction "layer" all tokens are counted, including padding, as in the paper's code.
         """
-        by_key: dict[Any, list[list[tuple[int | None, RouterOutput]]]] = defaultdict(list)
+        statistics = []
+        for num_calls, layer_indices, outputs in self._groups_of_equal_shape(adapter_name):
+            stacked = RouterOutput(*(torch.stack(tensors) for tensors in zip(*outputs, strict=True)))
+            mask = None
+            if self._config(adapter_name).router_aux_loss_reduction == "module":
+                mask = self._counted_tokens.mask(stacked.logits.shape[1], layer_indices[0], num_calls)
+            statistics.append((layer_indices, router_statistics(stacked, mask)))
+        return statistics
+
+    def _groups_of_equal_shape(self, adapter_name: str) -> list[_RouterGroup]:
+        groups_of: dict[Any, list[_RouterGroup]] = defaultdict(list)
         for layer in self._layers:
             output = layer.router_outputs.get(adapter_name)
             if output is None:
                 continue
-            shape = layer.num_experts[adapter_name], layer.top_k[adapter_name]
-            runs = layer.router_runs.get(adapter_name, 1)
-            key = *shape, output.logits.device, self._layer_stacks.is_encoder(layer.layer_index), runs
-            # The number of tokens is compared, and not part of the key: else each number would trigger a recompilation.
-            same = [each for each in by_key[key] if each[0][1].logits.shape[0] == output.logits.shape[0]]
-            if not same:
-                same = [[]]
-                by_key[key] += same
-            same[0].append((layer.layer_index, output))
-        groups = []
-        for runs, routers in ((key[-1], each) for key, found in by_key.items() for each in found):
-            layer_indices, outputs = zip(*routers, strict=True)
-            stacked = RouterOutput(*(torch.stack(each) for each in zip(*outputs, strict=True)))
-            mask = None
-            if self._config(adapter_name).router_aux_loss_reduction == "module":
-                mask = self._counted_tokens.mask(stacked.logits.shape[1], layer_indices[0], runs)
-            groups.append((list(layer_indices), router_statistics(stacked, mask)))
-        return groups
+            sizes = layer.num_experts[adapter_name], layer.top_k[adapter_name]
+            num_calls = layer.router_calls.get(adapter_name, 1)
+            candidates = groups_of[
+                *sizes, output.logits.device, self._layer_stacks.is_encoder(layer.layer_index), num_calls
+            ]
+            # The number of tokens is compared here instead of being part of the key: `torch.compile` would otherwise
+            # recompile for every new number.
+            for group in candidates:
+                if group.outputs[0].logits.shape[0] == output.logits.shape[0]:
+                    group.layer_indices.append(layer.layer_index)
+                    group.outputs.append(output)
+                    break
+            else:
+                candidates.append(_RouterGroup(num_calls, [layer.layer_index], [output]))
+        return [group for candidates in groups_of.values() for group in candidates]
 
     def _refuse_reentrant_checkpointing(self, adapter_name: str) -> None:
-        """Raise MolaError if logits of a trainable router have no gradient, which re-entrant checkpointing causes."""
+        """Raise MolaError if re-entrant checkpointing has detached the logits of a trainable router from the graph."""
         trainable_logits = [
             layer.router_outputs[adapter_name].logits
             for layer in self._layers
@@ -232,7 +247,7 @@ class RouterLosses:
     # ------------------------------------------------------------------ from the loss to the model's output
 
     def _attach(self, output: Any, loss: torch.Tensor, inputs: dict[str, Any]) -> Any:
-        """The model's output with `loss` added, for every kind of output; warns if the output has no loss."""
+        """The model's output with the router losses `loss` added to its task loss; warns if it has no task loss."""
         log_probs = getattr(output, "log_probs", None)
         if torch.is_tensor(log_probs):
             # TRL's SFTTrainer computes its loss from the log-probabilities and ignores `output.loss`.
@@ -240,22 +255,22 @@ class RouterLosses:
             output.log_probs = add_loss_to_log_probs(log_probs, loss, label_mask, self._likelihood_check)
         weighted = loss * self._counted_tokens.share_of_batch(inputs.get("num_items_in_batch"), loss.device)
 
-        def total(task_loss: torch.Tensor) -> torch.Tensor:
+        def add_to(task_loss: torch.Tensor) -> torch.Tensor:
             return task_loss + weighted.to(task_loss.device)
 
         has_loss = torch.is_tensor(getattr(output, "loss", None))
         if has_loss and not isinstance(output, tuple):
-            output.loss = total(output.loss)
+            output.loss = add_to(output.loss)
         elif isinstance(output, dict) and torch.is_tensor(output.get("loss")):
-            output = {**output, "loss": total(output["loss"])}
+            output = {**output, "loss": add_to(output["loss"])}
         elif has_loss and hasattr(output, "_replace"):  # a named tuple
-            output = output._replace(loss=total(output.loss))
+            output = output._replace(loss=add_to(output.loss))
         elif isinstance(output, tuple) and inputs.get("labels") is not None and torch.is_tensor(output[0]):
-            output = (total(output[0]), *output[1:])
+            output = (add_to(output[0]), *output[1:])
         elif not torch.is_tensor(log_probs):
             self._warnings.warn_once(
                 "no loss",
-                "The model returned no loss, so the router losses were not added to it. Add them yourself: "
+                "The model returned no loss, so the router losses could not be added. Add them yourself: "
                 "`loss = loss + model.get_router_loss()`.",
             )
         return output

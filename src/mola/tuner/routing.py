@@ -2,8 +2,8 @@
 
 - `router_logits`: the logits `z = x Wr^T`.
 - `top_k_softmax`: chooses experts and computes their gates. `ROUTERS` is the table of such functions.
-- `top_k_softmax_backward`: the gradient, written out for backends with a backward pass of their own. For a different
-  router in the table, `router_backward` uses autograd.
+- `top_k_softmax_backward`: its gradient as a formula, for backends that do not use autograd. For other routers in the
+  table, `router_backward` computes the gradient with autograd.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FEW_TOKENS = 32  # up to this many tokens one sort is faster than `top_k` passe
 
 
 class Routing(NamedTuple):
-    """Chosen experts of `N` tokens and their gates. The shapes are those for logits `(N, E)`; `(E, N)` transposes them.
+    """Chosen experts of `N` tokens and their gates. Shapes are for logits `(N, E)`, transposed for `(E, N)`.
 
     Attributes:
         expert_indices: chosen experts, integers `(N, top_k)`: largest logit first, or in the order of the experts if
@@ -40,11 +40,12 @@ def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Te
         weight: `(E, in)`.
 
     Returns:
-        float32 `(N, E)`, where `N` is the product of the leading dimensions.
+        `(N, E)`, where `N` is the product of the leading dimensions.
     """
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     device = tokens.device.type
+    # `torch.autocast` does not accept the device "meta".
     if device != "meta" and (torch.compiler.is_compiling() or torch.is_autocast_enabled(device)):
         with torch.autocast(device_type=device, enabled=False):
             return F.linear(tokens.to(dtype), weight.to(dtype))
@@ -52,7 +53,7 @@ def router_logits(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Te
 
 
 def router_logits_by_expert(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`router_logits` as `(E, N)`, for code whose operations autograd does not record.
+    """`router_logits`, transposed to `(E, N)`, without autograd.
 
     Args:
         tokens: `(N, in)`.
@@ -60,7 +61,7 @@ def router_logits_by_expert(tokens: torch.Tensor, weight: torch.Tensor) -> torch
     """
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     logits = torch.empty(weight.shape[0], tokens.shape[0], dtype=dtype, device=tokens.device)
-    # Autocast does not change operators with `out`.
+    # Autocast leaves operators with `out` in their dtype.
     return torch.mm(weight.to(dtype), tokens.to(dtype).t(), out=logits)
 
 
@@ -97,8 +98,8 @@ def dense_gates(routing: Routing, num_experts: int, dim: int = -1) -> torch.Tens
     return gates.new_zeros(shape).scatter_(dim, indices, gates)
 
 
-def route_all(router: str, logits: torch.Tensor, top_k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gates of all experts, in the form of `dense_gates`, and the chosen experts; `router` is a name in `ROUTERS`."""
+def route_dense(router: str, logits: torch.Tensor, top_k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense gates (see `dense_gates`) and chosen experts; `router` is a name in `ROUTERS`."""
     expert_indices, gates = routing = ROUTERS[router](logits, top_k, dim)
     num_experts = logits.shape[dim]
     # If all experts are chosen, the default router returns them in their order, so that no scatter is needed.
@@ -113,7 +114,7 @@ def top_k_softmax_backward(
     grad_logits: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gradient of the loss with respect to the logits, through `top_k_softmax`; experts are the first dimension.
+    """Gradient of the loss with respect to the logits, through `top_k_softmax`; experts are dimension 0.
 
     Let `a_e` be the output of expert `e`, gate and scaling included, and `t_e` the gradient of the loss with respect to
     it. Then `v_e = <t_e, a_e>` is the gradient with respect to `log g_e`, and
@@ -124,7 +125,7 @@ def top_k_softmax_backward(
         grad_log_gates: `v`, `(E, N)` with zeros for experts that were not chosen, or `(top_k, N)`; may be overwritten.
         weights: `scaling * g`, in the same shape.
         scaling: the adapter's scaling.
-        grad_logits: gradient of the router losses, same shape.
+        grad_logits: gradient of the router losses with respect to the logits, in the same shape.
         out: tensor that receives the result.
     """
     total = grad_log_gates.sum(0, keepdim=True)
@@ -140,7 +141,7 @@ def router_backward(router: str, logits: torch.Tensor, top_k: int, grad_log_gate
         router: name in `ROUTERS`.
         logits: `(E, N)`.
         top_k: experts per token.
-        grad_log_gates: `v`, `(E, N)`.
+        grad_log_gates: `v`, gradient with respect to `log g`, `(E, N)`.
     """
     with torch.enable_grad():
         logits = logits.detach().requires_grad_()
@@ -159,7 +160,7 @@ def _largest(logits: torch.Tensor, count: int, dim: int) -> tuple[torch.Tensor, 
         values, order = torch.sort(logits, dim=dim, descending=True, stable=True)
         return values.narrow(dim, 0, count), order.narrow(dim, 0, count)
     indices: list[torch.Tensor] = []
-    remaining = logits.detach().clamp(min=torch.finfo(logits.dtype).min)  # -inf marks chosen experts
+    remaining = logits.detach().clamp(min=torch.finfo(logits.dtype).min)  # finite: -inf below marks chosen experts
     for _ in range(count):
         if indices:
             remaining = remaining.scatter(dim, indices[-1], float("-inf"))

@@ -39,7 +39,7 @@ def make(shape=(6, 7, IN), num_experts=4, dtype=torch.float32, **options):
 def run(name, inputs):
     """The mixture, with gradients where the backend has them."""
     with torch.set_grad_enabled(name in RECORDED):
-        assert BY_NAME[name].supports(inputs) is None, BY_NAME[name].supports(inputs)
+        assert BY_NAME[name].why_unsupported(inputs) is None, BY_NAME[name].why_unsupported(inputs)
         return compute(BY_NAME[name], inputs)
 
 
@@ -160,7 +160,7 @@ def test_tensors_with_gaps_and_in_another_order(name):
             changed[field] = swapped[..., ::2]
             assert not changed[field].is_contiguous()
     if name == "grouped":
-        reason = BY_NAME[name].supports(inputs._replace(**changed))
+        reason = BY_NAME[name].why_unsupported(inputs._replace(**changed))
         assert reason == "grouped products need contiguous experts"
         del changed["experts_A"], changed["experts_B"]
     assert_exact(run(name, inputs._replace(**changed)).output, inputs)
@@ -229,7 +229,7 @@ def test_logits_are_in_float32_for_any_number_of_tokens(name, num_tokens):
 def test_shapes_that_do_not_fit_end_in_an_error(name, field, shape):
     inputs = make((42, IN), fused=False)._replace(**{field: torch.zeros(shape)})
     with torch.set_grad_enabled(name in RECORDED):
-        if BY_NAME[name].supports(inputs) is not None:
+        if BY_NAME[name].why_unsupported(inputs) is not None:
             return  # it is not used, and another one refuses them
         with pytest.raises((RuntimeError, ValueError, IndexError)):
             compute(BY_NAME[name], inputs)

@@ -261,12 +261,12 @@ def test_which_input_is_few():
 
 def test_where_it_is_used():
     inputs = make_inputs((3, IN), 4, torch.float32)
-    assert Decode().supports(inputs) == "only without gradients and without autocast"
+    assert Decode().why_unsupported(inputs) == "only without gradients and without autocast"
     with torch.no_grad():
-        assert Decode().supports(inputs) is Decode().is_slower(inputs) is None
+        assert Decode().why_unsupported(inputs) is Decode().why_slower(inputs) is None
         many = make_inputs((MAX_TOKENS + 1, IN), 4, torch.float32)
-        assert Decode().supports(many) is None
-        assert Decode().is_slower(many) == MANY_TOKENS
-        assert Decode().supports(inputs._replace(router=None)) == NO_ROUTER
+        assert Decode().why_unsupported(many) is None
+        assert Decode().why_slower(many) == MANY_TOKENS
+        assert Decode().why_unsupported(inputs._replace(router=None)) == NO_ROUTER
         dropped = inputs._replace(settings=inputs.settings._replace(dropout=0.1))
-        assert Decode().supports(dropped) == "dropout is on"
+        assert Decode().why_unsupported(dropped) == "dropout is on"

@@ -98,9 +98,9 @@ def test_any_router_by_the_gradient_of_its_logarithm(top_k, fused, monkeypatch):
 
 def test_where_it_is_used(monkeypatch):
     inputs = make_inputs((5, 8), 4, torch.float32)
-    assert Dense().supports(inputs) is Dense().is_slower(inputs) is None
-    assert Dense().supports(inputs._replace(router=None)) == NO_ROUTER
+    assert Dense().why_unsupported(inputs) is Dense().why_slower(inputs) is None
+    assert Dense().why_unsupported(inputs._replace(router=None)) == NO_ROUTER
     jittered = inputs._replace(settings=inputs.settings._replace(jitter=0.1))
-    assert Dense().supports(jittered) == "the router's input is jittered"
+    assert Dense().why_unsupported(jittered) == "the router's input is jittered"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert Dense().supports(inputs) == "a compiler is given plain operators"
+    assert Dense().why_unsupported(inputs) == "a compiler is given plain operators"

@@ -55,15 +55,17 @@ def test_operators_do_not_grow_with_the_number_of_experts():
 def test_where_it_is_used(num_experts, top_k, r, dtype, tokens, expected, onednn, monkeypatch):
     monkeypatch.setattr("mola.tuner.kernels.grouped.onednn_is_faster", lambda: onednn)
     inputs = make_inputs((tokens, 16), num_experts, dtype, r=r, out=32, top_k=top_k)
-    reason = Grouped().supports(inputs) or Grouped().is_slower(inputs)
+    reason = Grouped().why_unsupported(inputs) or Grouped().why_slower(inputs)
     wanted = expected[0 if onednn else 1]
     assert reason is None if wanted is None else wanted in reason
 
 
 def test_where_it_cannot_be_used():
     inputs = make_inputs((64, 16), 32, torch.float32, r=8, out=24)
-    assert Grouped().supports(inputs) is None
-    assert Grouped().supports(inputs._replace(settings=inputs.settings._replace(router="sigmoid"))) == OTHER_ROUTER
+    assert Grouped().why_unsupported(inputs) is None
+    assert (
+        Grouped().why_unsupported(inputs._replace(settings=inputs.settings._replace(router="sigmoid"))) == OTHER_ROUTER
+    )
     swapped = inputs.experts_B.detach().transpose(1, 2).contiguous().transpose(1, 2)
-    assert Grouped().supports(inputs._replace(experts_B=swapped)) == "grouped products need contiguous experts"
-    assert Grouped().is_slower(inputs._replace(x=inputs.x.to("meta"))).endswith(SLOW)
+    assert Grouped().why_unsupported(inputs._replace(experts_B=swapped)) == "grouped products need contiguous experts"
+    assert Grouped().why_slower(inputs._replace(x=inputs.x.to("meta"))).endswith(SLOW)

@@ -122,16 +122,16 @@ def test_gathered_experts_are_multiplied_in_float32(dtype):
 
 def test_where_they_are_used(monkeypatch):
     inputs = make_inputs((8, 40), 4, torch.float32)
-    assert Gathered().supports(inputs) == "gradients are recorded"
+    assert Gathered().why_unsupported(inputs) == "gradients are recorded"
     with torch.no_grad():
-        assert Gathered().supports(inputs) is None
-        assert Gathered().is_slower(inputs) == "only faster under a compiler"
+        assert Gathered().why_unsupported(inputs) is None
+        assert Gathered().why_slower(inputs) == "only faster under a compiler"
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert Gathered().is_slower(inputs) is None
+        assert Gathered().why_slower(inputs) is None
         for shape, device in (((9, 40), "cpu"), ((2, 40), "meta")):  # of 4 experts 4 are read for two tokens
-            assert Gathered().is_slower(inputs._replace(x=torch.empty(shape, device=device))) == "too many tokens"
-        assert Gathered().is_slower(inputs._replace(x=torch.empty(1, 40, device="meta"))) is None
+            assert Gathered().why_slower(inputs._replace(x=torch.empty(shape, device=device))) == "too many tokens"
+        assert Gathered().why_slower(inputs._replace(x=torch.empty(1, 40, device="meta"))) is None
     single = inputs._replace(router=None)
-    reasons = [backend.supports(single) for backend in (Lora(), Gathered(), Reference())]
+    reasons = [backend.why_unsupported(single) for backend in (Lora(), Gathered(), Reference())]
     assert reasons == [None, *["a layer with one expert has no router"] * 2]
-    assert Lora().supports(inputs) == "there are several experts"
+    assert Lora().why_unsupported(inputs) == "there are several experts"

@@ -33,7 +33,10 @@ class AnswerRule:
     words: Mapping[str, str] | None = None
 
     def resolve(self, row: Mapping[str, Any], row_id: str) -> tuple[str, str, int]:
-        """The answer of one row, the text of its options (``""`` for words) and the number of choices."""
+        """The answer of one row, the text of its options and the number of choices.
+
+        An answer rule with `words` has no options: their text is empty.
+        """
         value = row[self.column]
         if self.words is not None:
             label = TRUTH.get(str(value), str(value))
@@ -192,13 +195,13 @@ class Task:
         """Prompt, output and answer of one source row.
 
         Args:
-            row: the source row; columns that the task does not name are ignored.
-            index: position in the source, for the id of a row that has none.
-            split: name of the split, also for the id of a row that has none.
+            row: the source row; the task's definition names the columns that are read.
+            index: position in the source; becomes part of the id if the row has no id.
+            split: name of the split, for the same purpose.
 
         Returns:
             `id`, `instruction`, `input`, `output`, `answer` and `num_choices` (None for free text), and
-            the columns of `groups` that have a value.
+            those columns of `groups` that are not empty in this row.
 
         Raises:
             MolaError: a column is missing or a value does not fit; the message names the row.
@@ -216,7 +219,7 @@ class Task:
         if self.answer is not None:
             answer, options, num_choices = self.answer.resolve(row, row_id)
             values["answer"] = answer
-            if self.answer.choices is not None:  # else `options` may be a column
+            if self.answer.choices is not None:  # without `choices`, `options` may be a column of the source
                 values["options"] = options
         return {
             "id": row_id,

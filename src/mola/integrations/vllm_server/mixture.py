@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mola.integrations.vllm_server.parts import Part, PartSettings
-from mola.tuner.routing import route_all
+from mola.tuner.routing import route_dense
 
 Product = Callable[[torch.Tensor], torch.Tensor]  # of a matrix with rows, one row per token; or a sum over ranks
 
@@ -116,6 +116,6 @@ def _gate(hidden: torch.Tensor, logits: torch.Tensor, group: _Group) -> torch.Te
     (num_experts, r, top_k, scaling, router), count = group.settings, group.parts * group.settings.num_experts
     if num_experts == 1:
         return hidden * scaling
-    gates, _ = route_all(router, logits.reshape(-1, num_experts), top_k, -1)
+    gates, _ = route_dense(router, logits.reshape(-1, num_experts), top_k, -1)
     weights = gates.mul_(scaling).view(-1, count, 1)
     return (hidden.unflatten(1, (count, r)) * weights.to(hidden.dtype)).flatten(1)

@@ -94,7 +94,7 @@ class CompareOptions(TrainAndTestOptions):
     )
 
     def __post_init__(self) -> None:
-        # TrainingArguments replaces some values, so the runs get them as they were given.
+        # The runs get the values that the user gave: TrainingArguments replaces some of them below.
         self._given = {item.name: getattr(self, item.name) for item in fields(TrainAndTestOptions) if item.init}
         super().__post_init__()
         self.tasks = parse_named_mappings("tasks", self.tasks, _TASKS_EXAMPLE)
@@ -108,14 +108,14 @@ class CompareOptions(TrainAndTestOptions):
             for kind, parts in (("tasks", self.tasks), ("recipes", self.recipes))
             for name, values in parts.items()
         }
-        first = next(iter(self.candidates.values()), {})
-        self.runs = {key: self._run_options(key, first) for key in self._keys(self.seeds)}
-        self.tuning_runs = {
-            key: self._run_options(key, values)
-            for plain in self._keys(self.tuning_seeds)
-            for name, values in self.candidates.items()
-            for key in [plain._replace(recipe=plain.recipe + name)]
-        }
+        # Until the search has chosen (`tuned_runs`), all runs have the values of the first candidate.
+        first_candidate = next(iter(self.candidates.values()), {})
+        self.runs = {key: self._run_options(key, first_candidate) for key in self._keys(self.seeds)}
+        self.tuning_runs: dict[Key, TrainAndTestOptions] = {}
+        for key in self._keys(self.tuning_seeds):
+            for name, values in self.candidates.items():
+                tuning_key = key._replace(recipe=key.recipe + name)
+                self.tuning_runs[tuning_key] = self._run_options(tuning_key, values)
 
     def tuned_runs(self, chosen: Mapping[tuple[str, str], str]) -> dict[Key, TrainAndTestOptions]:
         """`runs` with what the search has chosen: (task, recipe) -> one of `candidates`."""

@@ -116,22 +116,22 @@ class Backend(ABC):
 
     Attributes:
         name: the backend's name in `MOLA_KERNEL` and in reports.
-        is_recorded: whether autograd differentiates `forward`; if not, `backward` computes the gradients.
-        casts_inputs: whether `x` and `weight` may have dtypes that differ from that of the products.
+        uses_autograd: whether autograd differentiates `forward`; if not, `backward` computes the gradients.
+        casts_its_inputs: whether `x` and `weight` may have dtypes that differ from that of the products.
         device_type: the type of device that the backend is written for; None for all.
     """
 
     name: str
-    is_recorded = False
-    casts_inputs = False
+    uses_autograd = False
+    casts_its_inputs = False
     device_type: str | None = None
 
     @abstractmethod
-    def supports(self, inputs: MixtureInputs) -> str | None:
+    def why_unsupported(self, inputs: MixtureInputs) -> str | None:
         """None if this backend can compute the inputs on this machine, else the reason why it cannot."""
 
-    def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """None, or the reason why a later backend should be faster; call it for inputs that `supports` accepts."""
+    def why_slower(self, inputs: MixtureInputs) -> str | None:
+        """Why a later backend is faster for inputs that this backend can compute; None if none is."""
         return None
 
     @abstractmethod

@@ -20,9 +20,9 @@ _GRADIENTS = [1 + _FIELDS.index(name) for name in Grads._fields]
 def compute(backend: Backend, inputs: MixtureInputs) -> Mixture:
     """Compute the mixture with a backend, and record it for autograd.
 
-    Second derivatives exist only for backends with `is_recorded`; for others, asking for them is an error.
+    Second derivatives exist only for backends with `uses_autograd`; for others, asking for them is an error.
     """
-    if backend.is_recorded:
+    if backend.uses_autograd:
         return backend.forward(inputs)[0]
     settings = inputs.settings
     if settings.dropout and inputs.dropout_mask is None:

@@ -12,7 +12,7 @@ from mola.tuner.kernels.api import NO_ROUTER, Backend, Mixture, MixtureInputs
 from mola.tuner.kernels.dense import why_no_own_backward
 from mola.tuner.kernels.gemm import base_output, linear
 from mola.tuner.kernels.tensors import as_rows, autocast_is_on
-from mola.tuner.routing import route_all
+from mola.tuner.routing import route_dense
 
 MAX_TOKENS = 32
 MANY_TOKENS = f"slower than other backends for more than {MAX_TOKENS} tokens, or not on a CPU"
@@ -43,11 +43,11 @@ class Decode(Backend):
     name = "decode"
     device_type = "cpu"
 
-    def supports(self, inputs: MixtureInputs) -> str | None:
+    def why_unsupported(self, inputs: MixtureInputs) -> str | None:
         """None for calls without gradients and dropout, else the reason."""
         return why_not_decode(inputs) or why_no_own_backward(inputs)
 
-    def is_slower(self, inputs: MixtureInputs) -> str | None:
+    def why_slower(self, inputs: MixtureInputs) -> str | None:
         """None for few tokens on a CPU, else the reason."""
         return None if is_decode(inputs.x) else MANY_TOKENS
 
@@ -58,7 +58,7 @@ class Decode(Backend):
         rows = as_rows(inputs.x).to(dtype)
         logits = torch.mm(rows, inputs.router.to(dtype).t())  # (N, E)
         hidden = torch.mm(rows, inputs.experts_A.flatten(0, 1).to(dtype).t())  # (N, E*r)
-        gates, expert_indices = route_all(settings.router, logits, settings.top_k, -1)
+        gates, expert_indices = route_dense(settings.router, logits, settings.top_k, -1)
         hidden.view(-1, num_experts, r).mul_(gates.unsqueeze(-1))
         x, weight = inputs.x.to(settings.dtype), inputs.weight
         output = base_output(inputs, x) if weight is None else linear(x, weight, inputs.bias)

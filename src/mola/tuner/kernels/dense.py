@@ -38,7 +38,7 @@ class Dense(Backend):
 
     name = "dense"
 
-    def supports(self, inputs: MixtureInputs) -> str | None:
+    def why_unsupported(self, inputs: MixtureInputs) -> str | None:
         """None for all calls that may have their own backward pass, else the reason."""
         return why_no_own_backward(inputs)
 

@@ -1,7 +1,7 @@
-"""Chooses the backend that computes a mixture: the first of `BACKENDS` that supports the inputs and is not slower.
+"""Chooses the backend that computes a mixture: the first of `BACKENDS` that can compute the inputs and is not slower.
 
-`MOLA_KERNEL=name` in the environment forces one backend; if it does not support the inputs, an error says why. The
-backend `lora` computes every layer with one expert, whatever is forced.
+`MOLA_KERNEL=name` in the environment forces one backend; if it cannot compute the inputs, an error says why. Layers
+with one expert always use the backend `lora`, even if a different backend is forced.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mola.tuner.kernels.cpu.train import CpuTrain
 from mola.tuner.kernels.decode import Decode, is_decode
 from mola.tuner.kernels.dense import Dense
 from mola.tuner.kernels.gpu.backend import Triton
-from mola.tuner.kernels.gpu.backend import forget as forget
+from mola.tuner.kernels.gpu.backend import drop_cached_copies as drop_cached_copies
 from mola.tuner.kernels.grouped import Grouped
 from mola.tuner.kernels.reference import Gathered, Lora, Reference
 from mola.tuner.kernels.tensors import autocast_is_on
@@ -45,43 +45,44 @@ _BACKENDS_FOR_GPUS = tuple(backend for backend in BACKENDS if backend.device_typ
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
-def decode_layer(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
-    """The output of a layer for few tokens, by `mola.tuner.kernels.cpu.decode.decode_layer`, which has these arguments.
+def try_decode(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+    """The output of a layer for few tokens. See `mola.tuner.kernels.cpu.decode.try_decode` for the arguments.
 
     None if there is no native function for the layer or if `MOLA_KERNEL` is set. The caller then calls `mixture`.
     """
     if not cpu_decode.is_available() or _forced_name():
         return None
-    return cpu_decode.decode_layer(layer, adapter_name, x)
+    return cpu_decode.try_decode(layer, adapter_name, x)
 
 
-def row_table(layer, names: list[str], x: torch.Tensor) -> Any:
-    """A table for a batch whose rows have different adapters, by `mola.tuner.kernels.cpu.decode.row_table`.
+def try_row_table(layer, names: list[str], x: torch.Tensor) -> Any:
+    """The matrices of each row's adapter, for a batch whose rows use different adapters, each row with few tokens.
 
-    None if there is no native function for the batch or if `MOLA_KERNEL` is set. The caller then computes one adapter
-    after the other.
+    See `mola.tuner.kernels.cpu.decode.try_row_table` for the arguments and the table's form. None if there is no
+    native function for the batch or if `MOLA_KERNEL` is set. The caller then computes one adapter after the other.
     """
     if not cpu_decode.is_available() or _forced_name() or not is_decode(x):
         return None
-    return cpu_decode.row_table(layer, names, x)
+    return cpu_decode.try_row_table(layer, names, x)
 
 
 def mixture(inputs: MixtureInputs) -> Mixture:
     """Compute a mixture with the backend that `select` returns.
 
     Raises:
-        MolaError: `MOLA_KERNEL` names no backend, or one that does not support these inputs.
+        MolaError: `MOLA_KERNEL` names an unknown backend, or one that cannot compute these inputs.
     """
     inputs = cast_float32_input(inputs)
     backend = select(inputs)
-    return compute(backend, inputs if backend.casts_inputs else cast_inputs(inputs))
+    return compute(backend, inputs if backend.casts_its_inputs else cast_inputs(inputs))
 
 
 def cast_float32_input(inputs: MixtureInputs) -> MixtureInputs:
-    """Under autocast on a GPU, cast a float32 input to the dtype of the products.
+    """Under autocast on a GPU, cast a float32 input to the dtype of the matrix products, `settings.dtype`.
 
-    LayerNorm returns float32 under autocast, and the dtype of the base without autocast. After the cast, a router reads
-    the same input in training and at inference. Layers with one expert leave the cast to autocast, like PEFT's LoRA.
+    LayerNorm returns float32 under autocast; without autocast it returns the base's dtype. The cast gives a router the
+    same input in training with autocast as in inference without it. Layers with one expert leave the
+    cast to autocast, like PEFT's LoRA.
     """
     if inputs.router is None:
         return inputs
@@ -95,11 +96,11 @@ def select(inputs: MixtureInputs) -> Backend:
     """The backend that computes these inputs.
 
     Raises:
-        MolaError: `MOLA_KERNEL` names no backend, or one that does not support these inputs.
+        MolaError: `MOLA_KERNEL` names an unknown backend, or one that cannot compute these inputs.
     """
     forced = forced_backend()
     if forced is not None and inputs.router is not None:
-        reason = forced.supports(inputs)
+        reason = forced.why_unsupported(inputs)
         if reason is not None:
             raise MolaError(
                 f"{_VARIABLE}={forced.name} cannot compute input {tuple(inputs.x.shape)} with experts "
@@ -107,14 +108,14 @@ def select(inputs: MixtureInputs) -> Backend:
             )
         return forced
     for backend in _BACKENDS_FOR_GPUS if inputs.x.is_cuda else BACKENDS:
-        if backend.supports(inputs) is None and backend.is_slower(inputs) is None:
+        if backend.why_unsupported(inputs) is None and backend.why_slower(inputs) is None:
             return backend
-    raise AssertionError("the reference backend supports everything with a router, `lora` everything without")
+    raise AssertionError("`reference` computes every input with a router, and `lora` every input without")
 
 
 def explain(inputs: MixtureInputs) -> list[tuple[str, str | None]]:
     """The name of every backend in the order of `BACKENDS`, and why it would not be used; None if it could be used."""
-    return [(backend.name, backend.supports(inputs) or backend.is_slower(inputs)) for backend in BACKENDS]
+    return [(backend.name, backend.why_unsupported(inputs) or backend.why_slower(inputs)) for backend in BACKENDS]
 
 
 def forced_backend() -> Backend | None:
@@ -140,10 +141,10 @@ def _read_variable() -> str:
 
 
 def cast_inputs(inputs: MixtureInputs) -> MixtureInputs:
-    """Cast the input to the dtype of the products, for a backend whose `casts_inputs` is False.
+    """Cast the input to the dtype of the matrix products, for a backend whose `casts_its_inputs` is False.
 
-    If input or base weight have a different dtype, the base output is computed here and replaces the weight. Under
-    autocast the input stays as it is: autocast casts it for the products, and the router reads the original.
+    If the input or the base weight has a different dtype, the base output is computed here and replaces the weight.
+    Under autocast the input stays as it is: autocast casts it for the products, and the router reads the original.
     """
     x, weight, dtype = inputs.x, inputs.weight, inputs.settings.dtype
     if weight is not None and (weight.dtype is not dtype or x.dtype is not dtype):

@@ -14,7 +14,7 @@ from mola.tuner.kernels.api import MixtureSettings
 from mola.tuner.kernels.tensors import are_plain_cpu_tensors
 from mola.tuner.routing import (
     DEFAULT_ROUTER,
-    route_all,
+    route_dense,
     router_backward,
     router_logits_by_expert,
     top_k_softmax_backward,
@@ -50,7 +50,7 @@ def apply_gates(tokens: torch.Tensor, router: torch.Tensor, hidden: torch.Tensor
     if gates is not None:
         return gates
     logits = router_logits_by_expert(tokens, router)
-    gate_values, expert_indices = route_all(settings.router, logits, settings.top_k, 0)
+    gate_values, expert_indices = route_dense(settings.router, logits, settings.top_k, 0)
     weights = gate_values.mul_(settings.scaling)
     hidden.view(len(router), len(hidden) // len(router), -1).mul_(weights.to(hidden.dtype).unsqueeze(1))
     return Gates(logits, weights, expert_indices)

@@ -57,7 +57,7 @@ class Grouped(Backend):
 
     name = "grouped"
 
-    def supports(self, inputs: MixtureInputs) -> str | None:
+    def why_unsupported(self, inputs: MixtureInputs) -> str | None:
         """None for sizes and dtypes that grouped products accept, without a compiler; else the reason."""
         reason = why_no_own_backward(inputs)
         if reason is not None:
@@ -72,7 +72,7 @@ class Grouped(Backend):
         row_bytes = math.gcd(r, in_features, inputs.experts_B.shape[2]) * inputs.settings.dtype.itemsize
         return f"grouped products need rows of whole {_ROW_BYTES} bytes" if row_bytes % _ROW_BYTES else None
 
-    def is_slower(self, inputs: MixtureInputs) -> str | None:
+    def why_slower(self, inputs: MixtureInputs) -> str | None:
         """None in float32 on a CPU with many experts, few of them chosen, and enough tokens; else the reason."""
         if not inputs.x.is_cpu or inputs.settings.dtype != torch.float32:
             return "slower than dense except in float32 on a CPU"

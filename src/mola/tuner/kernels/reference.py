@@ -1,10 +1,12 @@
 """The formula of a mixture in plain operators of torch. All other backends are tested against it.
 
-The backends in this file also handle calls that need plain operators: those under `torch.compile`, and those with
-router jitter.
+The backends in this file also serve calls that only plain operators can compute: calls under `torch.compile` and calls
+with router jitter.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +23,10 @@ class Reference(Backend):
     """Computes all experts for all tokens; the gates of experts that were not chosen are 0."""
 
     name = "reference"
-    is_recorded = True
+    uses_autograd = True
 
-    def supports(self, inputs: MixtureInputs) -> str | None:
-        """None for any input with a router, else the reason."""
+    def why_unsupported(self, inputs: MixtureInputs) -> str | None:
+        """Why this backend cannot compute the inputs; None if it can, which is so for all inputs with a router."""
         return NO_ROUTER if inputs.router is None else None
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
@@ -40,26 +42,30 @@ class Reference(Backend):
 
 
 class Gathered(Reference):
-    """Computes the chosen experts only, for compiled calls: their loops read the experts' matrices in place."""
+    """Computes the chosen experts only. Meant for `torch.compile`, whose loops read the experts' matrices in place."""
 
     name = "gathered"
 
-    def supports(self, inputs: MixtureInputs) -> str | None:
-        """None for calls without gradients on inputs with a router, else the reason."""
+    def why_unsupported(self, inputs: MixtureInputs) -> str | None:
+        """Why this backend cannot compute the inputs; None if they have a router and no gradients are recorded."""
         if inputs.router is None:
             return NO_ROUTER
         return "gradients are recorded" if torch.is_grad_enabled() else None
 
-    def is_slower(self, inputs: MixtureInputs) -> str | None:
-        """None for compiled calls with few tokens, else the reason.
+    def why_slower(self, inputs: MixtureInputs) -> str | None:
+        """Why a later backend is faster; None for compiled calls with few tokens.
 
         In calls that are not compiled, indexing copies the matrices of the chosen experts for every token.
         """
         if not torch.compiler.is_compiling():
             return "only faster under a compiler"
         num_tokens = inputs.x.numel() // inputs.x.shape[-1]
-        reads_fewer = inputs.settings.top_k * num_tokens < len(inputs.experts_A)
-        return None if reads_fewer or (inputs.x.is_cpu and num_tokens <= _MAX_GATHERED_TOKENS) else "too many tokens"
+        reads_fewer_matrices = inputs.settings.top_k * num_tokens < len(inputs.experts_A)
+        return (
+            None
+            if reads_fewer_matrices or (inputs.x.is_cpu and num_tokens <= _MAX_GATHERED_TOKENS)
+            else "too many tokens"
+        )
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """Like `Reference.forward`, but sums over the chosen experts only, in float32 (float64 for float64 input)."""
@@ -79,8 +85,8 @@ class Lora(Reference):
 
     name = "lora"
 
-    def supports(self, inputs: MixtureInputs) -> str | None:
-        """None for inputs of a layer with one expert, else the reason."""
+    def why_unsupported(self, inputs: MixtureInputs) -> str | None:
+        """Why this backend cannot compute the inputs; None for a layer with one expert."""
         return None if inputs.router is None else "there are several experts"
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
@@ -99,19 +105,21 @@ def _route(inputs: MixtureInputs) -> tuple[torch.Tensor, Routing]:
 
 
 def _after_dropout(inputs: MixtureInputs) -> torch.Tensor:
-    """The experts' input after dropout, by the mask if the inputs have one, else by torch's dropout.
+    """The experts' input after dropout: with the mask of the inputs if there is one, otherwise with torch's dropout.
 
     With a mask, `settings.scaling` already includes the factor 1 / (1 - p).
     """
     if inputs.dropout_mask is not None:
-        # `drop` may be a native function, which autograd cannot record, so it is applied to ones.
+        # Autograd cannot differentiate `drop`, which may be a native function. Applied to ones, `drop` gives the mask.
         return torch.where(drop(torch.ones_like(inputs.x), inputs.dropout_mask).bool(), inputs.x, 0.0)
     return F.dropout(inputs.x, inputs.settings.dropout) if inputs.settings.dropout else inputs.x
 
 
-def _base_output(inputs: MixtureInputs):
+def _base_output(inputs: MixtureInputs) -> Any:
     return inputs.result if inputs.weight is None else F.linear(inputs.x, inputs.weight, inputs.bias)
 
 
-def _add_update(result: torch.Tensor, update: torch.Tensor, logits: torch.Tensor, routing: Routing):
+def _add_update(
+    result: torch.Tensor, update: torch.Tensor, logits: torch.Tensor, routing: Routing
+) -> tuple[Mixture, None]:
     return Mixture(result + update.view(result.shape), logits.t(), routing.expert_indices.t()), None

@@ -92,7 +92,7 @@ def make(shape=(3, 16), values=torch.float32, weights=torch.float32, num_experts
 def test_any_size(dtypes, num_tokens, num_experts, in_features, top_k, **sizes):
     inputs = make((num_tokens, in_features), *dtypes, num_experts, top_k=min(top_k, num_experts), fused=False, **sizes)
     exact = compute(Reference(), in_float64(inputs)).output
-    assert CPU_DECODE.supports(inputs) is None
+    assert CPU_DECODE.why_unsupported(inputs) is None
     output = compute(CPU_DECODE, inputs).output
     # In float32, then rounded once: to the nearest number of the output's dtype.
     tolerance = 2e-5 * max(1.0, exact.abs().max().item())
@@ -400,10 +400,10 @@ NO_GRADIENTS, WANTED, FUNCTION = (
 @torch.no_grad()
 def test_what_it_does_not_compute(change, reason):
     inputs = make(fused=False)
-    assert CPU_DECODE.supports(inputs) is CPU_DECODE.is_slower(inputs) is None
+    assert CPU_DECODE.why_unsupported(inputs) is CPU_DECODE.why_slower(inputs) is None
     if "settings" in change:
         change = {"settings": inputs.settings._replace(**change["settings"])}
-    assert reason in CPU_DECODE.supports(inputs._replace(**change))
+    assert reason in CPU_DECODE.why_unsupported(inputs._replace(**change))
 
 
 def test_an_input_with_more_digits_than_the_experts_is_rounded_as_always(calls):

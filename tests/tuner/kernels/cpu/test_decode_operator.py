@@ -119,7 +119,7 @@ def test_layers_that_share_a_b():
     with torch.no_grad():
         output = torch.zeros(3, 24)
         torch.ops.mola.decode(output, x, one.mola_B["default"])
-        torch.testing.assert_close(output, one.add_experts("default", x, torch.zeros(3, 24)))
+        torch.testing.assert_close(output, one.add_expert_output("default", x, torch.zeros(3, 24)))
     assert find_owner(one.mola_B["default"]).layer() in (one, other)
     other.scaling["default"] *= 2
     decode_operator._owners.clear()

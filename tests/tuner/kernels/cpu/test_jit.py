@@ -47,7 +47,7 @@ for shape, num_experts in (((40, 32), 4), ((2, 3, 64), 3), ((9, 576), 8)):
         for backend in (Dense(), CpuTrain()):
             for mask in (None, sample_dropout_mask(inputs.x, 0.3)[0]):
                 each = make_inputs(shape, num_experts, dtype, out=96)._replace(dropout_mask=mask)
-                if backend.supports(each) is None:
+                if backend.why_unsupported(each) is None:
                     mixture = compute(backend, each)
                     show(*mixture, *torch.autograd.grad(mixture.output.float().sin().sum(), leaves(each)))
 """

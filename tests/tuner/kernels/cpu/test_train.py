@@ -41,7 +41,7 @@ def run(backend, inputs, *, with_logits=False):
 
 
 def check(inputs, *, with_logits=False):
-    assert BACKEND.supports(inputs) is None
+    assert BACKEND.why_unsupported(inputs) is None
     dtype = inputs.settings.dtype
     found, expected = (
         run(backend, each, with_logits=with_logits)
@@ -225,7 +225,7 @@ def test_few_operators_and_little_kept(dtype):
 )
 def test_one_thread_must_have_less_to_do(num_experts, top_k, threads, expected, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    reason = BACKEND.is_slower(make((40, 64), num_experts, torch.float32, top_k=top_k))
+    reason = BACKEND.why_slower(make((40, 64), num_experts, torch.float32, top_k=top_k))
     assert reason == (None if expected else "slower than dense with so many threads: top_k * threads > num_experts")
 
 
@@ -247,7 +247,7 @@ SIZES, FIT, FUNCTION = "features in multiples of 32", "do not fit", "no native f
 )
 def test_sizes_and_dtypes_that_it_does_not_compute(change, reason):
     arguments = {"shape": (40, 64), "num_experts": 4, "dtype": torch.float32, **change}
-    assert reason in BACKEND.supports(make(**arguments))
+    assert reason in BACKEND.why_unsupported(make(**arguments))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_sizes_and_dtypes_that_it_does_not_compute(change, reason):
     ],
 )
 def test_inputs_that_it_does_not_compute(field, value, reason):
-    assert reason in BACKEND.supports(make((40, 64), 4, torch.float32)._replace(**{field: value}))
+    assert reason in BACKEND.why_unsupported(make((40, 64), 4, torch.float32)._replace(**{field: value}))
 
 
 def test_what_torch_func_looks_at_it_does_not_compute():
@@ -275,7 +275,7 @@ def test_what_torch_func_looks_at_it_does_not_compute():
     reasons = []
 
     def function(x):
-        reasons.append(BACKEND.supports(inputs._replace(x=x)))
+        reasons.append(BACKEND.why_unsupported(inputs._replace(x=x)))
         return x.sum()
 
     torch.func.grad(function)(inputs.x)
@@ -285,9 +285,9 @@ def test_what_torch_func_looks_at_it_does_not_compute():
 @dtypes
 def test_asking_compiles_nothing(dtype, monkeypatch):
     monkeypatch.setattr(native.load("jit_train"), "_specialize_forward", lambda *formats: pytest.fail("compiled"))
-    assert BACKEND.supports(make((40, 64), 4, dtype, r=5)) is None
+    assert BACKEND.why_unsupported(make((40, 64), 4, dtype, r=5)) is None
 
 
 def test_without_numba_it_computes_nothing(monkeypatch):
     monkeypatch.setattr(native, "load", lambda name: None)
-    assert "or no numba" in BACKEND.supports(make((40, 64), 4, torch.float32))
+    assert "or no numba" in BACKEND.why_unsupported(make((40, 64), 4, torch.float32))

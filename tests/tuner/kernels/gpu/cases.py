@@ -72,7 +72,7 @@ def test_values_and_gradients(sizes, dtype, top_k, dropout, fused, trusted):
     inputs = make(shape, num_experts, dtype, r=r, out=out, top_k=top_k, fused=fused, bias=True)
     inputs = parity.with_mask(inputs, dropout)
     assert (dropout == "sampled") == (inputs.dropout_mask is not None and is_gpu_seed(inputs.dropout_mask))
-    assert TRITON.supports(inputs) is None
+    assert TRITON.why_unsupported(inputs) is None
     with launch.poisoned():
         found = parity.run(TRITON, inputs)
     assert None not in found.values()
@@ -186,7 +186,7 @@ def test_too_many_elements_for_a_seed_get_booleans():
 def test_it_is_tried_once_and_then_used(dtype, is_wide):
     params = torch.float32 if is_wide else dtype
     inputs = make(dtype=dtype, params_dtype=params)
-    assert TRITON.supports(inputs) is None
+    assert TRITON.why_unsupported(inputs) is None
     (key,) = first_use._found
     assert key == (inputs.x.device, dtype, params, 5, 3, 2)
     assert select(inputs).name == "triton"
@@ -195,7 +195,7 @@ def test_it_is_tried_once_and_then_used(dtype, is_wide):
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_it_may_be_tried_first_where_nothing_is_recorded(mode):
     with mode(), torch.autocast(DEVICE, torch.bfloat16):
-        assert TRITON.supports(make()) is None
+        assert TRITON.why_unsupported(make()) is None
 
 
 def test_it_may_be_tried_first_within_a_checkpointed_layer():
@@ -203,7 +203,7 @@ def test_it_may_be_tried_first_within_a_checkpointed_layer():
     x = torch.randn(4, 8, device=DEVICE, requires_grad=True)
 
     def layer(x):
-        assert TRITON.supports(make()) is None
+        assert TRITON.why_unsupported(make()) is None
         return x.exp().sin()
 
     checkpoint(layer, x, use_reentrant=False).sum().backward()
@@ -245,7 +245,7 @@ def test_a_wrong_kernel_is_caught_and_never_used(part, change, reason, monkeypat
     monkeypatch.setitem(launch._dropout_works, inputs.x.device, True)  # it is looked at by itself, too
     with caplog.at_level(logging.WARNING):
         assert select(inputs).name == "dense"
-        found = TRITON.supports(inputs)
+        found = TRITON.why_unsupported(inputs)
     assert reason in found
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == f"The kernel triton is not used on {inputs.x.device}: {found}."
@@ -278,7 +278,7 @@ def test_the_trial_leaves_random_numbers_as_they_are():
     torch.manual_seed(3)
     expected = torch.rand(3, device=DEVICE)
     torch.manual_seed(3)
-    TRITON.supports(inputs)
+    TRITON.why_unsupported(inputs)
     assert torch.equal(torch.rand(3, device=DEVICE), expected)
 
 
@@ -352,7 +352,7 @@ def test_training_by_another_backend_is_followed_by_new_packing(packings):
         compute(TRITON, inputs)
         compute(TRITON, inputs)
         assert len(packings) == 1
-        backend_module.forget([inputs.experts_A])
+        backend_module.drop_cached_copies([inputs.experts_A])
         compute(TRITON, inputs)
     assert len(packings) == 2
 

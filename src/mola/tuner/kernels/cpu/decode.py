@@ -1,6 +1,6 @@
 """Few tokens without gradients on a CPU: one native function reads the chosen experts only, see `jit_decode`.
 
-A layer calls `decode_layer`, and a batch with several adapters calls `row_table`. Both bypass the table of backends,
+A layer calls `try_decode`, and a batch with several adapters calls `try_row_table`. Both bypass the table of backends,
 because building a backend's inputs takes longer than the arithmetic of a mixture.
 """
 
@@ -25,9 +25,9 @@ class CpuDecode(Decode):
     """Computes the chosen experts only, in one native function."""
 
     name = "cpu_decode"
-    casts_inputs = True
+    casts_its_inputs = True
 
-    def supports(self, inputs: MixtureInputs) -> str | None:
+    def why_unsupported(self, inputs: MixtureInputs) -> str | None:
         """None for plain tensors in float32 or bfloat16, without gradients and router output; else the reason."""
         x, settings = inputs.x, inputs.settings
         if torch.compiler.is_compiling():
@@ -63,7 +63,7 @@ class CpuDecode(Decode):
 CPU_DECODE = CpuDecode()
 
 
-def decode_layer(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
+def try_decode(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
     """The output of a layer for few tokens, computed like `CpuDecode`; None if no native function fits the layer.
 
     Args:
@@ -94,7 +94,7 @@ def decode_layer(layer: Any, adapter_name: str, x: torch.Tensor) -> torch.Tensor
     else:
         output = linear(x, base.weight, base.bias)
     if type(output) is not torch.Tensor or output.dtype != x.dtype:
-        return layer.add_experts(adapter_name, x, output).to(output.dtype)
+        return layer.add_expert_output(adapter_name, x, output).to(output.dtype)
     if matrices is None:
         torch.ops.mola.decode(output, x, experts_B)
     else:
@@ -200,7 +200,7 @@ class RowTable(NamedTuple):
         return output
 
 
-def row_table(layer: Any, names: list[str], x: torch.Tensor) -> RowTable | None:
+def try_row_table(layer: Any, names: list[str], x: torch.Tensor) -> RowTable | None:
     """The table of a layer's experts for a batch whose rows have different adapters; None without a native function.
 
     Args:

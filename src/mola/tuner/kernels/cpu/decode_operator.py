@@ -82,7 +82,7 @@ def _decode(output: torch.Tensor, x: torch.Tensor, experts_B: torch.Tensor) -> N
         experts_A, router = matrices
         add_update(output, x, experts_A, experts_B, router, layer.scaling[name], layer.top_k[name])
     else:
-        output.copy_(layer.add_experts(name, x, output))
+        output.copy_(layer.add_expert_output(name, x, output))
 
 
 def _linear_decode(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, experts_B: torch.Tensor):

@@ -26,7 +26,7 @@ class CpuTrain(Backend):
     name = "cpu_train"
     device_type = "cpu"
 
-    def supports(self, inputs: MixtureInputs) -> str | None:
+    def why_unsupported(self, inputs: MixtureInputs) -> str | None:
         """None for sizes in multiples of 32, plain tensors and a processor with the instructions, else the reason."""
         reason = why_no_own_backward(inputs)
         if reason is not None:
@@ -46,7 +46,7 @@ class CpuTrain(Backend):
             return f"no native function for {settings.dtype}, or no numba or no AVX-512 (for bfloat16 its BF16) here"
         return None
 
-    def is_slower(self, inputs: MixtureInputs) -> str | None:
+    def why_slower(self, inputs: MixtureInputs) -> str | None:
         """None, or the reason: with many threads, each has less to do if they share the work of all experts."""
         if inputs.settings.top_k * torch.get_num_threads() > len(inputs.experts_A):
             return "slower than dense with so many threads: top_k * threads > num_experts"

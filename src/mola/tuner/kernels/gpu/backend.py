@@ -36,7 +36,7 @@ class Triton(Backend):
     name = "triton"
     device_type = "cuda"
 
-    def supports(self, inputs: MixtureInputs) -> str | None:
+    def why_unsupported(self, inputs: MixtureInputs) -> str | None:
         """None for dtypes of 16 bits on a GPU since Ampere where the kernels were correct, else the reason."""
         settings, x, experts_A = inputs.settings, inputs.x, inputs.experts_A
         reason = why_no_own_backward(inputs) or _why_not_on(x.device)
@@ -177,7 +177,7 @@ def _packed(inputs: MixtureInputs) -> tuple[torch.Tensor, torch.Tensor]:
     return found[1]
 
 
-def forget(experts: Iterable[torch.Tensor]) -> None:
+def drop_cached_copies(experts: Iterable[torch.Tensor]) -> None:
     """Forget the packed weights of these A. Call it before training.
 
     A different backend may compute the training, and the optimiser may not change the versions of the weights.

@@ -27,24 +27,25 @@ def pack(
     experts_A, router, packed, in_features, num_rows: tl.constexpr, num_experts: tl.constexpr,
     STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Fill `packed: (E*r + 3E, in)` with A `(E*r, in)` and, below it, the three parts of the router `(E, in)`.
+    """Fill `packed: (E*r + 3E, in)` with A `(E*r, in)` and, below it, the router `(E, in)` in three parts.
 
-    There is one program for each row of A and router and each block of columns.
+    The three parts of `_split` keep the router's float32 precision in products of 16 bits. There is one program for
+    each pair of a row (of A or of the router) and a block of columns.
     """
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < in_features
     dtype: tl.constexpr = packed.dtype.element_ty
-    place = row.to(tl.int64) * in_features + columns
+    offset = row.to(tl.int64) * in_features + columns
     if row < num_rows:
-        value = tl.load(experts_A + place, mask=inside)
-        tl.store(packed + place, value.to(dtype), mask=inside)
+        value = tl.load(experts_A + offset, mask=inside)
+        tl.store(packed + offset, value.to(dtype), mask=inside)
     else:
-        value = tl.load(router + place - num_rows * in_features, mask=inside).to(tl.float32)
+        value = tl.load(router + offset - num_rows * in_features, mask=inside).to(tl.float32)
         p0, p1, p2 = _split(value, dtype, STEP)
-        tl.store(packed + place, p0, mask=inside)
-        tl.store(packed + place + num_experts * in_features, p1, mask=inside)
-        tl.store(packed + place + 2 * num_experts * in_features, p2, mask=inside)
+        tl.store(packed + offset, p0, mask=inside)
+        tl.store(packed + offset + num_experts * in_features, p1, mask=inside)
+        tl.store(packed + offset + 2 * num_experts * in_features, p2, mask=inside)
 
 
 @triton.jit
