@@ -14,6 +14,6 @@ if __name__ == "__main__":
             "research_code.training",
             "ResearchTrainOptions",
             "fine-tune a mixture of LoRA experts on a prepared task",
-            accept_no_prefix=True,
+            accept_noflag=True,
         )
     )

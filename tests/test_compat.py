@@ -28,7 +28,7 @@ ENTRIES = [
     ("share_checkpointing", "transformers", "5.21"),
     ("set_adapter_to_infer", "peft", "0.19"),
     ("cache_argument", "transformers", "5.24"),
-    ("generation_finds_cache", "peft", "0.22"),  # not before
+    ("generation_reads_cache_keyword", "peft", "0.22"),  # not before
     ("has_load_hook", "peft", "0.21"),
     ("ties_saved_modules", "peft", "0.19"),
 ]

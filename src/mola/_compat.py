@@ -61,8 +61,11 @@ def cache_argument(model: nn.Module) -> str | None:
 
 
 @functools.cache
-def generation_finds_cache() -> bool:
-    """Whether PEFT's generation with virtual tokens finds a cache named `cache`; PEFT 0.21 does not."""
+def generation_reads_cache_keyword() -> bool:
+    """Whether PEFT's generation with virtual tokens reads the key-value cache if the model's argument is named `cache`.
+
+    PEFT 0.21 reads `past_key_values` only.
+    """
     from peft import PeftModelForCausalLM
 
     try:

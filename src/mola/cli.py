@@ -54,10 +54,10 @@ COMMANDS = {
     "compare": Command(
         "mola.studies.comparison.compare",
         "CompareOptions",
-        "train recipes on tasks with several seeds, and test which differences are significant",
+        "compare recipes: train each on tasks with several seeds, test which differences are significant",
     ),
     "allocate": Command(
-        "mola.allocation.allocate", "AllocateOptions", "choose how many experts each layer gets, for an exact budget"
+        "mola.allocation.allocate", "AllocateOptions", "choose how many experts each layer gets, for a given total"
     ),
     "reallocate": Command(
         "mola.allocation.reallocate", "ReallocateOptions", "change how many experts each layer of a trained adapter has"
@@ -95,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `mola` command.
 
     Returns:
-        The exit code: 0, 2 for invalid input, 130 after an interrupt, 141 if the reader of the output closed the pipe.
+        The exit code: 0; 2 for invalid input or an error of the operating system; 130 after an interrupt; 141 if the
+        reader of the output closed the pipe.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in COMMANDS:
@@ -110,20 +111,20 @@ def run(name: str, arguments: Sequence[str]) -> int:
     return _run_and_report(f"mola {name}", lambda: _run(COMMANDS[name], arguments, f"mola {name}"))
 
 
-def run_script(module: str, options: str, summary: str, *, accept_no_prefix: bool = False) -> int:
+def run_script(module: str, options: str, summary: str, *, accept_noflag: bool = False) -> int:
     """Run a script as a command that is named after its file.
 
     Args:
         module: holds the options and `main`.
         options: name of the options dataclass.
         summary: one line for the help text.
-        accept_no_prefix: accept `--noflag` for `--flag=false`, like Python Fire.
+        accept_noflag: accept `--noflag` for `--flag=false`, like Python Fire.
 
     Returns:
         The exit code, like `main`.
     """
     command, name = Command(module, options, summary), Path(sys.argv[0]).name
-    return _run_and_report(name, lambda: _run(command, sys.argv[1:], name, accept_no_prefix=accept_no_prefix))
+    return _run_and_report(name, lambda: _run(command, sys.argv[1:], name, accept_noflag=accept_noflag))
 
 
 def _run_and_report(name: str, work: Callable[[], int]) -> int:
@@ -142,7 +143,7 @@ def _run_and_report(name: str, work: Callable[[], int]) -> int:
         return 130
 
 
-def _run(command: Command, arguments: Sequence[str], name: str, *, accept_no_prefix: bool = False) -> int:
+def _run(command: Command, arguments: Sequence[str], name: str, *, accept_noflag: bool = False) -> int:
     from mola.options.parsing import parse  # imported late: `mola --help` does not need Transformers
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
@@ -157,7 +158,7 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, accept_no_pre
         prog=name,
         summary=command.summary,
         positional=command.positional,
-        accept_no_prefix=accept_no_prefix,
+        accept_noflag=accept_noflag,
     )
     with explain_out_of_memory(_LESS_MEMORY):
         code: int = module.main(options)
@@ -175,7 +176,7 @@ def _print_usage_or_version(words: Sequence[str]) -> int:
         print(f"mola {__version__}")
     elif not words or words[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
-        print("usage: mola COMMAND [--config RECIPE.yaml] [--flag value ...]\n")
+        print("usage: mola COMMAND [ARGUMENT] [--config RECIPE.yaml] [--flag value ...]\n")
         for name, command in COMMANDS.items():
             print(f"  {name:<{width}}  {command.summary}")
         print(f"  {'with':<{width}}  run another program (transformers, lm_eval, accelerate ...) with mola registered")

@@ -69,7 +69,7 @@ def test_groups_keep_their_shares(tmp_path, capsys):
         drawn = Counter(row_id.split(".")[0] for row_id in part["id"])
         for group, count in there.items():
             assert abs(drawn[group] - count * len(part) / 1000) < 1, (split, group)
-    assert "4 groups, each in its share" in capsys.readouterr().out
+    assert "4 groups, each keeps its share" in capsys.readouterr().out
 
 
 def test_validation_and_test_are_1000_rows_by_default(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
-from mola._compat import cache_argument, generation_finds_cache
+from mola._compat import cache_argument, generation_reads_cache_keyword
 from mola.errors import MolaError
 from mola.evaluation.core import _why_one_by_one
 from mola.generation import predicting
@@ -58,7 +58,7 @@ def test_virtual_tokens_take_positions_and_prevent_batches(tiny_model, tiny_toke
 
 def test_a_prefix_counts_or_is_refused(tiny_model, tiny_tokenizer):
     model = adapted(tiny_model, PrefixTuningConfig(**TOKENS))
-    if cache_argument(tiny_model) != "cache" or generation_finds_cache():
+    if cache_argument(tiny_model) != "cache" or generation_reads_cache_keyword():
         text = generate_text(model, tiny_tokenizer, "Once", max_new_tokens=8)
         assert text == likeliest(model, tiny_tokenizer, "Once", 8)
         return

@@ -267,7 +267,7 @@ def test_instruction_data_are_plain_text(tmp_path, monkeypatch, capsys):
         assert part.column_names == ["input", "instruction", "output"]
         assert all(row["input"] is None and row["instruction"] is None and row["output"] in texts for row in part)
     printed = capsys.readouterr().out
-    assert "4 groups, each in its share" in printed
+    assert "4 groups, each keeps its share" in printed
     assert "train: 40 rows" in printed
     assert "DatasetDict" in printed
 

@@ -89,7 +89,7 @@ def test_a_second_signal_stops_at_once(caplog):
     interruption.on_train_begin(SimpleNamespace(), TrainerState(), TrainerControl())
     try:
         os.kill(os.getpid(), signal.SIGINT)
-        assert interruption.received == signal.SIGINT
+        assert interruption.received_here == signal.SIGINT
         assert "A second signal stops at once, without saving" in caplog.text
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -118,7 +118,7 @@ def test_no_step_follows_an_evaluation_in_which_a_signal_came(options_of, tmp_pa
 
 def test_a_signal_before_the_first_step_waits_for_it():
     interruption, control = Interruption(), TrainerControl()
-    interruption.received = 15
+    interruption.received_here = 15
     args = SimpleNamespace(world_size=1, save_total_limit=None, save_strategy="epoch")
     interruption.on_evaluate(args, TrainerState(global_step=0), control)
     assert not control.should_save
@@ -160,10 +160,10 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch):
     monkeypatch.setattr(distributed, "new_group", lambda **options: None)
     monkeypatch.setattr(distributed, "all_reduce", lambda *given, **options: interruption._handle(15, None))
     interruption.share_signal(args)
-    assert (interruption.signal_number, interruption.received) == (None, 15)
+    assert (interruption.shared_signal, interruption.received_here) == (None, 15)
     monkeypatch.setattr(distributed, "all_reduce", lambda *given, **options: None)
     interruption.share_signal(args)
-    assert interruption.signal_number == 15
+    assert interruption.shared_signal == 15
 
 
 @pytest.mark.parametrize(("cutoff_len", "multiple"), [(96, 8), (97, None)])
@@ -175,7 +175,7 @@ def test_padding_ends_at_the_last_position(cutoff_len, multiple):
 @pytest.mark.parametrize(("step", "is_evaluated"), [(14, False), (15, True)])
 def test_the_last_step_of_a_run_is_evaluated_though_a_signal_came(step, is_evaluated):
     interruption = Interruption()
-    interruption.signal_number = 15
+    interruption.shared_signal = 15
     state, control = TrainerState(epoch=step / 10, global_step=step, max_steps=15), TrainerControl(should_evaluate=True)
     interruption.on_epoch_end(SimpleNamespace(), state, control)
     assert control.should_evaluate is is_evaluated

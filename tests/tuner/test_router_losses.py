@@ -492,6 +492,14 @@ def test_router_losses_before_any_forward():
             ask()
 
 
+def test_router_loss_without_the_adapters_of_the_forward_pass_is_an_error():
+    """The unweighted balance loss would be a wrong answer."""
+    model = make()
+    model(**token_batch())
+    with model.disable_adapter(), pytest.raises(MolaError, match="same active adapters"):
+        model.get_router_loss()
+
+
 @pytest.mark.parametrize("jitter", [0.0, 0.1])  # the fused computation, and the one in plain operators
 def test_nothing_is_recorded_without_a_router_loss(jitter):
     model = make(router_aux_loss_coef=0.0, router_jitter_noise=jitter)

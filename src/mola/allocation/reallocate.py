@@ -146,17 +146,20 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
 
 
 def _resize_modules(
-    tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, int], seed: int, use: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor], num_experts_of: Mapping[str, int], seed: int, usage: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """Resize the modules in `numbers`; return all tensors of the adapter, and how many modules are unchanged."""
+    """Give each module in `num_experts_of` that many experts; `usage` says how often each expert is used.
+
+    Returns all tensors of the adapter, and how many modules are unchanged.
+    """
     generator = torch.Generator().manual_seed(seed)
     resized, unchanged = dict(tensors), 0
-    for module, number in numbers.items():
+    for module, num_experts in num_experts_of.items():
         key = f"{PREFIX}{module}"
         experts = Experts(tensors[f"{key}.mola_A"], tensors[f"{key}.mola_B"], tensors.get(f"{key}.mola_router"))
-        changed = resize(experts, number, generator, use.get(module))
-        unchanged += changed is experts
-        for part, tensor in zip(("mola_A", "mola_B", "mola_router"), changed, strict=True):
+        result = resize(experts, num_experts, generator, usage.get(module))
+        unchanged += result is experts
+        for part, tensor in zip(("mola_A", "mola_B", "mola_router"), result, strict=True):
             resized.pop(f"{key}.{part}", None)
             if tensor is not None:
                 resized[f"{key}.{part}"] = tensor

@@ -157,7 +157,7 @@ class AllocationPlan:
 
     @property
     def num_experts(self) -> int:
-        """Experts per module, summed over the adapted layers."""
+        """Sum over the adapted layers of the number of experts that each module of the layer has."""
         return sum(layer.num_experts for layer in self.adapted_layers)
 
     @property

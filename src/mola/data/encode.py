@@ -84,8 +84,8 @@ def encode_examples(
         train_on_inputs: let the prompt's tokens contribute to the loss as well; the labels become a copy of the ids.
         add_eos_token: end every sample with EOS.
         truncation: what happens to a sample longer than `cutoff_len`. 'error': raise; 'drop': leave it out; 'left':
-            remove the prompt's first tokens after BOS and keep the whole answer; 'right': cut the end, including the
-            answer, and leave the sample out if no token to train on remains.
+            remove the prompt's first tokens after BOS and keep the whole answer, or raise if the answer is too long;
+            'right': cut the end, including the answer, and leave the sample out if no token to train on remains.
 
     Returns:
         Dataset with `input_ids`, `attention_mask`, `labels` (each a list of integers) and `length`, and

@@ -155,7 +155,7 @@ def _prepare_drawn(options: PrepareOptions, merger: RowMerger, output_dir: Path)
         "shared_instructions": drawn.shared_instructions,
         "source": {
             "rows": drawn.candidates.num_rows,
-            "candidates": len(drawn.candidates.numbers),
+            "candidates": len(drawn.candidates.row_numbers),
             **drawn.candidates.left_out,
             "groups": drawn.candidates.num_groups,
         },

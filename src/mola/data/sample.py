@@ -268,7 +268,7 @@ def generate_splits(
 def _in_rounds(rng: random.Random, items: Sequence[_T]) -> Iterator[_T]:
     """Yield items forever, in random order, every item once before any item comes again."""
     while True:
-        yield from reversed(rng.sample(items, len(items)))
+        yield from reversed(rng.sample(items, len(items)))  # reversed: keeps the questions of earlier versions
 
 
 def _new_question(rng: random.Random, topic: Topic, answer: int, seen: set[str]) -> str:

@@ -31,7 +31,7 @@ _Build = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
 class Candidates:
     """Rows that can be drawn, and how many cannot, by reason."""
 
-    numbers: NDArray[np.int64]  # positions in the source
+    row_numbers: NDArray[np.int64]  # positions in the source
     texts: NDArray[np.uint64]  # hash of instruction, input and output of each row
     groups: NDArray[np.int64]  # group number of each row; groups are numbered in the order in which they first occur
     left_out: dict[str, int]  # reason (see `_REASONS`) -> number of rows
@@ -39,7 +39,7 @@ class Candidates:
     @property
     def num_rows(self) -> int:
         """All rows of the source."""
-        return len(self.numbers) + sum(self.left_out.values())
+        return len(self.row_numbers) + sum(self.left_out.values())
 
     @property
     def num_groups(self) -> int:
@@ -62,9 +62,11 @@ class Drawn:
     def summary(self) -> str:
         """Lines that say what was drawn from what."""
         source = self.candidates
-        lines = [f"source: {source.num_rows} rows, left out: {source.reasons()}; {len(source.numbers)} to draw from"]
+        lines = [
+            f"source: {source.num_rows} rows, left out: {source.reasons()}; {len(source.row_numbers)} to draw from"
+        ]
         if source.num_groups > 1:
-            lines.append(f"{source.num_groups} groups, each in its share")
+            lines.append(f"{source.num_groups} groups, each keeps its share of the rows")
         lines += [f"{split}: {len(rows)} rows" for split, rows in self.splits.items()]
         if self.shared_instructions:
             lines.append(f"warning: {self.shared_instructions} instructions occur in more than one split")
@@ -136,11 +138,11 @@ def draw_splits(
     """
     needed = {*task.columns, *task.filters, "id"} | ({task.strata.column} if task.strata else set())
     candidates = _find_candidates(source, task, needed, unique_ids)
-    if sum(sizes.values()) > len(candidates.numbers):
+    if sum(sizes.values()) > len(candidates.row_numbers):
         parts = " + ".join(f"{size} for {split}" for split, size in sizes.items())
         raise MolaError(
-            f"`num_samples`, `num_validation` and `num_test` must be at most {len(candidates.numbers)} rows together: "
-            f"got {parts} = {sum(sizes.values())}. `{source.path}` has {candidates.num_rows} rows, left out: "
+            f"`num_samples`, `num_validation` and `num_test` must be at most {len(candidates.row_numbers)} rows "
+            f"together: got {parts} = {sum(sizes.values())}. `{source.path}` has {candidates.num_rows} rows, left out: "
             f"{candidates.reasons()}. Lower the numbers, or choose a larger source."
         )
     drawn = dict(zip(sizes, draw(candidates.groups, list(sizes.values()), seed), strict=True))
@@ -183,7 +185,7 @@ def _find_candidates(source: Source, task: Task, columns: Collection[str], uniqu
         left_out["repeated_ids"] = len(kept) - int(is_first.sum())
     _, first, codes = np.unique(np.array(groups, np.uint64)[is_first], return_index=True, return_inverse=True)
     return Candidates(
-        numbers=np.array(numbers, dtype=np.int64)[is_first],
+        row_numbers=np.array(numbers, dtype=np.int64)[is_first],
         texts=np.array(texts, dtype=np.uint64)[is_first],
         groups=first.argsort().argsort()[codes],  # the rank of a group's first row is the number of the group
         left_out=left_out,
@@ -263,7 +265,7 @@ def _fetch(
     build: _Build,
 ) -> tuple[list[dict[str, Any]], NDArray[np.uint64]]:
     """Second pass: build the rows of the candidates at ascending positions, and hash their instructions."""
-    texts = dict(zip(candidates.numbers[positions].tolist(), candidates.texts[positions].tolist(), strict=True))
+    texts = dict(zip(candidates.row_numbers[positions].tolist(), candidates.texts[positions].tolist(), strict=True))
     rows: list[dict[str, Any]] = []
     instructions = array("Q")
     for number, row in enumerate(source.rows(columns)):

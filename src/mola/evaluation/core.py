@@ -48,7 +48,8 @@ class EvaluateResult:
         total: number of samples.
         unanswered: samples without an extractable answer; they count as wrong.
         interval_95: Wilson interval of `accuracy`.
-        metrics: the task's `more_metrics`, by name (`f1`, `matthews`); an unanswered sample counts as the wrong label.
+        metrics: the task's `more_metrics`, by name (`f1`, `matthews`); an unanswered sample counts as if the opposite
+            label had been predicted.
         groups: column -> value -> accuracy, correct, total, interval_95.
         samples: id, prompt, output, predicted, answer, correct of each sample, in the order of the data.
         settings: task, template, scoring, batch size (1 if batches would change answers) and max_new_tokens.
@@ -165,9 +166,9 @@ def _why_one_by_one(model: Any, longest: int) -> str | None:
 
     `longest` is the number of tokens of the longest sample, with its answer.
     """
-    max_length = predicting.max_length_of_shared_rope(model.config)
+    max_length = predicting.max_length_of_batched_rope(model.config)
     if max_length is not None and longest > max_length:
-        return "position encoding of this model depends on the longest sample of a batch"
+        return "the position encoding of this model depends on the longest sample of a batch"
     if getattr(model.config, "model_type", None) in _PADDING_SENSITIVE_TYPES:
         return "padding changes the answers of this type of model"
     if predicting.prompt_learning_configs(model):
@@ -226,7 +227,9 @@ def _generate_outputs(
     """The text that greedy decoding writes after each prompt."""
     template = questions[0].template
     prompts = predicting.encode_before_answer(tokenizer, [question.prompt for question in questions], template)
-    ends = [] if template is None else template.ending(tokenizer)[:1]  # the first of them ends the answer
+    ends = (
+        [] if template is None else template.ending(tokenizer)[:1]
+    )  # the first token that ends an answer; EOS may follow it
     return predicting.generate_batch(
         model, tokenizer, prompts, ends=ends, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
     )

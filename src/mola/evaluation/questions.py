@@ -160,11 +160,12 @@ def answer_options(example: Mapping[str, Any], task: Task) -> list[str]:
 def split_at_answer(example: Mapping[str, Any], task: Task) -> tuple[str, str]:
     """Text of the expected output before and after its answer, such as `"Answer: The answer is "` and `"."`.
 
-    The answer may occur in the output more than once ("A cat ... The answer is A."). The output is split at the last
-    place where the task, with any other option inserted here, still reads the inserted option.
+    The answer may occur in the output more than once ("A cat ... The answer is A."). An occurrence is
+    used if the task extracts every possible answer that is put in its place. Later occurrences are tried before earlier
+    ones, and whole words before parts of words.
 
     Raises:
-        MolaError: there is no such place, or the possible answers are unknown.
+        MolaError: no occurrence can be used, or the possible answers are unknown.
     """
     options = answer_options(example, task)
     output, answer = example["output"], example["answer"]

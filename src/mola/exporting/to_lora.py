@@ -140,6 +140,7 @@ def _read_adapter(options: ConvertOptions, source: str, rank: int) -> _Adapter:
     base_model, tensors = str(options.base_model), read_tensors(Path(source))
     on_meta = check_fits(model_on_meta(base_model, options.trust_remote_code), config, tensors)
     experts = read_mixtures(tensors, mola_layers(on_meta))
+    # Without any mixture, every rank from 1 on is possible.
     highest = max((each.highest_rank for each in experts.values()), default=max(rank, 1))
     if not 1 <= rank <= highest:
         raise MolaError(

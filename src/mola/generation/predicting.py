@@ -18,7 +18,7 @@ from peft import PeftModel, PeftType
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from mola._compat import cache_argument, generation_finds_cache
+from mola._compat import cache_argument, generation_reads_cache_keyword
 from mola.data.templates import Template
 from mola.data.tokenized import encode_with_border
 from mola.errors import MolaError, NotFiniteError
@@ -107,8 +107,8 @@ def positions_left(model: Any) -> int | None:
     return None if limit is None else limit - max(num_virtual, default=0)
 
 
-def max_length_of_shared_rope(config: Any) -> int | None:
-    """Number of tokens beyond which a batch's position embeddings depend on its longest row; None if they never do.
+def max_length_of_batched_rope(config: Any) -> int | None:
+    """Number of tokens above which the position embeddings of a batch depend on its longest row; None if they never do.
 
     Transformers chooses the frequencies of RoPE of the types `dynamic` and `longrope` once for all rows.
     """
@@ -322,7 +322,7 @@ def may_use_cache(model: Any) -> bool:
     config = model.active_peft_config
     if not config.is_prompt_learning:
         return True
-    if cache_argument(model.get_base_model()) != "cache" or generation_finds_cache():
+    if cache_argument(model.get_base_model()) != "cache" or generation_reads_cache_keyword():
         return True
     method = PeftType(config.peft_type)
     if method.value in _PREFIX_METHODS:

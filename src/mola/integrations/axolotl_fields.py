@@ -12,7 +12,7 @@ from mola.errors import MolaError
 from mola.integrations.mixture_settings import FIELDS, checked_settings, is_mixture, raise_not_mergeable
 from mola.tuner import MolaConfig
 
-_FIELDS = {
+_MOLA_NAME_OF = {  # field of axolotl -> field of MolaConfig
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
@@ -22,7 +22,7 @@ _FIELDS = {
     "peft_layers_to_transform": "layers_to_transform",
     "peft_layers_pattern": "layers_pattern",
 }
-_ALSO_READ = ("lora_model_dir", "lora_target_linear", "peft_autocast_adapter_dtype")
+_AXOLOTL_READS_TOO = ("lora_model_dir", "lora_target_linear", "peft_autocast_adapter_dtype")
 _ADAPTER_PREFIXES = ("lora", "peft", "qlora", "relora", "mixlora", "mola_")  # prefixes of the fields about adapters
 _QUANTISED = "axolotl quantises the base only for its own adapters; `mola train` quantises it for a mixture, too"
 _SHARDED = "axolotl saves a sharded adapter by LoRA's names"
@@ -33,7 +33,7 @@ _REFUSED = {
     **dict.fromkeys(("flash_attn_fuse_qkv", "flash_attn_fuse_mlp"), "it replaces the linears that get experts"),
     **dict.fromkeys(("rl", "reward_model", "process_reward_model", "use_ray", "orpo_alpha"), _UNTRIED),
 }
-_SIZES = ("tensor_parallel_size", "expert_parallel_size", "context_parallel_size", "sequence_parallel_degree")
+_PARALLEL_SIZES = ("tensor_parallel_size", "expert_parallel_size", "context_parallel_size", "sequence_parallel_degree")
 
 
 def check_merge(cfg: Mapping[str, Any]) -> None:
@@ -75,12 +75,13 @@ def given_settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
         raise MolaError(f"`mola` must be a block with settings among {', '.join(FIELDS)}: got {unknown}.")
     for name, value in cfg.items():
         why = _REFUSED.get(name, "a mixture does not use it" if str(name).startswith(_ADAPTER_PREFIXES) else None)
-        if value and why and name not in (*_FIELDS, *_ALSO_READ):
+        if value and why and name not in (*_MOLA_NAME_OF, *_AXOLOTL_READS_TOO):
             raise MolaError(f"`{name}` must be left out with `adapter: mola`: got {value!r}, but {why}.")
         size = value.get("size") if name == "context_parallel" and isinstance(value, Mapping) else value
-        if name in (*_SIZES, "context_parallel") and size not in (None, 1):
+        if name in (*_PARALLEL_SIZES, "context_parallel") and size not in (None, 1):
             raise MolaError(f"`{name}` must be 1 with `adapter: mola`, {_SHARDED}: got {value!r}.")
-    named = {ours: cfg.get(theirs) for theirs, ours in _FIELDS.items()} | {name: block.get(name) for name in FIELDS}
+    named = {ours: cfg.get(theirs) for theirs, ours in _MOLA_NAME_OF.items()}
+    named |= {name: block.get(name) for name in FIELDS}
     if cfg.get("lora_target_linear"):
         if named["target_modules"] is not None:
             raise MolaError(

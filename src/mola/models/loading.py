@@ -113,13 +113,13 @@ def load_model(
     for folder in adapters.values():
         check_adapter_fits(base_model, folder, trust_remote_code, quantization.gguf_file, config=config)
     _check_base_has_no_adapter(base_model, adapters)
-    if quantization.on_loading:
+    if quantization.quantizes_on_loading:
         check_packable(model_on_meta(name, trust_remote_code, config=config), name)
     arguments: dict[str, Any] = {"config": config, "dtype": torch_dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     arguments |= loading_arguments(quantization, torch_dtype)
-    is_quantized = quantization.on_loading or stored_quantization(config) is not None
+    is_quantized = quantization.quantizes_on_loading or stored_quantization(config) is not None
     if is_quantized:  # packed weights are placed while loading and cannot be moved afterwards
         arguments["device_map"] = {"": target}
     logger.info("Loading %s on %s, %s.", name, target, reason)

@@ -81,7 +81,16 @@ def render(plan: AllocationPlan) -> Table:
     """Render the plan as a table: one row per run of equal layers, with the figures of one layer, then the totals."""
     table = Table(title="Experts per decoder layer (each figure is for one layer; last row: all layers)")
     table.add_column("layers")
-    for header in ("experts", "top_k", "r", "expert parameters", "router parameters", "FLOPs/token", "active", "size"):
+    for header in (
+        "experts",
+        "top_k",
+        "r",
+        "expert parameters",
+        "router parameters",
+        "FLOPs/token",
+        "active FLOPs",
+        "size",
+    ):
         table.add_column(header, justify="right")
     table.add_column("of base", justify="right")
     for column in table.columns:

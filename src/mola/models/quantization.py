@@ -47,13 +47,13 @@ class Quantization:
     gguf_file: str | None = option(None, GGUF_HELP)
 
     @property
-    def on_loading(self) -> bool:
+    def quantizes_on_loading(self) -> bool:
         """Whether weights are quantised while they load."""
         return self.load_in_8bit or self.load_in_4bit
 
     @property
     def asked(self) -> str:
-        """The name of the option that quantises weights; only meaningful with `on_loading`."""
+        """The name of the option that quantises weights; only meaningful with `quantizes_on_loading`."""
         return "load_in_8bit" if self.load_in_8bit else "load_in_4bit"
 
 
@@ -68,7 +68,7 @@ def check_quantization(quantization: Quantization, device: torch.device, dtype: 
     """
     if quantization.load_in_8bit and quantization.load_in_4bit:
         raise MolaError("`load_in_8bit` and `load_in_4bit` exclude each other: got both. Leave one out.")
-    if quantization.gguf_file is not None and quantization.on_loading:
+    if quantization.gguf_file is not None and quantization.quantizes_on_loading:
         raise MolaError(
             f"`gguf_file` ({quantization.gguf_file!r}) is unpacked while it loads and cannot be combined with "
             f"`{quantization.asked}`. Load it once, write it with save_pretrained, and pass that folder."
@@ -88,7 +88,7 @@ def check_quantization(quantization: Quantization, device: torch.device, dtype: 
             "`bnb_4bit_compute_dtype` float16 cannot hold the range of a bfloat16 base: large values would become "
             "infinite. Pass --bnb_4bit_compute_dtype bfloat16, or --dtype float16."
         )
-    if quantization.on_loading:
+    if quantization.quantizes_on_loading:
         _check_environment(f"`{quantization.asked}`", {quantization.asked: True}, device)
 
 
@@ -121,7 +121,7 @@ def check_quantized_base(
     if stored is None:
         return
     method = _method_of(stored)
-    if quantization.on_loading:
+    if quantization.quantizes_on_loading:
         raise MolaError(
             f"`{quantization.asked}` cannot quantise {base_model!r} again: its files are quantised already ({method}). "
             f"Leave `{quantization.asked}` and its options out."
@@ -274,7 +274,7 @@ def prepare_for_training(model: Any, checkpointing: bool = False, checkpointing_
 
 @contextmanager
 def _without_stacked_experts(model: nn.Module) -> Iterator[None]:
-    """Remove 16-bit parameters with the base model's own experts during the block; afterwards they are frozen."""
+    """Hide the 16-bit parameters that stack the base model's own experts during the block; they come back frozen."""
     taken = [
         (module, name, parameter)
         for module in model.modules()

@@ -34,7 +34,7 @@ def parse(
     prog: str,
     summary: str = "",
     positional: str | None = None,
-    accept_no_prefix: bool = False,
+    accept_noflag: bool = False,
 ) -> Any:
     """Options from flags and, with `--config`, a YAML recipe.
 
@@ -45,7 +45,7 @@ def parse(
         summary: one line for the help text.
         positional: option that the first word sets if it has no dashes; a list option gets all words before the first
             flag.
-        accept_no_prefix: accept `--noflag` for `--flag=false`.
+        accept_noflag: accept `--noflag` for `--flag=false`.
 
     Raises:
         MolaError: a flag or its value is wrong, the recipe is unreadable or has unknown keys, or
@@ -53,7 +53,7 @@ def parse(
         SystemExit: after `--help`.
     """
     arguments, types = list(arguments), get_type_hints(options_class)
-    if accept_no_prefix:
+    if accept_noflag:
         spelled = {f"--no{name}": f"--{name}=false" for name, kind in types.items() if kind is bool}
         arguments = [spelled.get(word, word) for word in arguments]
     parser, flags = _make_parser(options_class, prog, summary)

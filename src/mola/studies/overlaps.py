@@ -43,7 +43,7 @@ def check_training(
     is_search: bool = False,
     stage: str = "",
 ) -> None:
-    """Check that a training run does not use the questions of the test that follows.
+    """Warn if a run trains on questions of its test; raise if it would choose a checkpoint by them.
 
     Args:
         task: name of the tested task, for messages.
@@ -51,11 +51,11 @@ def check_training(
         test: the options of the test, which say where the questions come from.
         options: the options of the training run.
         data: the data of the training run.
-        is_search: whether the test belongs to a search, which may choose a checkpoint by its own questions.
-        stage: for messages, the stage of the training run if it trains a different task: " in stage `words`".
+        is_search: whether the test belongs to a search for options, which may choose a checkpoint by its questions.
+        stage: text that names the stage in messages, such as " in stage `words`"; empty if the run trains `task`.
 
     Raises:
-        MolaError: a checkpoint would be chosen by the test questions, or by some of them.
+        MolaError: the evaluation data that choose a checkpoint are the test questions, or a subset of them.
     """
     warn_of_shared(task, questions, data.questions["train"], f"trained on{stage}")
     if is_search or not options.load_best_model_at_end or "evaluation" not in data.questions:

@@ -42,7 +42,7 @@ def failures_explained(options: TrainOptions) -> Iterator[None]:
 def loading_advice(options: TrainOptions) -> str:
     """What to change when the base model alone needs more memory than is available."""
     ways = ["--dtype bfloat16"] if options.base_dtype == "float32" and not uses_deepspeed(options) else []
-    if not (shards_weights(options) or options.on_loading or options.gguf_file):
+    if not (shards_weights(options) or options.quantizes_on_loading or options.gguf_file):
         ways += ["--load_in_4bit or --load_in_8bit"]
     return f"The base model does not fit: pass {'; or '.join([*ways, 'a smaller base model'])}."
 

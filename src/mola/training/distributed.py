@@ -200,8 +200,8 @@ def keep_dtypes(trainer: Trainer) -> None:
 
 
 @contextlib.contextmanager
-def loading_whole_weights() -> Iterator[None]:
-    """A block that builds and loads models without sharding them.
+def loading_unsharded() -> Iterator[None]:
+    """Build and load models without sharding in this block.
 
     With ZeRO-3 Transformers would shard every weight while it loads, which fails for models on the meta device. The
     weights are sharded when training begins.

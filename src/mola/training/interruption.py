@@ -31,13 +31,13 @@ class Interruption(TrainerCallback):
     It handles signals from the beginning of training until `restore`.
 
     Attributes:
-        received: the first signal that came to this process, or None. Other processes may not know this signal yet.
-        signal_number: the signal that stops the run, the same in all processes, or None.
+        received_here: the first signal that came to this process, or None. Other processes may not know it yet.
+        shared_signal: the signal that stops the run, the same in all processes, or None.
     """
 
     def __init__(self) -> None:
-        self.signal_number: int | None = None
-        self.received: int | None = None
+        self.shared_signal: int | None = None
+        self.received_here: int | None = None
         self._previous_handlers: dict[int, Any] = {}
         self._is_trained = False
         self._first_step = 0
@@ -53,11 +53,11 @@ class Interruption(TrainerCallback):
                     self._previous_handlers[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+        if self.received_here is not None:
             self.restore()
             os.kill(os.getpid(), number)
             return
-        self.received = number
+        self.received_here = number
         plan = "saving a checkpoint after this step or evaluation, then stopping"
         if self._is_trained:
             plan = "leaving the evaluation"
@@ -70,18 +70,18 @@ class Interruption(TrainerCallback):
         self._previous_handlers.clear()
 
     def share_signal(self, args: TrainingArguments) -> None:
-        """Set `signal_number` in all processes to a signal that any of them has received.
+        """Set `shared_signal` in all processes to a signal that any of them has received.
 
         All processes must stop at the same step, or those that train on would wait forever.
         """
         if args.world_size == 1:
-            self.signal_number = self.received
+            self.shared_signal = self.received_here
             return
         if self._cpu_group is None:  # NCCL would wait in every step until the GPU has finished
             self._cpu_group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
-        number = torch.tensor(self.received or 0)
+        number = torch.tensor(self.received_here or 0)
         distributed.all_reduce(number, op=distributed.ReduceOp.MAX, group=self._cpu_group)
-        self.signal_number = int(number) or None
+        self.shared_signal = int(number) or None
 
     # ------------------------------------------------------------------ during training
 
@@ -103,7 +103,7 @@ class Interruption(TrainerCallback):
 
     def _stop_if_signalled(self, args: TrainingArguments, control: TrainerControl, *, saves: bool) -> None:
         self.share_signal(args)
-        if self.signal_number is None:
+        if self.shared_signal is None:
             return
         control.should_training_stop = True
         if args.save_total_limit == 1:
@@ -119,7 +119,7 @@ class Interruption(TrainerCallback):
         A resumed run evaluates an incomplete epoch itself, but never repeats a complete one.
         """
         is_cut_short = not is_whole_epoch(state.epoch) and state.global_step < state.max_steps
-        if self.signal_number is not None and is_cut_short:
+        if self.shared_signal is not None and is_cut_short:
             control.should_evaluate = False
 
     # ------------------------------------------------------------------ the evaluation after training
@@ -136,5 +136,5 @@ class Interruption(TrainerCallback):
 
     def on_prediction_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the evaluation after training if a signal came and this is the only process."""
-        if self._is_trained and self.received is not None and args.world_size == 1:
+        if self._is_trained and self.received_here is not None and args.world_size == 1:
             raise _LeftError

@@ -82,7 +82,7 @@ def check_model_options(
         model=model,
     )
     if adapter.modules_to_save:
-        if options.on_loading or stored_quantization(config):
+        if options.quantizes_on_loading or stored_quantization(config):
             check_packable(model, base_model, adapter.modules_to_save)
         resolve_modules_to_save(adapter.modules_to_save, dict(model.named_modules()), is_new=True)
     return adapter, allocation.to_dict()["totals"]

@@ -33,7 +33,7 @@ from mola.training.advice import failures_explained, loading_advice, loss_gap_ad
 from mola.training.callbacks import TrainingClock, overflow_explained
 from mola.training.checkpoints import RUN_FILE, newest_complete
 from mola.training.checks import CheckedRun, check_run
-from mola.training.distributed import loading_whole_weights, shards_weights, uses_fsdp
+from mola.training.distributed import loading_unsharded, shards_weights, uses_fsdp
 from mola.training.model import build_model
 from mola.training.options import TrainOptions
 from mola.training.run_folder import check_output_dir, locked, start_run
@@ -91,7 +91,7 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
         with options.main_process_first(local=False):
             folder = check_output_dir(options)
         with locked(folder) if is_main else contextlib.nullcontext():
-            with loading_whole_weights():
+            with loading_unsharded():
                 run = check_run(options, folder)
                 with explain_out_of_memory(loading_advice(options)):
                     model = build_model(options, run.config, run.checkpoint)
@@ -99,7 +99,7 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
                 _log_kernels(options, model)
             trainer = make_trainer(options, model, run, callbacks)
 
-            # An error before this point leaves an earlier run in the folder untouched, so wait for all processes.
+            # Only now is an earlier run in the folder replaced: first wait until no process can fail before this point.
             PartialState().wait_for_everyone()
             if is_main:
                 start_run(run.folder, run.checkpoint, overwrite=options.overwrite_output_dir)
@@ -144,11 +144,11 @@ def _train_and_evaluate(options: TrainOptions, trainer: MolaTrainer, run: Checke
             if trainer.state.global_step == run.steps_before_resume:
                 metrics.pop("train_loss", None)  # no step was trained
             interruption.share_signal(options)
-            if run.data.evaluation is not None and interruption.signal_number is None:
+            if run.data.evaluation is not None and interruption.shared_signal is None:
                 with interruption.stop_on_signal():
                     metrics.update(trainer.evaluate())
                 interruption.share_signal(options)
-            if interruption.signal_number is not None and trainer.state.global_step > run.steps_before_resume:
+            if interruption.shared_signal is not None and trainer.state.global_step > run.steps_before_resume:
                 trainer.save_last_step()
             return metrics, seconds
     finally:
@@ -164,7 +164,7 @@ def _failure_recorded(options: TrainOptions, trainer: MolaTrainer, run: CheckedR
             yield
     except BaseException as error:
         if isinstance(error, NotFiniteError):
-            error.was_interrupted = trainer.interruption.received is not None
+            error.was_interrupted = trainer.interruption.received_here is not None
         failure = {"error": str(error) or type(error).__name__, "seconds": _seconds(trainer)}
         failure |= {"steps": trainer.state.global_step, "max_steps": trainer.state.max_steps}
         with contextlib.suppress(MolaError):  # the disk may be full
@@ -182,7 +182,7 @@ def _result_of(
 ) -> TrainResult:
     result = TrainResult(
         output_dir=str(run.folder),
-        status="finished" if trainer.interruption.signal_number is None else "interrupted",
+        status="finished" if trainer.interruption.shared_signal is None else "interrupted",
         steps=trainer.state.global_step,
         metrics=metrics,
         trainable_parameters=run.record["trainable_parameters"],

@@ -57,7 +57,7 @@ def make_trainer(
         collate = NeededLogits(collate)
     interruption = Interruption()
     # The order matters: `Interruption` requests a checkpoint, `CheckpointLast` may postpone it, and the weights are
-    # replaced by averages and checked before they are saved.
+    # replaced by averages and checked before they are saved. Each callback's docstring says what it does.
     mola_callbacks: list[TrainerCallback] = [
         MetricsFile(run.folder / METRICS_FILE, run.checkpoint),
         interruption,
@@ -183,7 +183,7 @@ class MolaTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_last_step(self) -> None:
-        """Save a checkpoint of the last step if there is none yet, for a signal during the final evaluation.
+        """Save a checkpoint of the last step if it has none. Called after a signal, even one in the final evaluation.
 
         With `load_best_model_at_end` nothing is saved: the model then has the best weights, not those of the last step.
         """

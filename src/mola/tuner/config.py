@@ -75,15 +75,16 @@ class MolaConfig(PeftConfig):
     with gates `g` from the `top_k` largest of `num_experts` router logits. See `MolaLinear`.
 
     Args:
-        r (`int | list[int] | str`): rank of each expert; one value, or one per decoder layer (for an encoder-decoder
-            one per layer of the encoder, then one per layer of the decoder).
+        r (`int | list[int] | str`): rank of each expert, in the notation of `num_experts`; for an encoder-decoder
+            lists have one entry per layer of the encoder, then one per layer of the decoder. Default: 8.
         num_experts (`int | list[int] | str`): experts per adapted module: one value, one per decoder layer, a string
             of digits for equal groups of layers ("2468", lowest layers first), one of the paper's shapes
             ("inverted_triangle", "triangle", "hourglass", "rectangle", "diamond") or a JSON file. A layer
             with one expert is plain LoRA and has no router. Default: "2468"; models with one, two or three layers get
             5, [3, 7] or [2, 4, 7], respectively.
-        top_k (`int | list[int] | str`): experts used per token; at most the layer's `num_experts`.
-        lora_alpha (`float`): the experts' output is multiplied by `lora_alpha / r`.
+        top_k (`int | list[int] | str`): experts used per token, in the notation of `num_experts`. More than a layer's
+            `num_experts` is an error, except for layers with one expert. Default: 2.
+        lora_alpha (`float`): the experts' output is multiplied by `lora_alpha / r`. Default: 16.
         lora_dropout (`float`): dropout on the input of the experts. The router's input has no dropout.
         target_modules (`list[str] | str`): names of linears to adapt, one name, a regular expression,
             or "all-linear". Default: the seven LLaMA linears if the model has them, else PEFT's choice for
@@ -155,7 +156,7 @@ class MolaConfig(PeftConfig):
     base_model_type: str | None = None
     weights_sha256: str | None = None
 
-    has_default_num_experts = False  # no field, since it has no annotation: True if the user left `num_experts` out
+    has_default_num_experts = False  # True if the user left `num_experts` out; without annotation, so no field
 
     def __post_init__(self) -> None:
         # PEFT sets `peft_type` from a saved file. A copy of an existing configuration has it, too.
@@ -210,7 +211,7 @@ class MolaConfig(PeftConfig):
         """Write `adapter_config.json` (see PEFT), with the digest of the weights in the same folder.
 
         The digest is written only in calls from PEFT, which pass `auto_mapping_dict` and save the weights first.
-        Transformers saves the weights later.
+        Transformers calls this before it saves the weights.
         """
         saved = copy.copy(self)
         saved.weights_sha256 = weights_sha256(save_directory) if "auto_mapping_dict" in kwargs else None

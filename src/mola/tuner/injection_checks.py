@@ -145,6 +145,6 @@ def _check_no_linear_in_stack(adapted: Sequence[str], stacked: Sequence[str], mo
     stacks = {*stacked, *(name for name, module in modules.items() if isinstance(module, StackedParameters))}
     if both := sorted(linears & stacks):
         raise MolaError(
-            f"`target_modules` and `target_parameters` must not name the same linear, in all adapters of a model: "
-            f"{both[0]!r}. Leave it out of one of them, with `exclude_modules` for instance."
+            f"`target_modules` and `target_parameters` must not name the same linear, not even in different adapters "
+            f"of a model: {both[0]!r}. Leave it out of one of them, with `exclude_modules` for instance."
         )

@@ -63,7 +63,8 @@ def offloaded_error() -> MolaError:
     """The error for using experts that accelerate has offloaded."""
     return MolaError(
         "the experts are not in memory: the model was offloaded to the CPU or a disk, and accelerate restores weights "
-        "only when a module's own `forward` runs, which mola bypasses. Keep the model on its device."
+        "only when a module's own `forward` runs, which mola bypasses. Load the whole model onto one device, for "
+        "example with device_map={'': 0}."
     )
 
 
@@ -74,9 +75,10 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
         z = x Wr^T                               router logits, float32
         g = softmax over the top_k largest z     zero for the others
-        y = x W^T + b + sum_e g_e * (lora_alpha / r) * B_e A_e dropout(x)
+        y = x W^T + b + sum_e g_e * scaling * B_e A_e dropout(x)
 
-    The router's input has no dropout. The experts of a module share one dropout mask per call, so that one matrix
+    `scaling` is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`. The router's input has no dropout. The
+    experts of a module share one dropout mask per call, so that one matrix
     product computes all experts; the research code draws one mask per expert. With one expert the layer is LoRA and has
     no router.
 

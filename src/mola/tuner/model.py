@@ -32,7 +32,7 @@ from mola.tuner.loading import check_adapter_tensors, check_on_load_state_dict
 from mola.tuner.merging import check_no_shared_weights
 from mola.tuner.mixed_batch import RowAdapters
 from mola.tuner.per_layer import PerLayer
-from mola.tuner.router_losses import RouterLosses
+from mola.tuner.router_losses import RouterLosses, no_records_error
 from mola.tuner.saved_modules import add_task_heads, resolve_modules_to_save, tie_saved_embeddings
 from mola.tuner.stacked import StackedParameters
 
@@ -46,7 +46,7 @@ class MolaModel(BaseTuner):
 
     Merging several experts (their gates depend on the input), `add_weighted_adapter`, and saving unsloth's merged or
     GGUF files raise an error. PEFT's `hotswap_adapter`, `rescale_adapter_scale` and `PeftMixedModel` support PEFT's own
-    methods only.
+    adapter types only.
     """
 
     prefix: str = "mola_"
@@ -129,7 +129,7 @@ class MolaModel(BaseTuner):
         )
 
     def _original_of_reference(self, adapter_name: str, passed: MolaConfig) -> str | None:
-        """If TRL adds a reference copy of an adapter in training, the name of the adapter in training; otherwise None.
+        """Name of the adapter that TRL is copying as its reference "ref"; None if `adapter_name` is no such copy.
 
         TRL adds the adapter "ref" with the configuration object of the adapter in training, and copies tensors whose
         names contain ".default.". The names of mola's tensors end with ".default", so TRL copies none of them,
@@ -305,9 +305,9 @@ class MolaModel(BaseTuner):
             MolaError: see `get_balance_loss`; also with re-entrant gradient checkpointing.
         """
         loss = RouterLosses.install(self.model).weighted_loss()
-        return (
-            self.get_balance_loss() if loss is None else loss
-        )  # `get_balance_loss` raises an error here, which says why
+        if loss is None:
+            raise no_records_error()
+        return loss
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, so that its hooks add the router losses; PEFT before 0.21 skips the hooks."""
@@ -356,7 +356,7 @@ def _disable_fast_paths(model: nn.Module) -> None:
             if isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False  # only the fast paths accept nested tensors
             else:
-                module.activation_relu_or_gelu = 0  # neither of the two: no fast path
+                module.activation_relu_or_gelu = 0  # 0 means neither ReLU nor GELU, which has no fast path
 
 
 def _delete_experts(model: nn.Module, adapter_name: str) -> None:

@@ -53,7 +53,7 @@ class RouterLosses:
         self.collecting = False
         self._has_outputs = False  # whether layers may hold outputs of an earlier forward pass
         self._warnings = RouterWarnings()
-        self._likelihood_check = LikelihoodCheck()
+        self._likelihood_check = LikelihoodCheck()  # of trainers that compute the loss from log-probabilities
         self._layers: list[MolaLinear] = []
         self._first_router_layer: dict[str, MolaLinear] = {}  # for each adapter, the first layer where it has a router
         self._layer_stacks = LayerStacks.of(model)
@@ -95,7 +95,7 @@ class RouterLosses:
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Clear old records. In training mode, start recording and note which tokens count."""
         if not module.training:
-            # No loop over layers: this runs for each generated token, and `torch.compile` guards all that is read here.
+            # Usually no loop over layers: this runs for each generated token, and `torch.compile` guards what it reads.
             self.collecting = False
             if self._has_outputs:
                 self._clear()
@@ -107,7 +107,7 @@ class RouterLosses:
         configs = [self._config(name) for name in adapters]
         self.collecting = self._has_outputs = any(_has_router_loss(config) for config in configs)
         for name, config in zip(adapters, configs, strict=True):
-            if config.router_aux_loss_coef == 0:  # the balance loss gives every router a gradient
+            if config.router_aux_loss_coef == 0:  # with a balance loss every router has a gradient
                 self._warnings.check_gradient(name, self._layers)
             self._warnings.check_precision(name, self._first_router_layer.get(name))
         if self.collecting:
@@ -150,9 +150,10 @@ class RouterLosses:
     # ------------------------------------------------------------------ from records to a loss
 
     def weighted_loss(self) -> torch.Tensor | None:
-        """Balance loss and z-loss of the last training forward pass, times their coefficients; None without a router.
+        """Balance loss and z-loss of the last training forward pass, times their coefficients.
 
-        Returns a float32 scalar, summed over the active adapters.
+        Returns a float32 scalar, summed over the active adapters; None if no active adapter has both recorded outputs
+        and a router loss.
         """
         terms = [term for name in self._active_adapters() if (term := self._weighted_loss_of(name)) is not None]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
@@ -161,11 +162,7 @@ class RouterLosses:
         """See `MolaModel.get_balance_loss`."""
         groups = self._statistics(adapter_name)
         if not groups:
-            raise MolaError(
-                "No router has run: run a forward pass in training mode first, with `router_aux_loss_coef` or "
-                "`router_z_loss_coef` above 0 and more than one expert somewhere. Call this before the next pass in "
-                "eval mode, which clears the records."
-            )
+            raise no_records_error()
         return self._reduce_balance_loss(adapter_name, groups)
 
     def _weighted_loss_of(self, adapter_name: str) -> torch.Tensor | None:
@@ -195,7 +192,7 @@ class RouterLosses:
         return total + len(single - {layer_index for layer_index, _ in layers})
 
     def _statistics(self, adapter_name: str) -> list[StatisticsGroup]:
-        """Statistics of the routers that ran. Routers whose outputs have equal shapes are computed together.
+        """Statistics of the routers that ran. Routers whose outputs have equal shapes share tensors.
 
         With the reduction "layer" all tokens are counted, including padding, as in the paper's code.
         """
@@ -283,6 +280,15 @@ class RouterLosses:
             if not layer.disable_adapters:
                 return [name for name in layer.active_adapters if isinstance(self._config(name), MolaConfig)]
         return []
+
+
+def no_records_error() -> MolaError:
+    """The error for asking for a router loss without recorded router outputs."""
+    return MolaError(
+        "No router has run: run a forward pass in training mode first, with `router_aux_loss_coef` or "
+        "`router_z_loss_coef` above 0 and more than one expert somewhere. Ask for the loss before the next pass in "
+        "eval mode, which clears the records, and with the same active adapters."
+    )
 
 
 def call_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ ROUTERS: dict[str, Router] = {DEFAULT_ROUTER: top_k_softmax}
 def dense_gates(routing: Routing, num_experts: int, dim: int = -1) -> torch.Tensor:
     """Gates of all experts along `dim`, zero for experts that were not chosen: float32 `(N, E)`, or `(E, N)`."""
     indices, gates = routing
-    shape = [num_experts if size == dim % 2 else gates.shape[size] for size in range(2)]
+    shape = [num_experts if axis == dim % 2 else gates.shape[axis] for axis in range(2)]
     return gates.new_zeros(shape).scatter_(dim, indices, gates)
 
 
@@ -116,10 +116,10 @@ def top_k_softmax_backward(
 ) -> torch.Tensor:
     """Gradient of the loss with respect to the logits, through `top_k_softmax`; experts are dimension 0.
 
-    Let `a_e` be the output of expert `e`, gate and scaling included, and `t_e` the gradient of the loss with respect to
-    it. Then `v_e = <t_e, a_e>` is the gradient with respect to `log g_e`, and
+    Let `a_e` be the output of expert `e`, gate and scaling included, and `t` the gradient of the loss with respect to
+    the sum of these outputs. Then `v_e = <t, a_e>` is the gradient with respect to `log g_e`, and
 
-        dz_e = v_e - g_e * sum_e v_e
+        dz_e = v_e - g_e * sum_k v_k
 
     Args:
         grad_log_gates: `v`, `(E, N)` with zeros for experts that were not chosen, or `(top_k, N)`; may be overwritten.

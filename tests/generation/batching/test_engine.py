@@ -188,8 +188,8 @@ def test_positions_that_depend_on_the_longest_row_are_not_batched(kind):
     settings = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**settings, rope_parameters=rope, max_position_embeddings=32))
     assert "depend on the longest row" in why_not_batched(model)
-    assert predicting.max_length_of_shared_rope(model.config) == 16
-    assert predicting.max_length_of_shared_rope(LlamaConfig(**settings)) is None
+    assert predicting.max_length_of_batched_rope(model.config) == 16
+    assert predicting.max_length_of_batched_rope(LlamaConfig(**settings)) is None
 
 
 def test_lack_of_memory_for_a_prompt_ends_this_answer_only(adapted, monkeypatch):

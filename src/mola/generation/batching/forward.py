@@ -30,7 +30,7 @@ def why_not_batched(model: Any) -> str | None:
     if any(map(is_activated_lora, getattr(model, "peft_config", {}).values())):
         return "its adapter begins at certain tokens of the prompt"
     base = predicting.base_of(model)
-    if predicting.max_length_of_shared_rope(base.config) is not None:
+    if predicting.max_length_of_batched_rope(base.config) is not None:
         return "its position embeddings depend on the longest row of a batch"
     parameters = inspect.signature(base.forward).parameters
     missing = [name for name in ("attention_mask", "position_ids", "logits_to_keep") if name not in parameters]

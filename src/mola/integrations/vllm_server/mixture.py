@@ -57,23 +57,24 @@ class FusedMixture(nn.Module):
         self.dtype, self.reduce, self.linear = dtype, reduce, linear
         parts = sorted(parts, key=lambda part: (part.settings, part.start))
         self.groups: list[_Group] = []
-        hidden = logits = 0
+        self.num_hidden = self.num_logits = 0
         for settings, members in groupby(parts, key=lambda part: part.settings):
             count = len(list(members))
-            width, routers = count * settings.num_experts * settings.r, count * settings.num_experts
-            routers = routers if settings.num_experts > 1 else 0
-            self.groups.append(_Group(settings, count, slice(hidden, hidden + width), slice(logits, logits + routers)))
-            hidden, logits = hidden + width, logits + routers
-        self.num_hidden, self.num_logits = hidden, logits
+            hidden_end = self.num_hidden + count * settings.num_experts * settings.r
+            logits_end = self.num_logits + (count * settings.num_experts if settings.num_experts > 1 else 0)
+            columns = slice(self.num_hidden, hidden_end), slice(self.num_logits, logits_end)
+            self.groups.append(_Group(settings, count, *columns))
+            self.num_hidden, self.num_logits = hidden_end, logits_end
         self.products: dict[str, Product] = {}
         matrices = [part.experts_A.flatten(0, 1) for part in parts]
-        apart = [part.router for part in parts if part.router is not None]
-        if dtype is torch.float32:
-            matrices, apart = [*matrices, *apart], []
+        routers = [part.router for part in parts if part.router is not None]
+        # Routers are rows of the same matrix as A if they have its dtype. Otherwise they keep a float32 matrix.
+        self.has_router_matrix = bool(routers) and dtype is not torch.float32
+        if self.has_router_matrix:
+            self._keep("router", torch.cat(routers).to(device, torch.float32))
+        else:
+            matrices += routers
         self._keep("matrix_A", torch.cat(matrices).to(device, dtype))
-        self.has_routers_apart = bool(apart)
-        if apart:
-            self._keep("router", torch.cat(apart).to(device, torch.float32))
         self.columns = [slice(part.start, part.start + part.experts_B.shape[2]) for part in parts]
         for number, part in enumerate(parts):
             self._keep(f"matrix_B{number}", part.experts_B.flatten(0, 1).t().to(device, dtype))
@@ -88,8 +89,8 @@ class FusedMixture(nn.Module):
     def forward(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add the updates for `x: (..., in)` to `output: (..., out)`, in place, and return it."""
         rows, total = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1])
-        hidden = self._product("matrix_A", rows.to(self.dtype))  # (N, all E*r), and logits unless these are apart
-        logits = self._product("router", rows.float()) if self.has_routers_apart else hidden[:, self.num_hidden :]
+        hidden = self._product("matrix_A", rows.to(self.dtype))  # (N, all E*r), and the logits without a router matrix
+        logits = self._product("router", rows.float()) if self.has_router_matrix else hidden[:, self.num_hidden :]
         if self.reduce is not None and self.num_logits:
             logits = self.reduce(logits.contiguous())
         number = 0

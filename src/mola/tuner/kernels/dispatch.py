@@ -1,7 +1,7 @@
 """Chooses the backend that computes a mixture: the first of `BACKENDS` that can compute the inputs and is not slower.
 
-`MOLA_KERNEL=name` in the environment forces one backend; if it cannot compute the inputs, an error says why. Layers
-with one expert always use the backend `lora`, even if a different backend is forced.
+`MOLA_KERNEL=name` in the environment, read once, forces one backend; if it cannot compute the inputs, an error says
+why. Layers with one expert always use the backend `lora`, even if a different backend is forced.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def try_decode(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None
 
 
 def try_row_table(layer, names: list[str], x: torch.Tensor) -> Any:
-    """The matrices of each row's adapter, for a batch whose rows use different adapters, each row with few tokens.
+    """For a batch whose rows use different adapters and have few tokens: a table of the matrices of each row's adapter.
 
     See `mola.tuner.kernels.cpu.decode.try_row_table` for the arguments and the table's form. None if there is no
     native function for the batch or if `MOLA_KERNEL` is set. The caller then computes one adapter after the other.
@@ -88,8 +88,9 @@ def cast_float32_input(inputs: MixtureInputs) -> MixtureInputs:
         return inputs
     x, dtype = inputs.x, inputs.settings.dtype
     is_wide = x.dtype is torch.float32 and dtype in (torch.bfloat16, torch.float16)
-    is_gpu = x.device.type == "cuda" or (not torch.compiler.is_compiling() and native.is_interpreting())
-    return inputs._replace(x=x.to(dtype)) if is_wide and is_gpu and autocast_is_on(x.device.type) else inputs
+    # Triton's interpreter stands in for a GPU in tests.
+    acts_as_gpu = x.device.type == "cuda" or (not torch.compiler.is_compiling() and native.is_interpreting())
+    return inputs._replace(x=x.to(dtype)) if is_wide and acts_as_gpu and autocast_is_on(x.device.type) else inputs
 
 
 def select(inputs: MixtureInputs) -> Backend:

@@ -26,7 +26,7 @@ class Reference(Backend):
     uses_autograd = True
 
     def why_unsupported(self, inputs: MixtureInputs) -> str | None:
-        """Why this backend cannot compute the inputs; None if it can, which is so for all inputs with a router."""
+        """Why this backend cannot compute the inputs; None for all inputs with a router."""
         return NO_ROUTER if inputs.router is None else None
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
@@ -42,7 +42,7 @@ class Reference(Backend):
 
 
 class Gathered(Reference):
-    """Computes the chosen experts only. Meant for `torch.compile`, whose loops read the experts' matrices in place."""
+    """Computes the chosen experts only. Meant for `torch.compile`, whose loops need no copies of the matrices."""
 
     name = "gathered"
 

@@ -147,7 +147,10 @@ def _forward(inputs: MixtureInputs, packed: torch.Tensor, matrix_B: torch.Tensor
 
 
 def _pack(inputs: MixtureInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """A with the router's three parts below it, and B, as two matrices in the dtype of the products."""
+    """Two matrices in the dtype of the products: A with the router below it, and B.
+
+    The router is split into three 16-bit parts, whose sum keeps its float32 precision.
+    """
     dtype = inputs.settings.dtype
     packed = native.load("launch", "gpu").pack(inputs.experts_A, inputs.router, dtype)
     return packed, inputs.experts_B.flatten(0, 1).to(dtype)
