@@ -1,7 +1,7 @@
 """`mola <command>`: finds the command in the table `COMMANDS`, parses its options and runs it.
 
-Invalid input and errors of the operating system print one line and exit with code 2. Any other exception keeps its
-traceback.
+Invalid input and errors of the operating system print one line and exit with code 2. Ctrl-C exits
+with code 130, a closed pipe with 141. Any other exception keeps its traceback.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ COMMANDS = {
     "compare": Command(
         "mola.studies.comparison.compare",
         "CompareOptions",
-        "compare recipes: train each on tasks with several seeds, test which differences are significant",
+        "compare recipes: train each on tasks with several seeds, and test which differences are significant",
     ),
     "allocate": Command(
         "mola.allocation.allocate", "AllocateOptions", "choose how many experts each layer gets, for a given total"
@@ -118,7 +118,7 @@ def run_script(module: str, options: str, summary: str, *, accept_noflag: bool =
         module: holds the options and `main`.
         options: name of the options dataclass.
         summary: one line for the help text.
-        accept_noflag: accept `--noflag` for `--flag=false`, like Python Fire.
+        accept_noflag: accept `--noNAME` for `--NAME=false`, like Python Fire.
 
     Returns:
         The exit code, like `main`.

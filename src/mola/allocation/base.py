@@ -85,7 +85,7 @@ def iterate_weights(base: Base) -> Iterator[tuple[str, torch.Tensor]]:
     if base.gguf_file is None and stored_quantization(config) is not None:
         raise MolaError(
             f"`base_model` must have plain weights for alphalora: the weights of {base.name!r} are quantised. Pass "
-            "the model that they were quantised from; the allocation holds for both."
+            "the model that they were quantised from: its allocation also fits the quantised model."
         )
     files = {} if base.gguf_file is not None else _files_of(base)
     if files:
@@ -94,7 +94,7 @@ def iterate_weights(base: Base) -> Iterator[tuple[str, torch.Tensor]]:
             with safe_open(path, framework="pt") as file:
                 yield linear.name, file.get_tensor(key)
         return
-    logger.info("The files of %s do not use the model's names of weights: the whole model is loaded.", base.name)
+    logger.info("The files of %s name the weights differently than the model: the whole model is loaded.", base.name)
     model = load_model(
         base.name,
         dtype="float32",  # so that a score does not depend on the machine's default dtype

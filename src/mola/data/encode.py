@@ -191,7 +191,7 @@ def _fit_samples(
     columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "attention_mask", "labels", "length")}
     for sample in samples:
         fitted = _fit(sample, cutoff_len, truncation)
-        if fitted is None or not _check_labels(fitted, train_on_inputs, truncation):
+        if fitted is None or not _has_labels(fitted, train_on_inputs, truncation):
             continue
         labels = fitted.labels(train_on_inputs)
         columns["input_ids"].append(fitted.ids)
@@ -220,6 +220,7 @@ def _fit(sample: Sample, cutoff_len: int, truncation: str) -> Sample | None:
             answer_start=min(sample.answer_start, cutoff_len),
             text_end=min(sample.text_end, cutoff_len),
         )
+    # truncation is 'left'; `encode_examples` has raised for 'error'
     kept_prefix = max(sample.prefix, 1)  # the answer needs a token before it, from which it is predicted
     if kept_prefix + excess > sample.answer_start:
         needed = len(sample.ids) - sample.answer_start + kept_prefix
@@ -236,9 +237,9 @@ def _fit(sample: Sample, cutoff_len: int, truncation: str) -> Sample | None:
     )
 
 
-def _check_labels(sample: Sample, train_on_inputs: bool, truncation: str) -> bool:
+def _has_labels(sample: Sample, train_on_inputs: bool, truncation: str) -> bool:
     """Whether any token contributes to the loss; raises if none does and `truncation` does not allow dropping it."""
-    first_label = max(0 if train_on_inputs else sample.answer_start, 1)  # nothing precedes the first token
+    first_label = max(0 if train_on_inputs else sample.answer_start, 1)  # the first token is never predicted
     if first_label < len(sample.ids):
         return True
     if truncation in ("error", "left"):

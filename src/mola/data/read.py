@@ -302,7 +302,7 @@ def _rows_of(dataset: Any, columns: Collection[str] | None) -> Iterator[dict[str
         names = [name for name in dataset.column_names if name in columns]
         dataset = dataset.select_columns(names) if names else dataset
     for table in dataset.with_format("arrow").iter(batch_size=_BATCH_SIZE):
-        # The types are those of Arrow, without metadata: images stay bytes, and values of mixed kinds, which `datasets`
-        # stores as JSON, are decoded.
+        # Without the metadata of `datasets`, an image is plain bytes, so it is not decoded. A column of mixed values
+        # keeps its Arrow type, JSON, and is decoded.
         features = datasets.Features.from_arrow_schema(table.schema.remove_metadata())
         yield from map(features.decode_example, table.to_pylist())

@@ -230,7 +230,7 @@ def draw(groups: NDArray[np.int64], sizes: Sequence[int], seed: int) -> list[NDA
 
 
 def allocate(counts: Sequence[int] | NDArray[np.int64], sizes: Sequence[int]) -> NDArray[np.int64]:
-    """Rows that each group gives to each split, proportional to the sizes of the groups (largest remainders).
+    """Rows that each group gives to each split, proportional to the rows of the group (largest remainders).
 
     With ``N`` rows in all, the share of a group of ``c`` rows in a split of ``n`` rows is ``c * n / N``, rounded down.
     The rows that a split still needs come from the groups with the largest remainders that have rows left. So every
@@ -249,7 +249,7 @@ def allocate(counts: Sequence[int] | NDArray[np.int64], sizes: Sequence[int]) ->
     table = floors.copy()
     for split, size in enumerate(sizes):
         while (needed := size - int(table[:, split].sum())) > 0:
-            # Among equal remainders, the group that has given the fewest rows to make up for rounding comes first.
+            # Of groups with equal remainders, the group with the fewest extra rows so far comes first.
             order = np.lexsort(((table - floors).sum(axis=1), -remainders[:, split]))
             has_rows = (available > table.sum(axis=1))[order]
             table[order[has_rows][:needed], split] += 1

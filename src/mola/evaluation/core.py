@@ -106,8 +106,8 @@ def evaluate_examples(
         batch_size: samples per batch.
         max_new_tokens: tokens to generate per sample.
         finished_records: records of an earlier, interrupted evaluation, in the form in which `on_batch` gets them.
-        on_batch: called after every batch with its records `{"index", "seconds", "sample"}`: place in `examples`,
-            the sample's share of the batch's wall time, and the sample as in the result.
+        on_batch: called after every batch with its records `{"index", "seconds", "sample"}`: index in `examples`,
+            its share of the batch's wall time, and the entry of `EvaluateResult.samples`.
         show_progress: show a progress bar on stderr.
 
     Returns:
@@ -227,9 +227,8 @@ def _generate_outputs(
     """The text that greedy decoding writes after each prompt."""
     template = questions[0].template
     prompts = predicting.encode_before_answer(tokenizer, [question.prompt for question in questions], template)
-    ends = (
-        [] if template is None else template.ending(tokenizer)[:1]
-    )  # the first token that ends an answer; EOS may follow it
+    # Only the first token that ends an answer: EOS may follow it.
+    ends = [] if template is None else template.ending(tokenizer)[:1]
     return predicting.generate_batch(
         model, tokenizer, prompts, ends=ends, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
     )

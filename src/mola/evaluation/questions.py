@@ -29,7 +29,7 @@ class Question:
 
     example: Mapping[str, Any]  # the example as loaded
     prompt: str  # text before the answer
-    prefix: str = ""  # likelihood only: text of the output before its answer
+    prefix: str = ""  # likelihood only: text of the output before the answer
     options: tuple[str, ...] = ()  # likelihood only: the possible answers
     suffix: str = ""  # likelihood only: text of the output after its answer
     template: Template | None = None  # the prompt's

@@ -88,12 +88,15 @@ def gated_hidden(layer: MolaLinear, experts_A: torch.Tensor, x: torch.Tensor) ->
 
 
 def as_loras(layers: Mapping[str, MolaLinear], updates: Mapping[str, Update]) -> dict[str, Lora]:
-    """Updates as frozen parameters on the device of their layers, in float32 also on a half-precision base."""
+    """Updates `(B, A)` of rank R as LoRAs: frozen parameters A `(1, R, in)` and B `(1, R, out)` on the layers' devices.
+
+    They are in float32, or wider like the layer, as PEFT loads LoRAs even on a half-precision base.
+    """
     found = {}
     for name, (B, A) in updates.items():
-        like = layers[name].mola_A[NAME]
-        dtype = torch.promote_types(like.dtype, torch.float32)  # like a LoRA that PEFT loads
-        parts = (A.to(like.device, dtype), B.t().to(like.device, dtype).contiguous())
+        experts_A = layers[name].mola_A[NAME]
+        device, dtype = experts_A.device, torch.promote_types(experts_A.dtype, torch.float32)
+        parts = (A.to(device, dtype), B.t().to(device, dtype).contiguous())
         found[name] = Lora(*(nn.Parameter(part.unsqueeze(0), requires_grad=False) for part in parts))
     return found
 

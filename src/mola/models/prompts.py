@@ -169,7 +169,9 @@ def own_chats(folders: Mapping[str, str]) -> dict[str, Chat]:
             logger.warning(
                 "%r was trained with the prompt template %s, but chats are written with the base model's chat "
                 "template. Send prompts in the text of %s to /v1/completions instead.",
-                *(name, trained, trained),
+                name,
+                trained,
+                trained,
             )
         elif (chat := own_chat(folder)) is not None:
             found[name] = chat

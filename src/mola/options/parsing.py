@@ -254,5 +254,6 @@ def _flag_text(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, list):
         text = ",".join(map(_flag_text, value))
-        return f"{text}," if len(value) == 1 and text.isdecimal() else text  # `[16]` is one number, not two digits
+        # The comma marks a list: `16` alone would be read as the digits 1 and 6.
+        return f"{text}," if len(value) == 1 and text.isdecimal() else text
     return str(value)

@@ -196,7 +196,7 @@ def _experts_alike(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
 
 
 def _lora_would_do(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
-    return _equal_gates(late) or _equal_export(run)
+    return _equal_gates(late) or _export_is_as_good(run)
 
 
 def _equal_gates(late: Mapping[str, LateUse]) -> Finding | None:
@@ -227,7 +227,7 @@ def _divergence(export: Mapping[str, Any]) -> float | None:
     return divergence.get("test answer", divergence.get("answer"))
 
 
-def _equal_export(run: Run) -> Finding | None:
+def _export_is_as_good(run: Run) -> Finding | None:
     export = run.export or {}
     if not is_compared(export):
         return None
@@ -237,9 +237,9 @@ def _equal_export(run: Run) -> Finding | None:
     low, high = difference["questions_95"]
     return Finding(
         "a LoRA would do",
-        f"The plain LoRA of `mola convert --to lora` answers as many questions correctly, "
-        f"{points(difference['value'])} points (95 % {points(low)} to "
-        f"{points(high)}), {divergence:.4f} nats per answer token from the mixture.",
+        "The plain LoRA of `mola convert --to lora` answers about as many questions correctly: its accuracy differs by "
+        f"{points(difference['value'])} points (95 % {points(low)} to {points(high)}). Its KL divergence from the "
+        f"mixture is {divergence:.4f} nats per answer token.",
         "Use that LoRA: it can be merged, and every server loads it. On other data routing may still help.",
     )
 

@@ -67,23 +67,23 @@ class TrainingClock(TrainerCallback, ExportableState):
     """Wall time of training. A resumed run continues from the time in its checkpoint."""
 
     def __init__(self, seconds: float = 0.0) -> None:
-        self._before = seconds
+        self._seconds_before = seconds
         self._start = time.perf_counter()
 
     @property
     def seconds(self) -> float:
         """Seconds of training until now."""
-        return self._before + time.perf_counter() - self._start
+        return self._seconds_before + time.perf_counter() - self._start
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores: the arguments of a clock that continues from now."""
         return {"args": {"seconds": self.seconds}, "attributes": {}}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Continue from the time in the checkpoint; checkpoints of older versions have none."""
+        """Start the clock with the seconds in the checkpoint; checkpoints of older versions have none."""
         self._start = time.perf_counter()
         states: Any = state.stateful_callbacks
-        self._before = states.setdefault(type(self).__name__, self.state())["args"]["seconds"]
+        self._seconds_before = states.setdefault(type(self).__name__, self.state())["args"]["seconds"]
 
 
 class ResumedRun(TrainerCallback):

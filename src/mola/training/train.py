@@ -2,7 +2,7 @@
 
 - Options, data and allocation are checked before weights are loaded.
 - The run folder holds the adapter, the loss curve and everything needed to repeat or resume the run.
-- SIGINT and SIGTERM save a checkpoint and stop; `--resume_from_checkpoint last` resumes from it.
+- SIGINT and SIGTERM stop the run and save a checkpoint if possible; `--resume_from_checkpoint last` resumes from it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
                 _log_kernels(options, model)
             trainer = make_trainer(options, model, run, callbacks)
 
-            # Only now is an earlier run in the folder replaced: first wait until no process can fail before this point.
+            # An earlier run in the folder is replaced only after every process has got this far.
             PartialState().wait_for_everyone()
             if is_main:
                 start_run(run.folder, run.checkpoint, overwrite=options.overwrite_output_dir)
@@ -160,6 +160,7 @@ def _train_and_evaluate(options: TrainOptions, trainer: MolaTrainer, run: Checke
 def _failure_recorded(options: TrainOptions, trainer: MolaTrainer, run: CheckedRun) -> Iterator[None]:
     """Write the record of a failed run if the block ends with an error, and re-raise the error."""
     try:
+        # The record must hold the explained error, so it is explained here, before `train` does it.
         with failures_explained(options):
             yield
     except BaseException as error:

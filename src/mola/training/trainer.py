@@ -183,7 +183,7 @@ class MolaTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_last_step(self) -> None:
-        """Save a checkpoint of the last step if it has none. Called after a signal, even one in the final evaluation.
+        """Save a checkpoint of the last step unless there is one. Called after a signal, even in the final evaluation.
 
         With `load_best_model_at_end` nothing is saved: the model then has the best weights, not those of the last step.
         """
@@ -193,7 +193,7 @@ class MolaTrainer(Trainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter. In the run folder its files are written to a temporary folder and renamed."""
+        """Save the adapter. Without `output_dir` it goes to the run folder, by way of a temporary folder."""
         if output_dir is not None:
             super().save_model(output_dir, _internal_call=True)
             return
@@ -207,7 +207,10 @@ class MolaTrainer(Trainer):
         """Do nothing: `train` has written mola's own model card, which `push_to_hub` uploads."""
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
-        token, self.args.hub_token = self.args.hub_token, None  # the arguments are saved beside the weights
+        token, self.args.hub_token = (
+            self.args.hub_token,
+            None,
+        )  # the arguments are saved beside the weights, without the token
         try:
             super()._save(*args, **kwargs)
         finally:
@@ -244,7 +247,7 @@ def compiler_settings(trainer: Trainer) -> Iterator[None]:
     checkpointing) do not record their router outputs a second time.
     """
     args = trainer.args
-    # All trainers of a process share this state, so runs without `torch_compile` set it as well.
+    # All trainers of a process share this state, so runs without `torch_compile` reset it.
     trainer.accelerator.state.dynamo_plugin = (
         TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
         if args.torch_compile

@@ -75,14 +75,15 @@ class MolaConfig(PeftConfig):
     with gates `g` from the `top_k` largest of `num_experts` router logits. See `MolaLinear`.
 
     Args:
-        r (`int | list[int] | str`): rank of each expert, in the notation of `num_experts`; for an encoder-decoder
-            lists have one entry per layer of the encoder, then one per layer of the decoder. Default: 8.
-        num_experts (`int | list[int] | str`): experts per adapted module: one value, one per decoder layer, a string
-            of digits for equal groups of layers ("2468", lowest layers first), one of the paper's shapes
-            ("inverted_triangle", "triangle", "hourglass", "rectangle", "diamond") or a JSON file. A layer
-            with one expert is plain LoRA and has no router. Default: "2468"; models with one, two or three layers get
-            5, [3, 7] or [2, 4, 7], respectively.
-        top_k (`int | list[int] | str`): experts used per token, in the notation of `num_experts`. More than a layer's
+        r (`int | list[int] | str`): rank of each expert: one integer, a list with one entry per decoder layer, a
+            string such as "8,8,16,16", or a JSON file. Default: 8. In an encoder-decoder, every per-layer list has one
+            entry per encoder layer, then one per decoder layer.
+        num_experts (`int | list[int] | str`): experts per adapted module: like `r`, or a string of digits for
+            groups of layers of nearly equal size ("2468", lowest layers first), or one of the paper's shapes
+            ("inverted_triangle", "triangle", "hourglass", "rectangle", "diamond"). A layer with one expert is plain
+            LoRA and has no router. Default: "2468"; models with one, two or three layers get 5, [3, 7] or [2, 4, 7],
+            respectively.
+        top_k (`int | list[int] | str`): experts used per token, like `r`. More than a layer's
             `num_experts` is an error, except for layers with one expert. Default: 2.
         lora_alpha (`float`): the experts' output is multiplied by `lora_alpha / r`. Default: 16.
         lora_dropout (`float`): dropout on the input of the experts. The router's input has no dropout.
@@ -98,9 +99,9 @@ class MolaConfig(PeftConfig):
             ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]. Each of these experts gets a LoRA, not a mixture,
             as with PEFT's field. `target_modules` may then be an empty list, so that no linears are adapted.
         bias (`str`): biases that are trained: "none", "all" or "mola_only" (those of adapted linears).
-        init_lora_weights (`bool | str`): initial values of the experts, see `mola.tuner.initialization`. True
-            (`B` zero), "gaussian", "orthogonal" and "principal" start with the outputs of the base model. False draws
-            `B` at random, for tests.
+        init_lora_weights (`bool | str`): initial values of the experts, see `mola.tuner.initialization`. With
+            True (`B` zero), "gaussian", "orthogonal" and "principal" the adapted model starts with the base model's
+            outputs. False draws `B` at random, for tests.
         use_rslora (`bool`): multiply the experts' output by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
         num_experts_pattern (`dict[str, int]`): experts of individual modules, such as `{"mlp.*": 8}`. A key is a
             regular expression for a module's whole name or for the end of the name after a dot; the first matching key
@@ -156,7 +157,9 @@ class MolaConfig(PeftConfig):
     base_model_type: str | None = None
     weights_sha256: str | None = None
 
-    has_default_num_experts = False  # True if the user left `num_experts` out; without annotation, so no field
+    has_default_num_experts = (
+        False  # True if the user left `num_experts` out; no dataclass field, as it is not annotated
+    )
 
     def __post_init__(self) -> None:
         # PEFT sets `peft_type` from a saved file. A copy of an existing configuration has it, too.
@@ -199,10 +202,10 @@ class MolaConfig(PeftConfig):
 
     def _migrate_from_older_version(self) -> None:
         # mola sets at least one of these two fields when it uses or saves an adapter.
-        was_saved = self.base_model_type is not None or self.weights_sha256 is not None
-        if was_saved and self.target_parameters and self.target_modules is None:
+        was_used = self.base_model_type is not None or self.weights_sha256 is not None
+        if was_used and self.target_parameters and self.target_modules is None:
             self.target_modules = []  # in earlier versions None meant that no linears are adapted
-        if was_saved and self.layers_to_transform == []:
+        if was_used and self.layers_to_transform == []:
             self.layers_to_transform = self.layers_pattern = None  # PEFT adapts all layers if the list is empty
 
     # ------------------------------------------------------------------ saving and loading
@@ -211,7 +214,7 @@ class MolaConfig(PeftConfig):
         """Write `adapter_config.json` (see PEFT), with the digest of the weights in the same folder.
 
         The digest is written only in calls from PEFT, which pass `auto_mapping_dict` and save the weights first.
-        Transformers calls this before it saves the weights.
+        Transformers calls this before it saves the weights, so there is nothing yet to digest.
         """
         saved = copy.copy(self)
         saved.weights_sha256 = weights_sha256(save_directory) if "auto_mapping_dict" in kwargs else None
@@ -310,7 +313,7 @@ def _check_combinations(config: MolaConfig) -> None:
     if config.target_parameters and config.lora_dropout:
         raise MolaError(
             f"`lora_dropout` must be 0 with `target_parameters`, as with LoRA: got {config.lora_dropout}. "
-            "Dropout acts on the input of a layer, and the update of a weight has no input."
+            "These LoRAs are added to the weight itself, so there is no input to drop."
         )
     if config.target_parameters and config.init_lora_weights == "principal":
         raise MolaError(

@@ -19,7 +19,7 @@ from torch import nn
 from mola.errors import MolaError
 from mola.tuner.initialization import initialize
 from mola.tuner.kernels.api import FrozenLinear, MixtureInputs, MixtureSettings
-from mola.tuner.kernels.dispatch import drop_cached_copies, mixture, register, try_decode
+from mola.tuner.kernels.dispatch import drop_cached_copies, mixture, register_layer, try_decode
 from mola.tuner.kernels.tensors import autocast_is_on, has_hooks
 from mola.tuner.merging import SingleExpertMerging
 from mola.tuner.router_statistics import RouterOutput
@@ -140,7 +140,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         self.cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` switches this off
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        register(self)
+        register_layer(self)
         self.update_layer(adapter_name, settings, inference_mode=inference_mode)
 
     def update_layer(self, adapter_name: str, settings: ExpertSettings, *, inference_mode: bool = False) -> None:
@@ -188,7 +188,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     def _cast_experts(self, adapter_name: str) -> None:
         """Cast new experts to the base's dtype, like PEFT, unless the base is quantised. Routers stay in float32."""
         weight = getattr(self.get_base_layer(), "weight", None)
-        if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:  # float8
+        if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:  # packed or float8
             return
         with keep_requires_grad(self):
             for experts in (self.mola_A, self.mola_B):
@@ -197,7 +197,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     # ------------------------------------------------------------------ forward
 
     def train(self, mode: bool = True) -> MolaLinear:
-        """Like `nn.Module.train`. Before training, kernels drop their cached copies of frozen experts."""
+        """Like `nn.Module.train`. Before training, which changes the experts, kernels drop their cached copies."""
         if mode:
             drop_cached_copies(self.mola_A.values())
         return super().train(mode)
@@ -212,7 +212,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             return self.mixed_batch.forward(self, x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.scaling]
         if len(names) == 1 and not args and not kwargs:
-            # For few tokens without gradients, one native function computes base and experts.
+            # For few tokens without gradients on a CPU, a native function adds the experts to the base output.
             output = try_decode(self, names[0], x)
             if output is not None:
                 return output
@@ -228,7 +228,8 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     def frozen_linear(self, x: torch.Tensor) -> FrozenLinear | None:
         """Weight and bias, for a backend to compute `x W^T + b`; None if the base layer itself must be called.
 
-        The base layer must be an `nn.Linear` without hooks, frozen, and in the dtype of `x`.
+        The base layer must be an `nn.Linear` without hooks, in the dtype of `x` and of autocast, and frozen while
+        gradients are recorded.
         """
         base: Any = self._modules["base_layer"]
         if type(base) is not nn.Linear or has_hooks(base):
@@ -283,7 +284,9 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
         )
         result, weight, bias = (None, *base) if isinstance(base, FrozenLinear) else (base, None, None)
         router = _tensor(parts["mola_router"], adapter_name)
-        return MixtureInputs(x, result, weight, bias, experts_A, experts_B, router, None, settings)
+        return MixtureInputs(
+            x, result, weight, bias, experts_A, experts_B, router, dropout_mask=None, settings=settings
+        )
 
     def _records_router_output(self) -> bool:
         recorders = self.router_losses, self.observer
@@ -329,7 +332,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        register(self)
+        register_layer(self)
 
     def extra_repr(self) -> str:
         """Experts, top_k and rank of every adapter, for `print(model)`."""

@@ -44,9 +44,9 @@ class MolaModel(BaseTuner):
     batch (`adapter_names`), `disable_adapter`, `delete_adapter`, `modules_to_save`, saving and loading. The passed
     configuration is copied, so one object can be used for models of different depth.
 
-    Merging several experts (their gates depend on the input), `add_weighted_adapter`, and saving unsloth's merged or
-    GGUF files raise an error. PEFT's `hotswap_adapter`, `rescale_adapter_scale` and `PeftMixedModel` support PEFT's own
-    adapter types only.
+    These raise an error: merging several experts (their gates depend on the input), `add_weighted_adapter`, and
+    unsloth's methods that save merged or GGUF files. PEFT's `hotswap_adapter`, `rescale_adapter_scale` and
+    `PeftMixedModel` support PEFT's own adapter types only.
     """
 
     prefix: str = "mola_"
@@ -210,7 +210,7 @@ class MolaModel(BaseTuner):
         """Merge adapters with one expert into the base weights (see PEFT); the active ones by default.
 
         Raises:
-            MolaError: one of them has several experts in some layer. No layer is changed.
+            MolaError: see `check_mergeable`. No layer is changed.
         """
         self.check_mergeable(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
@@ -310,7 +310,7 @@ class MolaModel(BaseTuner):
         return loss
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model, so that its hooks add the router losses; PEFT before 0.21 skips the hooks."""
+        """Call the model, so that its hooks add the router losses; PEFT before 0.21 calls `model.forward` instead."""
         return self.model(*args, **kwargs)
 
     # ------------------------------------------------------------------ saving and loading
@@ -356,7 +356,7 @@ def _disable_fast_paths(model: nn.Module) -> None:
             if isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False  # only the fast paths accept nested tensors
             else:
-                module.activation_relu_or_gelu = 0  # 0 means neither ReLU nor GELU, which has no fast path
+                module.activation_relu_or_gelu = 0  # 0 is another activation, which has no fast path
 
 
 def _delete_experts(model: nn.Module, adapter_name: str) -> None:

@@ -53,7 +53,7 @@ class RouterLosses:
         self.collecting = False
         self._has_outputs = False  # whether layers may hold outputs of an earlier forward pass
         self._warnings = RouterWarnings()
-        self._likelihood_check = LikelihoodCheck()  # of trainers that compute the loss from log-probabilities
+        self._likelihood_check = LikelihoodCheck()  # checks trainers that compute their loss from log-probabilities
         self._layers: list[MolaLinear] = []
         self._first_router_layer: dict[str, MolaLinear] = {}  # for each adapter, the first layer where it has a router
         self._layer_stacks = LayerStacks.of(model)
@@ -95,7 +95,7 @@ class RouterLosses:
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Clear old records. In training mode, start recording and note which tokens count."""
         if not module.training:
-            # Usually no loop over layers: this runs for each generated token, and `torch.compile` guards what it reads.
+            # Avoid a loop over layers: this runs for each generated token, and `torch.compile` guards all it reads.
             self.collecting = False
             if self._has_outputs:
                 self._clear()
@@ -287,7 +287,7 @@ def no_records_error() -> MolaError:
     return MolaError(
         "No router has run: run a forward pass in training mode first, with `router_aux_loss_coef` or "
         "`router_z_loss_coef` above 0 and more than one expert somewhere. Ask for the loss before the next pass in "
-        "eval mode, which clears the records, and with the same active adapters."
+        "eval mode, which clears the records, and keep the same active adapters."
     )
 
 

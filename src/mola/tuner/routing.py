@@ -2,8 +2,8 @@
 
 - `router_logits`: the logits `z = x Wr^T`.
 - `top_k_softmax`: chooses experts and computes their gates. `ROUTERS` is the table of such functions.
-- `top_k_softmax_backward`: its gradient as a formula, for backends that do not use autograd. For other routers in the
-  table, `router_backward` computes the gradient with autograd.
+- `top_k_softmax_backward`: its gradient as a formula, for backends that do not use autograd.
+- `router_backward`: the gradient of any router in the table, with autograd.
 """
 
 from __future__ import annotations
@@ -109,12 +109,12 @@ def route_dense(router: str, logits: torch.Tensor, top_k: int, dim: int) -> tupl
 
 def top_k_softmax_backward(
     grad_log_gates: torch.Tensor,
-    weights: torch.Tensor,
+    scaled_gates: torch.Tensor,
     scaling: float,
     grad_logits: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gradient of the loss with respect to the logits, through `top_k_softmax`; experts are dimension 0.
+    """Gradient of the loss with respect to the logits, through `top_k_softmax`. Dimension 0 is the experts.
 
     Let `a_e` be the output of expert `e`, gate and scaling included, and `t` the gradient of the loss with respect to
     the sum of these outputs. Then `v_e = <t, a_e>` is the gradient with respect to `log g_e`, and
@@ -123,7 +123,7 @@ def top_k_softmax_backward(
 
     Args:
         grad_log_gates: `v`, `(E, N)` with zeros for experts that were not chosen, or `(top_k, N)`; may be overwritten.
-        weights: `scaling * g`, in the same shape.
+        scaled_gates: `scaling * g`, in the same shape.
         scaling: the adapter's scaling.
         grad_logits: gradient of the router losses with respect to the logits, in the same shape.
         out: tensor that receives the result.
@@ -131,7 +131,7 @@ def top_k_softmax_backward(
     total = grad_log_gates.sum(0, keepdim=True)
     if grad_logits is not None:
         grad_log_gates += grad_logits
-    return torch.addcmul(grad_log_gates, weights, total, value=-1.0 / scaling, out=out)
+    return torch.addcmul(grad_log_gates, scaled_gates, total, value=-1.0 / scaling, out=out)
 
 
 def router_backward(router: str, logits: torch.Tensor, top_k: int, grad_log_gates: torch.Tensor) -> torch.Tensor:
@@ -156,11 +156,12 @@ def _largest(logits: torch.Tensor, count: int, dim: int) -> tuple[torch.Tensor, 
 
     `torch.topk` does not define the order of equal values. `sort(stable=True)` and `max` do.
     """
-    if not torch.compiler.is_compiling() and logits.shape[1 - dim % 2] <= _FEW_TOKENS:
+    num_tokens = logits.shape[1 - dim % 2]
+    if not torch.compiler.is_compiling() and num_tokens <= _FEW_TOKENS:
         values, order = torch.sort(logits, dim=dim, descending=True, stable=True)
         return values.narrow(dim, 0, count), order.narrow(dim, 0, count)
     indices: list[torch.Tensor] = []
-    remaining = logits.detach().clamp(min=torch.finfo(logits.dtype).min)  # finite: -inf below marks chosen experts
+    remaining = logits.detach().clamp(min=torch.finfo(logits.dtype).min)  # no -inf yet: it marks chosen experts below
     for _ in range(count):
         if indices:
             remaining = remaining.scatter(dim, indices[-1], float("-inf"))

@@ -184,17 +184,17 @@ def test_no_tokens_at_all(name, fused, shape):
 @each(ROUTED, without=["cpu_decode"])
 def test_a_wider_base_output_is_not_rounded(name):
     inputs = make(fused=False)
-    inputs = inputs._replace(result=torch.randn(6, 7, OUT, dtype=torch.float64), experts_B=torch.zeros(4, 8, OUT))
+    inputs = inputs._replace(base_output=torch.randn(6, 7, OUT, dtype=torch.float64), experts_B=torch.zeros(4, 8, OUT))
     output = run(name, inputs).output
     assert output.dtype == torch.float64
-    assert torch.equal(output, inputs.result)
+    assert torch.equal(output, inputs.base_output)
 
 
 @each(ROUTED, without=["cpu_decode"])
 def test_the_sum_with_a_narrower_base_output_is_not_rounded(name):
     """float32 experts on a bfloat16 base without autocast."""
     inputs = make(fused=False)
-    inputs = inputs._replace(result=inputs.result.detach().bfloat16())
+    inputs = inputs._replace(base_output=inputs.base_output.detach().bfloat16())
     output = run(name, inputs).output
     assert output.dtype == torch.float32
     assert_exact(output, inputs)

@@ -61,12 +61,12 @@ def test_base_output(shape, onednn):
     torch.testing.assert_close(made, F.linear(inputs.x, inputs.weight, inputs.bias))
     assert not made._is_view()
     result = torch.ones(7, *shape[:-1]).movedim(0, -1)
-    copy = base_output(inputs._replace(weight=None, result=result), inputs.x.bfloat16())
+    copy = base_output(inputs._replace(weight=None, base_output=result), inputs.x.bfloat16())
     assert copy.is_contiguous()
     assert copy.dtype == torch.float32
     assert copy.numel() == 0 or copy.data_ptr() != result.data_ptr()
     assert torch.equal(copy, result)
-    wide = base_output(inputs._replace(weight=None, result=result.bfloat16()), inputs.x)
+    wide = base_output(inputs._replace(weight=None, base_output=result.bfloat16()), inputs.x)
     assert wide.dtype == torch.float32
 
 

@@ -19,7 +19,7 @@ def formula(inputs):
     """Token by token and expert by expert; of equal logits the first are chosen."""
     settings = inputs.settings
     rows = inputs.x.flatten(0, -2)
-    base = inputs.result if inputs.weight is None else F.linear(inputs.x, inputs.weight, inputs.bias)
+    base = inputs.base_output if inputs.weight is None else F.linear(inputs.x, inputs.weight, inputs.bias)
     mask = torch.ones_like(rows) if inputs.dropout_mask is None else inputs.dropout_mask.view(rows.shape)
     updates = []
     for row, kept in zip(rows, mask, strict=True):
@@ -103,7 +103,7 @@ def test_one_expert_is_lora(p):
     found = compute(Lora(), inputs)
     torch.manual_seed(1)
     hidden = F.linear(F.dropout(inputs.x, p), inputs.experts_A[0])
-    assert torch.equal(found.output, inputs.result + F.linear(hidden, inputs.experts_B[0].t().contiguous()) * 1.7)
+    assert torch.equal(found.output, inputs.base_output + F.linear(hidden, inputs.experts_B[0].t().contiguous()) * 1.7)
     assert found.logits is found.expert_indices is None
 
 

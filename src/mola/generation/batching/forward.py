@@ -117,12 +117,12 @@ class Adapters:
             Further arguments with which the model must be called.
         """
         first = names[0]
-        is_one = all(name == first for name in names)
-        if is_one and (is_lasting or first == self._active or not self.can_mix):
+        have_same_adapter = all(name == first for name in names)
+        if have_same_adapter and (is_lasting or first == self._active or not self.can_mix):
             self._switch(first)
             yield {}
             return
-        if self._active is None:  # adapters can be mixed only while they are enabled
+        if self._active is None:  # all adapters are disabled: switch to any of them, because mixing needs them enabled
             self._switch(next(name for name in self.model.peft_config))
         peft_names = [BASE if name is None else name for name in names]
         if not RowAdapters.supports(self.model.base_model):  # PEFT mixes them

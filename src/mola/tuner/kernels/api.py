@@ -55,7 +55,7 @@ class MixtureInputs(NamedTuple):
 
     Attributes:
         x: `(..., in)`; the router reads it without dropout. In a backward pass: in the dtype of the products.
-        result: base output `(..., out)`; None if `weight` is given.
+        base_output: `(..., out)`; None if `weight` is given.
         weight: `(out, in)` of a frozen base layer, in the dtype of `x`. If it is given, the backend computes the base
             output too.
         bias: `(out,)` of the frozen base layer; None without bias.
@@ -67,7 +67,7 @@ class MixtureInputs(NamedTuple):
     """
 
     x: torch.Tensor
-    result: torch.Tensor | None
+    base_output: torch.Tensor | None
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     experts_A: torch.Tensor

@@ -45,7 +45,7 @@ class _MixtureFunction(torch.autograd.Function):
         kept = inputs.weight, inputs.experts_A, inputs.experts_B, inputs.router, inputs.dropout_mask
         ctx.save_for_backward(saved.x, *kept, *saved.tensors)
         ctx.backend, ctx.settings, ctx.x_dtype = backend, inputs.settings, inputs.x.dtype
-        ctx.result_dtype = None if inputs.result is None else inputs.result.dtype
+        ctx.result_dtype = None if inputs.base_output is None else inputs.base_output.dtype
         return tuple(mixture)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Chooses the backend that computes a mixture: the first of `BACKENDS` that can compute the inputs and is not slower.
+"""Chooses the backend that computes a mixture: the first of `BACKENDS` that can, unless a later one is faster.
 
 `MOLA_KERNEL=name` in the environment, read once, forces one backend; if it cannot compute the inputs, an error says
 why. Layers with one expert always use the backend `lora`, even if a different backend is forced.
@@ -18,7 +18,7 @@ from mola.tuner.kernels import native
 from mola.tuner.kernels.api import Backend, Mixture, MixtureInputs
 from mola.tuner.kernels.autograd import compute
 from mola.tuner.kernels.cpu import decode as cpu_decode
-from mola.tuner.kernels.cpu.decode_operator import register as register
+from mola.tuner.kernels.cpu.decode_operator import register_layer as register_layer
 from mola.tuner.kernels.cpu.train import CpuTrain
 from mola.tuner.kernels.decode import Decode, is_decode
 from mola.tuner.kernels.dense import Dense
@@ -48,7 +48,8 @@ _BY_NAME = {backend.name: backend for backend in BACKENDS}
 def try_decode(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None:
     """The output of a layer for few tokens. See `mola.tuner.kernels.cpu.decode.try_decode` for the arguments.
 
-    None if there is no native function for the layer or if `MOLA_KERNEL` is set. The caller then calls `mixture`.
+    None if no native function fits the call, as in training or with many tokens, or if `MOLA_KERNEL` is set. The caller
+    then calls `mixture`.
     """
     if not cpu_decode.is_available() or _forced_name():
         return None
@@ -58,8 +59,8 @@ def try_decode(layer, adapter_name: str, x: torch.Tensor) -> torch.Tensor | None
 def try_row_table(layer, names: list[str], x: torch.Tensor) -> Any:
     """For a batch whose rows use different adapters and have few tokens: a table of the matrices of each row's adapter.
 
-    See `mola.tuner.kernels.cpu.decode.try_row_table` for the arguments and the table's form. None if there is no
-    native function for the batch or if `MOLA_KERNEL` is set. The caller then computes one adapter after the other.
+    See `mola.tuner.kernels.cpu.decode.try_row_table` for the arguments and the table's form. None if no native
+    function fits the batch, or if `MOLA_KERNEL` is set. The caller then computes one adapter after the other.
     """
     if not cpu_decode.is_available() or _forced_name() or not is_decode(x):
         return None
@@ -144,12 +145,12 @@ def _read_variable() -> str:
 def cast_inputs(inputs: MixtureInputs) -> MixtureInputs:
     """Cast the input to the dtype of the matrix products, for a backend whose `casts_its_inputs` is False.
 
-    If the input or the base weight has a different dtype, the base output is computed here and replaces the weight.
+    If the input or the base weight has a different dtype, the base output is computed here and passed on instead of it.
     Under autocast the input stays as it is: autocast casts it for the products, and the router reads the original.
     """
     x, weight, dtype = inputs.x, inputs.weight, inputs.settings.dtype
     if weight is not None and (weight.dtype is not dtype or x.dtype is not dtype):
-        inputs = inputs._replace(result=F.linear(x, weight, inputs.bias), weight=None, bias=None)
+        inputs = inputs._replace(base_output=F.linear(x, weight, inputs.bias), weight=None, bias=None)
     if x.dtype is not dtype and not autocast_is_on(x.device.type):
         inputs = inputs._replace(x=x.to(dtype))
     return inputs

@@ -62,9 +62,9 @@ def base_output(inputs: MixtureInputs, x: torch.Tensor) -> torch.Tensor:
         # As rows: with more dimensions the product would be a view, which must not be changed in place.
         rows = linear(as_rows(x), inputs.weight, inputs.bias)
         return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], len(inputs.weight)])
-    assert inputs.result is not None
-    dtype = torch.promote_types(inputs.result.dtype, x.dtype)
-    return inputs.result.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    assert inputs.base_output is not None
+    dtype = torch.promote_types(inputs.base_output.dtype, x.dtype)
+    return inputs.base_output.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def uses_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:

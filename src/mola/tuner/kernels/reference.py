@@ -42,7 +42,7 @@ class Reference(Backend):
 
 
 class Gathered(Reference):
-    """Computes the chosen experts only. Meant for `torch.compile`, whose loops need no copies of the matrices."""
+    """Computes the chosen experts only. Under `torch.compile` this needs no copies of the matrices."""
 
     name = "gathered"
 
@@ -105,7 +105,7 @@ def _route(inputs: MixtureInputs) -> tuple[torch.Tensor, Routing]:
 
 
 def _after_dropout(inputs: MixtureInputs) -> torch.Tensor:
-    """The experts' input after dropout: with the mask of the inputs if there is one, otherwise with torch's dropout.
+    """The experts' input after dropout: with `inputs.dropout_mask` if there is one, otherwise with torch's dropout.
 
     With a mask, `settings.scaling` already includes the factor 1 / (1 - p).
     """
@@ -116,7 +116,7 @@ def _after_dropout(inputs: MixtureInputs) -> torch.Tensor:
 
 
 def _base_output(inputs: MixtureInputs) -> Any:
-    return inputs.result if inputs.weight is None else F.linear(inputs.x, inputs.weight, inputs.bias)
+    return inputs.base_output if inputs.weight is None else F.linear(inputs.x, inputs.weight, inputs.bias)
 
 
 def _add_update(

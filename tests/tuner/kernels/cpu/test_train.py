@@ -83,7 +83,7 @@ def test_a_token_does_not_depend_on_its_neighbours(dtype):
     inputs = make((41, 160), 5, dtype, fused=False)
     together = compute(BACKEND, inputs)
     for n in (0, 8, 40):
-        alone = compute(BACKEND, inputs._replace(x=inputs.x[n : n + 1], result=inputs.result[n : n + 1]))
+        alone = compute(BACKEND, inputs._replace(x=inputs.x[n : n + 1], base_output=inputs.base_output[n : n + 1]))
         assert torch.equal(alone.output[0], together.output[n])
         assert torch.equal(alone.logits[:, 0], together.logits[:, n])
 
@@ -103,7 +103,7 @@ def test_matrices_in_another_order_give_the_same_bits(dtype):
 @dtypes
 @pytest.mark.parametrize("shape", [(39, 96), (40, 64), (40, 128)])
 def test_a_base_output_that_does_not_fit_is_an_error(shape, dtype):
-    inputs = make((40, 64), 4, dtype, fused=False)._replace(result=torch.zeros(shape, dtype=dtype))
+    inputs = make((40, 64), 4, dtype, fused=False)._replace(base_output=torch.zeros(shape, dtype=dtype))
     with pytest.raises(ValueError, match="base layer's output"):
         compute(BACKEND, inputs)
 

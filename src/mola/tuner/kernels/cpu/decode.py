@@ -42,7 +42,7 @@ class CpuDecode(Decode):
         if settings.router != DEFAULT_ROUTER:
             return OTHER_ROUTER
         reason = _why_not_native(x, inputs.experts_A, inputs.experts_B, inputs.router)
-        if reason is None and inputs.result is not None and inputs.result.dtype is not x.dtype:
+        if reason is None and inputs.base_output is not None and inputs.base_output.dtype is not x.dtype:
             return "the dtypes of base output and input differ"
         return reason
 
@@ -51,8 +51,10 @@ class CpuDecode(Decode):
         if inputs.weight is not None:
             output = linear(inputs.x, inputs.weight, inputs.bias)
         else:
-            assert inputs.result is not None
-            output = inputs.result.clone(memory_format=torch.contiguous_format)  # the original may be used elsewhere
+            assert inputs.base_output is not None
+            output = inputs.base_output.clone(
+                memory_format=torch.contiguous_format
+            )  # the original may be used elsewhere
         settings = inputs.settings
         add_update(
             output, inputs.x, inputs.experts_A, inputs.experts_B, inputs.router, settings.scaling, settings.top_k

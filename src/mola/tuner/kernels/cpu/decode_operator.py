@@ -28,7 +28,7 @@ class Owner(NamedTuple):
     adapter_name: str
 
 
-def register(layer: Any) -> None:
+def register_layer(layer: Any) -> None:
     """Let `find_owner` find a layer."""
     _layers.add(layer)
 

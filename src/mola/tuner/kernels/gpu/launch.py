@@ -42,8 +42,11 @@ def poisoned() -> Iterator[None]:
         _poison[0] = False
 
 
-def step_of(dtype: torch.dtype) -> float:
-    """The factor that enlarges each further part of a router's weight; it could be too small for float16 without."""
+def part_scale(dtype: torch.dtype) -> float:
+    """The factor by which each part of a router weight after the first is scaled up.
+
+    `pack` splits a float32 weight into three 16-bit parts. In float16 the smaller parts would underflow without it.
+    """
     return 2048.0 if dtype is torch.float16 else 1.0
 
 
@@ -59,7 +62,7 @@ def pack(experts_A: torch.Tensor, router: torch.Tensor, dtype: torch.dtype) -> t
     with torch.cuda.device_of(packed):
         jit.pack[grid](
             experts_A, router, packed, in_features, num_rows=num_experts * r, num_experts=num_experts,
-            STEP=step_of(dtype), BLOCK=_COLUMNS,
+            STEP=part_scale(dtype), BLOCK=_COLUMNS,
         )  # fmt: skip
     return packed
 
@@ -80,7 +83,7 @@ def gates_forward(
     with torch.cuda.device_of(gated):
         jit.gates_forward[grid](
             products, hidden, logits, weights, indices, gated, num_tokens, scaling,
-            E=num_experts, R=size // num_experts, TOP_K=top_k, STEP=step_of(dtype), **block,
+            E=num_experts, R=size // num_experts, TOP_K=top_k, STEP=part_scale(dtype), **block,
         )  # fmt: skip
     return Gates(logits, weights, indices, gated)
 
