@@ -1,5 +1,5 @@
 # make quickstart   set up, fine-tune a small real model, show accuracy before and after, write a report
-# make test         set up, run the tests: what a change is likely to break (five minutes on two cores)
+# make test         set up, run the tests: what a change is likely to break
 # make test-all     the slow ones too, more inputs for properties, all extras (for a job at night)
 # make test-min     the tests of `make test` with the lowest versions that pyproject.toml allows for what they install
 # make test-mid     the same with versions in between
