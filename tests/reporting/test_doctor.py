@@ -165,7 +165,8 @@ def test_an_exported_lora_that_answers_as_well(finished_run, tmp_path, capsys):
     path.write_text(json.dumps(export))
     options = DoctorOptions(str(folder), export=str(path))
     (found,) = [each for each in doctor(options) if each.name == LORA]
-    assert "-1.0 points (95 % -4.0 to +2.0), 0.0020 nats" in found.seen
+    assert "differs by -1.0 points (95 % -4.0 to +2.0)" in found.seen
+    assert "0.0020 nats per answer token" in found.seen
     change(path, lambda content: content["differences"]["lora"].update(value=-0.03))
     assert LORA not in [each.name for each in doctor(options)]
     change(path, lambda content: content.update(differences={}))

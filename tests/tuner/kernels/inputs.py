@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from mola.tuner.kernels.api import MixtureInputs, MixtureSettings
 
-LEAVES = "x", "experts_A", "experts_B", "router", "result"
+LEAVES = "x", "experts_A", "experts_B", "router", "base_output"
 
 
 def make_inputs(

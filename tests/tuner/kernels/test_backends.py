@@ -151,7 +151,7 @@ def test_one_choice_gives_the_router_no_gradient_of_rounding(name, scaling):
 def test_tensors_with_gaps_and_in_another_order(name):
     inputs = make(dropout="decode" not in name, fused=False)
     changed = {}
-    for field in ("x", "result", "experts_A", "experts_B", "router", "dropout_mask"):
+    for field in ("x", "base_output", "experts_A", "experts_B", "router", "dropout_mask"):
         tensor = getattr(inputs, field)
         if tensor is not None:
             wide = torch.zeros(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype)
@@ -220,9 +220,9 @@ def test_logits_are_in_float32_for_any_number_of_tokens(name, num_tokens):
         ("experts_B", (4, 4, OUT)),
         ("experts_B", (3, 8, OUT)),
         ("router", (4, 64)),
-        ("result", (41, OUT)),
-        ("result", (42, IN)),
-        ("result", (42, 2 * OUT)),
+        ("base_output", (41, OUT)),
+        ("base_output", (42, IN)),
+        ("base_output", (42, 2 * OUT)),
     ],
     ids=str,
 )

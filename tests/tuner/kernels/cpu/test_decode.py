@@ -393,7 +393,7 @@ NO_GRADIENTS, WANTED, FUNCTION = (
         ({"dropout_mask": torch.ones(3, 16, dtype=torch.bool)}, "dropout is on"),
         ({"x": torch.zeros(3, 16).double()}, f"{FUNCTION} these dtypes"),
         ({"experts_B": torch.zeros(4, 3, 7).bfloat16()}, f"{FUNCTION} these dtypes"),
-        ({"result": torch.zeros(3, 7).bfloat16()}, "the dtypes of base output and input differ"),
+        ({"base_output": torch.zeros(3, 7).bfloat16()}, "the dtypes of base output and input differ"),
         ({"x": torch.zeros(3, 16).as_subclass(type("Other", (torch.Tensor,), {}))}, NOT_PLAIN),
     ],
 )
