@@ -13,8 +13,16 @@ from mola.errors import MolaError
 from mola.options.fields import option
 
 SUITES = (
-    *("step", "memory", "counts", "decode", "growth", "curve"),
-    *("telemetry", "logits", "attention", "redundancy"),
+    "step",
+    "memory",
+    "counts",
+    "decode",
+    "growth",
+    "curve",
+    "telemetry",
+    "logits",
+    "attention",
+    "redundancy",
 )
 DTYPES = ("float32", "bfloat16")
 DECODE_MODES = ("eager", "compiled")

@@ -16,8 +16,15 @@ logger = logging.getLogger("mola.research_code")  # a child of "mola", whose log
 
 # Flags that `mola evaluate` has under the same name.
 _SAME_NAME = (
-    *("base_model", "limit", "batch_size", "max_new_tokens", "overwrite"),
-    *("dtype", "device", "trust_remote_code", "template"),
+    "base_model",
+    "limit",
+    "batch_size",
+    "max_new_tokens",
+    "overwrite",
+    "dtype",
+    "device",
+    "trust_remote_code",
+    "template",
 )
 
 

@@ -21,8 +21,19 @@ from mola.options.fields import option
 SPLITS = ("train", "validation", "test")
 SCIENCEQA_FOLDER = "science_qa.hf"
 SCIENCEQA_COLUMNS = (
-    *("image", "question", "choices", "answer", "hint", "task", "grade", "subject", "topic", "category", "skill"),
-    *("lecture", "solution"),
+    "image",
+    "question",
+    "choices",
+    "answer",
+    "hint",
+    "task",
+    "grade",
+    "subject",
+    "topic",
+    "category",
+    "skill",
+    "lecture",
+    "solution",
 )
 _REQUIRED_COLUMNS = ("question", "choices", "answer")  # other columns may be missing and become null
 

@@ -34,8 +34,19 @@ __all__ = ["ResearchInstructionOptions", "ResearchTrainOptions", "main", "train_
 logger = logging.getLogger("mola.research_code")  # a child of "mola", whose log lines are shown
 
 _SAME_NAME = (
-    *("base_model", "output_dir", "learning_rate", "cutoff_len", "truncation", "train_on_inputs", "add_eos_token"),
-    *("template", "seed", "dtype", "save_steps", "overwrite_output_dir", "trust_remote_code"),
+    "base_model",
+    "output_dir",
+    "learning_rate",
+    "cutoff_len",
+    "truncation",
+    "train_on_inputs",
+    "add_eos_token",
+    "template",
+    "seed",
+    "dtype",
+    "save_steps",
+    "overwrite_output_dir",
+    "trust_remote_code",
 )
 _TRACKER_FLAGS = ("wandb_run_name", "wandb_watch", "wandb_log_model")
 
@@ -129,7 +140,9 @@ def _warmup_steps(options: SharedOptions, accumulation: int) -> float:
         logger.warning(
             "Warm-up is %d of %d steps. The research code's %d steps would keep the learning rate low for most of the "
             "run. --warmup_steps sets a different number.",
-            *(warmup, steps, WARMUP_STEPS),
+            warmup,
+            steps,
+            WARMUP_STEPS,
         )
     return warmup
 

@@ -76,8 +76,16 @@ def adapted_modules(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 # The first versions of MoE-PEFT write these settings and no others. PEFT, and so mola, always writes more.
 _MOE_PEFT_ALWAYS = {
-    *("peft_type", "num_experts", "top_k", "r", "lora_alpha", "lora_dropout", "bias"),
-    *("target_modules", "base_model_name_or_path", "task_type"),
+    "peft_type",
+    "num_experts",
+    "top_k",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "bias",
+    "target_modules",
+    "base_model_name_or_path",
+    "task_type",
 }
 _MOE_PEFT_SOMETIMES = {"use_dora", "use_rslora"}
 

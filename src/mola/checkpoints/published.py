@@ -206,8 +206,14 @@ def _check_expressible(config: MolaConfig) -> None:
         **{
             name: bool(getattr(config, name))
             for name in (
-                *("modules_to_save", "exclude_modules", "target_parameters", "trainable_token_indices"),
-                *("use_rslora", "num_experts_pattern", "rank_pattern", "alpha_pattern"),
+                "modules_to_save",
+                "exclude_modules",
+                "target_parameters",
+                "trainable_token_indices",
+                "use_rslora",
+                "num_experts_pattern",
+                "rank_pattern",
+                "alpha_pattern",
             )
         },
     }

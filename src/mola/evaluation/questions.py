@@ -195,7 +195,10 @@ def warn_unread_outputs(task: Task, examples: Sequence[Mapping[str, Any]]) -> No
         _warn_once(
             "`answer_pattern` of the task %s does not find the answer in the output of %d of %d samples, such as %r: a "
             "model that writes these outputs counts as wrong.",
-            *(task.name, len(unread), len(examples), unread[0]),
+            task.name,
+            len(unread),
+            len(examples),
+            unread[0],
         )
 
 

@@ -23,8 +23,13 @@ from mola.training.options import TRAINING_ONLY
 from mola.tuner import MolaConfig
 
 FIELDS = (
-    *("num_experts", "top_k", "router", "router_aux_loss_reduction"),
-    *("router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise"),
+    "num_experts",
+    "top_k",
+    "router",
+    "router_aux_loss_reduction",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "router_jitter_noise",
 )
 PREFIX = "mola_"
 _NUMBERS = {field.name for field in dataclasses.fields(MolaConfig) if field.type == "float"}

@@ -16,8 +16,15 @@ from mola.files.reading import read_json_object
 CHAT_TEMPLATE = "chat_template.jinja"  # tokenizers save their chat template here; older ones in tokenizer_config.json
 PROMPTS_FILE = "prompts.json"  # names the template of an adapter that was made from an existing adapter
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", CHAT_TEMPLATE, "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
+    "tokenizer.json",
+    "tokenizer_config.json",
+    CHAT_TEMPLATE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
 )
 _RUN_RECORD = "run.json"  # written by `mola train`
 
@@ -58,13 +65,17 @@ def warn_of_other_template(adapter: str | os.PathLike[str] | None, used: str) ->
         logger.warning(
             "The adapter was trained with the prompt template %s and is used with %s. If this is not intended, pass "
             "`template` %s.",
-            *(trained, used, trained),
+            trained,
+            used,
+            trained,
         )
     elif trained is None and used != CHAT and adapter is not None and own_chat(adapter) is not None:
         logger.warning(
             "%s does not name its prompt template but has a chat template, as TRL saves it; it is used with the "
             "template %s. Pass `template` %s if it was trained on chats.",
-            *(adapter, used, CHAT),
+            adapter,
+            used,
+            CHAT,
         )
 
 
@@ -132,7 +143,8 @@ def warn_of_unknown_tokens(adapter: str | os.PathLike[str], chat: Chat, tokenize
             "%s writes chats with %s, which the base model's tokenizer does not have: it reads them as text, not as "
             "the tokens of the training. Save the adapter's tokenizer into the base model's folder, and pass that "
             "folder.",
-            *(os.fspath(adapter), ", ".join(missing)),
+            os.fspath(adapter),
+            ", ".join(missing),
         )
 
 

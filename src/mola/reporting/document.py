@@ -13,8 +13,12 @@ from mola._version import __version__
 from mola.reporting import charts, formatting
 
 _FILTERS: Sequence[Callable[..., str]] = (
-    *(charts.shade, charts.share, charts.tick),
-    *(formatting.format_interval, formatting.number, formatting.percent),
+    charts.shade,
+    charts.share,
+    charts.tick,
+    formatting.format_interval,
+    formatting.number,
+    formatting.percent,
 )
 _FUNCTIONS: Sequence[Callable[..., Any]] = (charts.axis_names, charts.step_axis, charts.value_axis)
 

@@ -70,7 +70,9 @@ def choose_engine(
         logger.warning("Answers with different adapters of this kind take turns: they cannot share a batch.")
     logger.info(
         "Up to %d answers side by side, %d tokens together (%d bytes for each token).",
-        *(max_batch_size, max_total_tokens, token_bytes),
+        max_batch_size,
+        max_total_tokens,
+        token_bytes,
     )
     end_token_ids = predicting.end_token_ids(adapters.model, tokenizer)
     engine = BatchEngine(adapters, end_token_ids, max_batch_size, max_prefill_tokens, max_total_tokens)

@@ -23,7 +23,15 @@ logger = logging.getLogger(__name__)
 _SERVER = "vllm.entrypoints.openai.api_server"
 _KEY_VARIABLE = "VLLM_API_KEY"
 _SUPPORTED_OPTIONS = (
-    *("base_model", "adapter", "base_name", "host", "port", "api_key", "dtype", "trust_remote_code", "max_tokens"),
+    "base_model",
+    "adapter",
+    "base_name",
+    "host",
+    "port",
+    "api_key",
+    "dtype",
+    "trust_remote_code",
+    "max_tokens",
     "engine",
 )
 _UNSUPPORTED_SETTINGS = {
@@ -96,7 +104,9 @@ def _chat_arguments(folder: str, chat: Chat, base_model: str) -> list[str]:
         logger.warning(
             "%r ends its answers with %r, but vLLM's server stops at the base model's end token, %s. Clients must send "
             "the adapter's end token as `stop`.",
-            *(folder, chat.end_token, "which is not known before it starts" if base_end is None else repr(base_end)),
+            folder,
+            chat.end_token,
+            "which is not known before it starts" if base_end is None else repr(base_end),
         )
     path = Path(folder, CHAT_TEMPLATE)
     if path.is_file():
@@ -104,7 +114,8 @@ def _chat_arguments(folder: str, chat: Chat, base_model: str) -> list[str]:
     logger.warning(
         "%r has its chat template in tokenizer_config.json, which vLLM's server does not read. Write the template to "
         "%s in the same folder.",
-        *(folder, CHAT_TEMPLATE),
+        folder,
+        CHAT_TEMPLATE,
     )
     return []
 

@@ -30,7 +30,10 @@ def warn_of_shared(task: str, test: Questions, used: Questions, use: str) -> Non
     if shared := int(np.isin(test, used).sum()):
         _warn_once(
             "task `%s`: %d of the %d test questions are also %s. Accuracies count them as if they were new.",
-            *(task, shared, len(test), use),
+            task,
+            shared,
+            len(test),
+            use,
         )
 
 

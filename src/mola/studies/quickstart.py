@@ -31,7 +31,12 @@ from mola.training.train import TrainOptions, train
 
 _NUM_INSPECTED = 20
 _RESULT_FILES = (
-    *("run.json", "adapter_config.json", "adapter_model.safetensors", "before.json", "after.json", "inspect.json"),
+    "run.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "before.json",
+    "after.json",
+    "inspect.json",
     "summary.json",
 )
 

@@ -25,10 +25,21 @@ ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _SAME_PARTS = ("adapter_settings", "data_fingerprints", "quantization")
 # Options that a resumed run must share: how samples become tokens, their order, and settings of the optimiser.
 _SAME_SETTINGS = (
-    *("cutoff_len", "truncation", "train_on_inputs", "add_eos_token", "seed", "data_seed"),
+    "cutoff_len",
+    "truncation",
+    "train_on_inputs",
+    "add_eos_token",
+    "seed",
+    "data_seed",
     "train_sampling_strategy",
-    *("optim", "optim_args", "learning_rate", "loraplus_lr_ratio", "weight_decay"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+    "optim",
+    "optim_args",
+    "learning_rate",
+    "loraplus_lr_ratio",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
 )
 logger = logging.getLogger(__name__)
 

@@ -24,12 +24,18 @@ from mola.errors import MolaError
 logger = logging.getLogger(__name__)
 
 _AT_LEAST_1 = (
-    *("per_device_train_batch_size", "per_device_eval_batch_size"),
-    *("gradient_accumulation_steps", "eval_limit"),
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "eval_limit",
 )
 _ABOVE_0 = (
-    *("num_train_epochs", "learning_rate", "loraplus_lr_ratio"),
-    *("logging_steps", "eval_steps", "save_steps"),
+    "num_train_epochs",
+    "learning_rate",
+    "loraplus_lr_ratio",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
 )
 # Schedules that begin at the full learning rate, and schedules that follow the evaluation loss.
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")

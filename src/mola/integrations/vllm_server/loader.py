@@ -30,9 +30,19 @@ from mola.integrations.vllm_server.mixture import FusedMixture, Product
 from mola.integrations.vllm_server.parts import Adapter, Part, read_adapter
 
 _TRIED_MODELS = (
-    *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"),
-    *("Gemma3ForCausalLM", "PhiForCausalLM", "Phi3ForCausalLM", "OPTForCausalLM", "GPT2LMHeadModel"),
-    *("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"),
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "PhiForCausalLM",
+    "Phi3ForCausalLM",
+    "OPTForCausalLM",
+    "GPT2LMHeadModel",
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
     "TransformersForCausalLM",  # Transformers' own model inside vLLM
 )
 
