@@ -25,7 +25,7 @@ from mola.models.base_model import load_config
 from mola.models.devices import DTYPES
 from mola.models.loading import load_model
 from mola.models.meta import model_on_meta
-from mola.models.prompts import copy_template, own_chat, use_chat, warn_of_unknown_tokens
+from mola.models.prompts import copy_template_name, own_chat, use_chat, warn_of_unknown_tokens
 from mola.models.quantization import stored_quantization
 from mola.models.tokenizer import own_tokenizer
 from mola.options.fields import option
@@ -85,7 +85,7 @@ def merge(options: MergeOptions) -> Path:
     with write_new_folder("output", output) as folder:
         _save(merged, folder, None if chat is None else end_token_ids(merged, tokenizer))
         tokenizer.save_pretrained(folder)
-        copy_template(adapter, folder)
+        copy_template_name(adapter, folder)
     return output
 
 

@@ -148,7 +148,7 @@ def warn_of_unknown_tokens(adapter: str | os.PathLike[str], chat: Chat, tokenize
         )
 
 
-def copy_template(source: str | os.PathLike[str], target: Path) -> None:
+def copy_template_name(source: str | os.PathLike[str], target: Path) -> None:
     """Write the name of the prompt template of the adapter `source` into the folder `target`, if the name is known."""
     if (template := trained_template(source)) is not None:
         atomic_write_json(target / PROMPTS_FILE, {"template": template})
@@ -156,7 +156,7 @@ def copy_template(source: str | os.PathLike[str], target: Path) -> None:
 
 def hand_on_prompts(source: str | os.PathLike[str], target: Path) -> None:
     """Write the name of the template of the adapter `source` into the folder `target`; copy its own chat template."""
-    copy_template(source, target)
+    copy_template_name(source, target)
     if own_chat(source) is not None:
         for name in TOKENIZER_FILES:
             if (path := Path(os.path.expanduser(source)) / name).is_file():
