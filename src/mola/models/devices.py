@@ -52,14 +52,14 @@ def resolve_dtype(name: str, device: str | torch.device) -> tuple[torch.dtype, s
     MPS, float32 elsewhere.
 
     Returns:
-        The dtype, and the reason for the log.
+        The dtype, and the text for the log: its name, and for `"auto"` the reason.
 
     Raises:
         MolaError: `name` is neither `"auto"` nor one of `DTYPES`.
     """
     kind = torch.device(device).type
     if name in DTYPES:
-        return DTYPES[name], f"{name} as requested"
+        return DTYPES[name], name
     if name != "auto":
         raise MolaError(f"`dtype` must be one of auto, {', '.join(DTYPES)}: got {name!r}.")
     if kind == "cuda":

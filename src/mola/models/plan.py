@@ -53,6 +53,7 @@ class PlanOptions:
     rank_pattern: dict[str, Any] | str | None = option(None, "The same for `r`.")
     gguf_file: str | None = option(None, GGUF_HELP)
     json: bool = option(False, "Print JSON instead of the table.")
+    verbose: bool = option(False, "Also print which kernel computes the layers on this machine's CPU.")
     trust_remote_code: bool = option(False, "Run code that comes with the model; only for sources you trust.")
 
 
@@ -120,7 +121,7 @@ def main(options: PlanOptions) -> int:
     else:
         console = make_table_console()
         console.print(render(result))
-        for line in result.kernels:
+        for line in result.kernels if options.verbose else ():
             console.print(line, highlight=False, markup=False)
     return 0
 

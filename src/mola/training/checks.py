@@ -36,6 +36,7 @@ class CheckedRun:
         folder: the run folder.
         config: configuration of the base model.
         checkpoint: the checkpoint that the run resumes from, or None.
+        steps: number of optimiser steps, including those before a resume.
         steps_before_resume: number of steps that the checkpoint has done.
         tokenizer: of the base model.
         data: encoded samples.
@@ -45,6 +46,7 @@ class CheckedRun:
     folder: Path
     config: PretrainedConfig
     checkpoint: Path | None
+    steps: int
     steps_before_resume: int
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
@@ -77,7 +79,6 @@ def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
             "One of %d GPUs is used. To use all of them, start one process per GPU with torchrun or accelerate launch.",
             options.num_gpus,
         )
-    logger.info("%d steps of %d samples; base model in %s.", steps, options.effective_batch_size, options.dtype_reason)
     _settle_steps(options, data, steps)
     record = describe_run(options, config, data, allocation)
     steps_before_resume = state.get("global_step", 0)
@@ -90,7 +91,7 @@ def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
             # Without this the Trainer would do one more step in an incomplete epoch.
             options.num_train_epochs, options.max_steps = 0, -1
             options.warmup_steps = 1  # without steps the polynomial schedule would divide by 0
-    return CheckedRun(folder, config, checkpoint, steps_before_resume, tokenizer, data, record)
+    return CheckedRun(folder, config, checkpoint, steps, steps_before_resume, tokenizer, data, record)
 
 
 def _settle_steps(options: TrainOptions, data: TrainingData, steps: int) -> None:

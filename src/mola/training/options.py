@@ -136,6 +136,7 @@ class TrainOptions(Quantization, TrainingArguments):
     logging_steps: float = option(10, "Steps between logs, or below 1 a share of all.")
     logging_nan_inf_filter: bool = option(False, "Hide NaN and infinite losses; if false they stop the run.")
     expert_telemetry: bool = option(True, "Record experts' use in routing.jsonl and log.")
+    verbose: bool = option(False, "Also say which kernel computes each linear, and why.")
     report_to: None | str | list[str] = option("none", "Trackers between commas, such as tensorboard.")  # noqa: RUF036
     eval_strategy: str = option("epoch", "When to evaluate the loss: no, steps or epoch.")
     eval_steps: float | None = option(None, "Steps between evaluations. Default: `logging_steps`.")
@@ -184,7 +185,7 @@ class TrainOptions(Quantization, TrainingArguments):
         dtype, self.dtype_reason = resolve_dtype(self.dtype, device)
         if self.dtype == "auto" and (self.bf16 or self.fp16):
             dtype = DTYPES["bfloat16" if self.bf16 else "float16"]
-            self.dtype_reason = "because of bf16 or fp16"
+            self.dtype_reason = "bfloat16, because of `bf16`" if self.bf16 else "float16, because of `fp16`"
         self.base_dtype = str(dtype).removeprefix("torch.")
         if not (self.bf16 or self.fp16):
             self.bf16 = self.base_dtype == "bfloat16"

@@ -36,6 +36,7 @@ from mola.training.checks import CheckedRun, check_run
 from mola.training.distributed import loading_unsharded, shards_weights, uses_fsdp
 from mola.training.model import build_model
 from mola.training.options import TrainOptions
+from mola.training.overview import overview
 from mola.training.run_folder import check_output_dir, locked, start_run
 from mola.training.trainer import MolaTrainer, compiler_settings, make_trainer
 
@@ -95,7 +96,9 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
                 run = check_run(options, folder)
                 with explain_out_of_memory(loading_advice(options)):
                     model = build_model(options, run.config, run.checkpoint)
-            if is_main and not uses_fsdp(options):  # FSDP moves the weights to their devices later
+            if is_main:
+                logger.info(overview(options, model, run))
+            if is_main and options.verbose and not uses_fsdp(options):  # FSDP moves the weights to their devices later
                 _log_kernels(options, model)
             trainer = make_trainer(options, model, run, callbacks)
 

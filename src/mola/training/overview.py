@@ -1,0 +1,85 @@
+"""What `mola train` says before the first step: the run in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from peft import PeftModel
+
+from mola.architecture.layer_stacks import LayerStacks
+from mola.architecture.picture import picture_of_modules
+from mola.models.base_model import model_name
+from mola.training.checks import CheckedRun
+from mola.training.options import TrainOptions
+from mola.tuner.layer import MolaLinear
+from mola.tuner.stacked import StackedParameters
+
+
+def overview(options: TrainOptions, model: PeftModel, run: CheckedRun) -> str:
+    """A table of a run that is about to begin, as lines of text that suit a terminal and a log file.
+
+    Args:
+        options: of the run.
+        model: ready to train.
+        run: the checked run.
+
+    Returns:
+        A title, then one line for each property.
+    """
+    rows = [*_adapter_rows(model), *_run_rows(options, run)]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {value}" for name, value in rows]
+    return "\n".join([f"Training {model_name(options.base_model or '')} in {run.folder}", *lines])
+
+
+def _adapter_rows(model: PeftModel) -> Iterable[tuple[str, str]]:
+    config: Any = model.active_peft_config
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MolaLinear)]
+    adapter = model.active_adapter
+    num_layers = LayerStacks.of(model.get_base_model()).num_layers or 1
+
+    def of_modules(attribute: str) -> list[str]:
+        numbers = {
+            (name.rpartition(f".{layer.layer_index}.")[2], layer.layer_index or 0): getattr(layer, attribute)[adapter]
+            for name, layer in layers
+        }
+        return picture_of_modules(numbers, num_layers)
+
+    def value_or_picture(attribute: str) -> str:
+        values = {getattr(layer, attribute)[adapter] for _, layer in layers if layer.num_experts[adapter] > 1}
+        values = values or {getattr(layer, attribute)[adapter] for _, layer in layers}
+        return str(values.pop()) if len(values) == 1 else "; ".join(of_modules(attribute))
+
+    if layers:
+        for index, line in enumerate(of_modules("num_experts")):
+            yield "" if index else "experts per layer", line
+        yield "r, top_k", f"{value_or_picture('r')}, {value_or_picture('top_k')}"
+    else:
+        yield "adapter", f"{config.peft_type.value}, r {getattr(config, 'r', 'none')}"
+    targets = dict.fromkeys(name.rpartition(".")[2] for name, _ in layers) or config.target_modules or ()
+    stacks = [module for module in model.modules() if isinstance(module, StackedParameters)]
+    parameters = sorted(config.target_parameters or ()) if stacks else []
+    names = [*([targets] if isinstance(targets, str) else targets), *parameters]
+    yield "target modules", ", ".join(names)
+    trainable, total = model.get_nb_trainable_parameters()
+    yield "trainable", f"{trainable:,} parameters, {trainable / (total - trainable):.3%} of the base model's"
+
+
+def _run_rows(options: TrainOptions, run: CheckedRun) -> Iterable[tuple[str, str]]:
+    report, evaluation = run.data.reports["train"], run.data.reports.get("evaluation")
+    yield (
+        "tokens per epoch",
+        f"{report.tokens:,}, {report.trained_tokens / report.tokens:.0%} of them contribute to the loss",
+    )
+    yield "samples", f"{report.kept:,}" + (f"; {evaluation.kept:,} for evaluation" if evaluation else "; no evaluation")
+    done = f", {run.steps_before_resume:,} of them done" if run.checkpoint is not None else ""
+    yield "steps", f"{run.steps:,}{done}"
+    parts = {
+        "": options.train_batch_size,
+        " accumulated": options.gradient_accumulation_steps,
+        " processes": options.world_size,
+    }
+    product = " x ".join(f"{count}{what}" for what, count in parts.items() if count > 1 or not what)
+    yield "effective batch", f"{options.effective_batch_size} samples" + (f" ({product})" if " x " in product else "")
+    yield "dtype", options.dtype_reason

@@ -1,0 +1,75 @@
+"""What a run says before its first step: one table, and kernels only if they are asked for."""
+
+import json
+import re
+
+import pytest
+
+from mola.architecture.picture import picture, picture_of_modules
+from mola.cli import main
+from tests.training.runs import NO_EVALUATION, read_record
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ([2, 2, 4, 4], "2244"),
+        ([2, None, 9], "2.9"),
+        ([8, 8, 16, None], "layers 0-1: 8, 2: 16, 3: none"),
+    ],
+)
+def test_a_picture_has_one_digit_per_layer_or_names_the_layers(numbers, text):
+    assert picture(numbers) == text
+
+
+def test_modules_with_equal_numbers_share_a_line():
+    numbers = {("q", 0): 2, ("k", 0): 2, ("q", 1): 4, ("k", 1): 4}
+    assert picture_of_modules(numbers, 2) == ["24"]
+    assert picture_of_modules({**numbers, ("up", 1): 12}, 2) == ["q, k: 24", "up: layers 0: none, 1: 12"]
+
+
+@pytest.fixture
+def table(flags, caplog):
+    """Runs one step, returns the rows of the table as name -> text, and the whole output."""
+
+    def run(**options):
+        assert main(flags(**{"max_steps": 1, "warmup_steps": 0, **NO_EVALUATION, **options})) == 0
+        text = caplog.text
+        rows = re.findall(r"^  (\S.*?) {2,}(.*)$", text, re.MULTILINE)
+        return dict(rows), text
+
+    return run
+
+
+def test_a_run_begins_with_its_table(table, tmp_path):
+    rows, text = table(num_experts="1224", r="2", target_modules="q_proj,up_proj")
+    assert rows["experts per layer"] == "1224"
+    assert rows["r, top_k"] == "2, 2"
+    assert rows["target modules"] == "q_proj, up_proj"
+    trainable = read_record(tmp_path / "run")["trainable_parameters"]
+    assert re.fullmatch(rf"{trainable:,} parameters, \d+\.\d{{3}}% of the base model's", rows["trainable"])
+    report = read_record(tmp_path / "run")["data"]["train"]
+    share = report["trained_tokens"] / report["tokens"]
+    assert rows["tokens per epoch"] == f"{report['tokens']:,}, {share:.0%} of them contribute to the loss"
+    assert (rows["steps"], rows["effective batch"], rows["dtype"]) == ("1", "4 samples", "float32")
+    assert "Kernels" not in text
+
+
+def test_numbers_that_differ_by_module_and_large_ones_can_be_read(table):
+    pattern = json.dumps({"up_proj": 12})
+    rows, text = table(
+        num_experts="2",
+        target_modules="q_proj,v_proj,up_proj",
+        num_experts_pattern=pattern,
+        gradient_accumulation_steps=2,
+    )
+    assert rows["experts per layer"] == "self_attn.q_proj, self_attn.v_proj: 2222"
+    assert "mlp.up_proj: layers 0-3: 12\n" in text
+    assert rows["effective batch"] == "8 samples (4 x 2 accumulated)"
+
+
+def test_dtype_auto_says_why_and_kernels_are_for_verbose(table):
+    rows, text = table(dtype="auto", verbose="true", num_experts="2")
+    assert re.match(r"(bfloat16|float32): ", rows["dtype"])
+    assert "requested" not in text
+    assert "Kernels: training: " in text
