@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import re
 import shlex
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,10 @@ def files(tmp_path_factory):
 
 def command(**options) -> list[str]:
     return [f"--{name}={value}" for name, value in options.items() if value is not None]
+
+
+def options_of(name: str):
+    return getattr(importlib.import_module(COMMANDS[name].module), COMMANDS[name].options)
 
 
 # ---------------------------------------------------------------------- wrong input of `mola train`
@@ -186,6 +192,9 @@ def test_train_refuses_wrong_input_before_weights_load(changes, parts, files, no
         (["--config", "a.yaml", "--config=b.yaml"], "`--config` must be given once: got a.yaml, b.yaml"),
         (["--learning_r", "1"], "no flag --learning_r."),
         (["--outptu_dir=x"], "no flag --outptu_dir. Did you mean --output_dir"),
+        (["--lora_r", "8"], "there is no flag --lora_r: mola calls it --r."),
+        (["--max-seq-length=8"], "there is no flag --max-seq-length: mola calls it --cutoff_len."),
+        (["--model", "x"], "mola calls it --base_model."),
     ],
 )
 def test_train_refuses_stray_words_and_unknown_flags(words, part, capsys):
@@ -356,6 +365,31 @@ def test_the_type_of_an_option_decides_what_a_number_of_a_recipe_means(tmp_path)
     assert (options.num_experts, options.r) == ("16,", "4,8")
 
 
+def test_names_of_other_programs_are_answered_only_where_the_command_has_the_option(tmp_path):
+    for command, said in ((GenerateOptions, "mola calls it --max_new_tokens."), (PlanOptions, "Run the command")):
+        with pytest.raises(MolaError, match=f"no flag --max_length.*{re.escape(said)}"):
+            parse(command, ["--max_length", "8"], prog="mola")
+    (tmp_path / "recipe.yaml").write_text("lr: 1e-4")
+    with pytest.raises(MolaError, match="`lr` in .* mola calls it `learning_rate`"):
+        parse(TrainOptions, ["--config", str(tmp_path / "recipe.yaml")], prog="mola train")
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.positional])
+def test_first_word_and_its_flag_are_the_same(name):
+    positional, options = COMMANDS[name].positional, options_of(name)
+    required = [each.name for each in fields(options) if each.default is each.default_factory is MISSING]
+    others = command(**{each: "2" for each in required if each != positional})
+    by_word = parse(options, ["runs/first", *others], prog=name, positional=positional)
+    assert by_word == parse(options, [f"--{positional}=runs/first", *others], prog=name, positional=positional)
+
+
+def test_a_first_word_and_its_flag_add_up_in_serve_only():
+    words = ["a", "b", "--base_model", "m", "--adapter", "c=d"]
+    assert parse(ServeOptions, words, prog="mola serve", positional="adapter").adapter == ["a", "b", "c=d"]
+    with pytest.raises(MolaError, match="`adapter` must be given once: got the first word 'a' and a flag too"):
+        parse(GenerateOptions, ["a", "--base_model", "m", "--adapter=b"], prog="mola", positional="adapter")
+
+
 def test_first_word_of_prepare_is_its_task():
     from mola.data.prepare import PrepareOptions
 
@@ -372,8 +406,7 @@ def test_recipe_fits_the_command_on_its_first_line(recipe, monkeypatch):
     assert first.startswith("# mola "), "the first line has to name the command"
     _, _, name, *arguments = shlex.split(first)
     assert f"recipes/{recipe.name}" in arguments or f"--config=recipes/{recipe.name}" in arguments
-    module = importlib.import_module(COMMANDS[name].module)
-    options = parse(getattr(module, COMMANDS[name].options), arguments, prog=name, positional=COMMANDS[name].positional)
+    options = parse(options_of(name), arguments, prog=name, positional=COMMANDS[name].positional)
     for key, value in yaml.safe_load(recipe.read_text(encoding="utf-8")).items():
         read = getattr(options, key)
         if isinstance(value, str):
@@ -398,6 +431,12 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"mola {__version__}\n"
 
 
+@pytest.mark.parametrize(("word", "meant"), [("trian", "train"), ("finetune", "train"), ("Evaluate", "evaluate")])
+def test_a_wrong_command_is_answered_with_the_one_meant(word, meant, capsys):
+    assert main([word]) == 2
+    assert f"mola: error: there is no command '{word}'. Did you mean `{meant}`? The" in capsys.readouterr().err
+
+
 def test_unknown_command(capsys):
     assert main(["nosuch"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -412,7 +451,10 @@ def test_help_of_every_command(name, capsys):
         run(name, ["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert f"mola {name}" in text
+    words = {"run_dir": "RUN ", "task": "TASK ", "source": "SOURCE ... "}
+    words |= {"adapter": "ADAPTER " if name in ("merge", "reallocate", "inspect", "demo") else "[ADAPTER] "}
+    word = "[ADAPTER ...] " if name == "serve" else words.get(COMMANDS[name].positional, "")
+    assert text.startswith(f"usage: mola {name} {word}[--config RECIPE.yaml] [--flag value ...]\n")
     assert "--config" in text
 
 

@@ -6,6 +6,7 @@ with code 130, a closed pipe with 141. Any other exception keeps its traceback.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 import sys
@@ -42,12 +43,18 @@ COMMANDS = {
         "ContinualOptions",
         "train on one task after another, and measure forgetting",
     ),
-    "evaluate": Command("mola.evaluation.evaluate", "EvaluateOptions", "measure the accuracy on a test file"),
-    "lm-eval": Command("mola.evaluation.lm_eval", "LmEvalOptions", "run a model on tasks of the LM Evaluation Harness"),
-    "generate": Command(
-        "mola.generation.generate", "GenerateOptions", "answer one prompt, or every line of standard input"
+    "evaluate": Command(
+        "mola.evaluation.evaluate", "EvaluateOptions", "measure the accuracy on a test file", "adapter"
     ),
-    "serve": Command("mola.serving.serve", "ServeOptions", "answer over HTTP, with an OpenAI-compatible API"),
+    "lm-eval": Command(
+        "mola.evaluation.lm_eval", "LmEvalOptions", "run a model on tasks of the LM Evaluation Harness", "adapter"
+    ),
+    "generate": Command(
+        "mola.generation.generate", "GenerateOptions", "answer one prompt, or every line of standard input", "adapter"
+    ),
+    "serve": Command(
+        "mola.serving.serve", "ServeOptions", "answer over HTTP, with an OpenAI-compatible API", "adapter"
+    ),
     "plan": Command(
         "mola.models.plan", "PlanOptions", "show parameters and cost of an allocation, without loading weights"
     ),
@@ -60,7 +67,10 @@ COMMANDS = {
         "mola.allocation.allocate", "AllocateOptions", "choose how many experts each layer gets, for a given total"
     ),
     "reallocate": Command(
-        "mola.allocation.reallocate", "ReallocateOptions", "change how many experts each layer of a trained adapter has"
+        "mola.allocation.reallocate",
+        "ReallocateOptions",
+        "change how many experts each layer of a trained adapter has",
+        "adapter",
     ),
     "convert": Command(
         "mola.exporting.convert",
@@ -75,6 +85,7 @@ COMMANDS = {
         "mola.reporting.inspect",
         "InspectOptions",
         "show which experts process which tokens, and how similar the experts are",
+        "adapter",
     ),
     "report": Command("mola.reporting.report", "ReportOptions", "write one HTML page about a run", "run_dir"),
     "doctor": Command(
@@ -84,11 +95,16 @@ COMMANDS = {
         "mola.serving.demonstration.demo",
         "DemoOptions",
         "open a web page that compares answers with and without an adapter, and shows its experts",
+        "adapter",
     ),
     "quickstart": Command(
         "mola.studies.quickstart", "QuickstartOptions", "run prepare, train, evaluate and report on a small model"
     ),
 }
+
+# Commands of other programs -> mola's command for the same thing.
+_OTHER_NAMES = {"sft": "train", "finetune": "train", "fine-tune": "train", "chat": "generate", "infer": "generate"}
+_OTHER_NAMES |= {"test": "evaluate", "export": "convert", "check": "doctor", "preprocess": "prepare"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,7 +198,11 @@ def _print_usage_or_version(words: Sequence[str]) -> int:
         print(f"  {'with':<{width}}  run another program (transformers, lm_eval, accelerate ...) with mola registered")
         print("\nRun `mola COMMAND --help` for the options of a command.")
     else:
-        raise MolaError(f"there is no command {words[0]!r}; the commands are {', '.join([*COMMANDS, 'with'])}")
+        names = [*COMMANDS, "with"]
+        word = words[0].lower()
+        meant = _OTHER_NAMES.get(word) or next(iter(difflib.get_close_matches(word, names)), None)
+        hint = f" Did you mean `{meant}`?" if meant else ""
+        raise MolaError(f"there is no command {words[0]!r}.{hint} The commands are {', '.join(names)}.")
     return 0 if words else 2  # `mola` alone is a usage error
 
 

@@ -31,7 +31,7 @@ def _help_text(parser: HfArgumentParser, is_complete: bool) -> str:
     next(iter(groups.values())).extend(["config", "help"])
     if rest and is_complete:
         groups["the rest of TrainingArguments"] = rest
-    lines = [f"usage: {parser.prog} [--config RECIPE.yaml] [--flag value ...]", "", f"{parser.description}"]
+    lines = [f"usage: {parser.usage}", "", f"{parser.description}"]
     for heading, names in groups.items():
         lines += ["", f"{heading or 'options'}:", *(_help_entry(actions[n], kinds[n], is_complete) for n in names)]
     if rest and not is_complete:

@@ -26,6 +26,28 @@ _FLAG = re.compile(r"--[\w-]+(=|$)")
 _HOME = re.compile(r"(?:^|(?<=[=,]))~(?=/)")  # a `~` at the start of a value, after `=` (NAME=PATH) or after a comma
 _FREE_TEXT = ("prompt", "instruction", "input")  # options in which ~ is left unchanged
 
+# Name of an option in other programs -> mola's names for it; the first one that a command has counts.
+_SYNONYMS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("lora_r", "lora_rank", "rank"), ("r",)),
+    "lr": ("learning_rate",),
+    **dict.fromkeys(("batch_size", "micro_batch_size", "train_batch_size"), ("per_device_train_batch_size",)),
+    **dict.fromkeys(("epochs", "num_epochs"), ("num_train_epochs",)),
+    **dict.fromkeys(("max_length", "max_seq_length", "max_seq_len"), ("cutoff_len", "max_new_tokens", "max_tokens")),
+    "max_new_tokens": ("max_tokens",),
+    "max_tokens": ("max_new_tokens",),
+    **dict.fromkeys(("model", "model_id", "model_name", "model_name_or_path"), ("base_model",)),
+    **dict.fromkeys(("dataset", "dataset_name", "data_path", "train_file"), ("data",)),
+    **dict.fromkeys(
+        ("adapter_path", "adapter_name_or_path", "lora_path", "peft_model"), ("adapter", "source", "run_dir")
+    ),
+    **dict.fromkeys(("n_experts", "experts", "number_experts"), ("num_experts",)),
+    **dict.fromkeys(("num_experts_per_tok", "experts_per_token"), ("top_k",)),
+    "lora_target_modules": ("target_modules",),
+    "val_set_size": ("validation_size",),
+    "grad_accum_steps": ("gradient_accumulation_steps",),
+    "torch_dtype": ("dtype",),
+}
+
 
 def parse(
     options_class: Any,
@@ -57,12 +79,16 @@ def parse(
         spelled = {f"--no{name}": f"--{name}=false" for name, kind in types.items() if kind is bool}
         arguments = [spelled.get(word, word) for word in arguments]
     parser, flags = _make_parser(options_class, prog, summary)
+    parser.usage = _usage(prog, flags[f"--{positional}"] if positional else None)
     config = parser.add_argument("--config", metavar="RECIPE.yaml", help="Read options from a YAML file; flags win.")
     flags |= {"--config": config}
     if positional and arguments and not arguments[0].startswith("-"):
-        is_list = flags[f"--{positional}"].nargs == "+"
-        end = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments)) if is_list else 1
-        arguments = [f"--{positional}", *arguments[:end], *arguments[end:]]
+        action = flags[f"--{positional}"]
+        is_word = [not word.startswith("-") for word in arguments]
+        end = [*is_word, False].index(False) if action.nargs == "+" else 1
+        if not _adds_up(action) and any(flags.get(word.partition("=")[0]) is action for word in arguments[end:]):
+            raise MolaError(f"`{positional}` must be given once: got the first word {arguments[0]!r} and a flag too.")
+        arguments = [f"--{positional}", *arguments]
     _check_words(arguments, flags)
     recipe = _find_recipe(arguments)
     if recipe is not None:
@@ -163,6 +189,14 @@ def _converter(options_class: Any) -> tuple[HfArgumentParser, dict[str, Action],
     return *_make_parser(options_class), get_type_hints(options_class)
 
 
+def _usage(prog: str, positional: Action | None) -> str:
+    words = [prog]
+    if positional is not None:
+        word = positional.dest.removesuffix("_dir").upper() + " ..." * (positional.nargs == "+")
+        words.append(word if positional.required else f"[{word}]")
+    return " ".join([*words, "[--config RECIPE.yaml]", "[--flag value ...]"])
+
+
 def _json_mapping(text: str) -> dict[str, Any]:
     return parse_mapping("", text)
 
@@ -189,19 +223,32 @@ def _check_words(arguments: Sequence[str], flags: Mapping[str, Action]) -> None:
         action = flags[flag]
         if action.dest in lists:
             raise MolaError(f"`{action.dest}` must be given once, with all its values after it: got a second {flag}.")
-        if action.nargs == "+" and type(action).__name__ != "_ExtendAction":
+        if action.nargs == "+" and not _adds_up(action):
             lists.add(action.dest)
     if arguments and not arguments[0].startswith("-"):  # the word would become part of a list at the end of a recipe
         raise MolaError(_unknown(arguments[0], flags))
 
 
+def _adds_up(action: Action) -> bool:
+    """Whether the values of a flag that is given several times add up."""
+    return type(action).__name__ == "_ExtendAction"
+
+
 def _unknown(word: str, flags: Mapping[str, Action]) -> str:
     if not word.startswith("-"):
         return f"{word!r} belongs to no flag. Write every option as --flag value."
+    if own := _own_name(word.removeprefix("--"), flags):
+        return f"there is no flag {word}: mola calls it --{own}."
     names = [name for name in flags if "-" not in name.removeprefix("--")]  # each flag has a spelling with dashes too
     close = difflib.get_close_matches(word.replace("-", "_").replace("_", "-", 2), names, n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return f"there is no flag {word}.{hint} Run the command with --help for the list."
+
+
+def _own_name(name: str, flags: Mapping[str, Action]) -> str | None:
+    """mola's name for an option of another program, if the command has this option."""
+    names = _SYNONYMS.get(name.replace("-", "_"), ())
+    return next((each for each in names if f"--{each}" in flags), None)
 
 
 def _expand_home(arguments: Sequence[str]) -> list[str]:
@@ -229,7 +276,8 @@ def _flags_of_mapping(
         flag = f"--{key}"
         if flag not in flags or key in ("config", "help"):
             close = difflib.get_close_matches(key, [name.removeprefix("--") for name in flags], n=1)
-            hint = f" Did you mean `{close[0]}`?" if close else ""
+            own = _own_name(key, flags)
+            hint = f" mola calls it `{own}`." if own else f" Did you mean `{close[0]}`?" if close else ""
             raise MolaError(f"`{key}` in {source} is no option of this command.{hint} Run it with --help for the list.")
         action = flags[flag]
         if action.dest in given:
