@@ -371,5 +371,5 @@ def test_gates_that_are_nearly_equal(use, is_found, finished_run):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(MolaError, match="`run_dir` must be a run folder"):
+    with pytest.raises(MolaError, match="`run_dir` must be a folder with the run.json"):
         doctor(DoctorOptions(str(tmp_path)))

@@ -203,7 +203,7 @@ def test_same_input_same_page(finished_run, tmp_path):
         ("inspect.json", "gates", "Gates by prompt, answer, kind of token and group have not been measured."),
         ("inspect.json", "samples", "The experts used for the expected answers have not been measured."),
         ("routing.jsonl", "routing", "The run has no telemetry"),
-        ("metrics.jsonl", "loss", "Nothing was logged"),
+        ("metrics.jsonl", "loss", "No loss was found: the run has no metrics.jsonl"),
         ("adapter_model.safetensors", "allocation", "There is no adapter in the run folder"),
     ],
 )
@@ -561,11 +561,8 @@ def test_only_own_reports_are_replaced(run_dir, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"run_dir": "nowhere"},
-            "`run_dir` must be a run folder of `mola train`: got 'nowhere', there is no such folder",
-        ),
-        ({"run_dir": "."}, "it has no run.json of a run"),
+        ({"run_dir": "nowhere"}, "and its weights): got 'nowhere', there is no such folder"),
+        ({"run_dir": "."}, "must be a folder with the run.json of `mola train`, or with an adapter"),
         ({"before": "nowhere.json"}, "`before` must be a file"),
         ({"after": "run.json"}, "`after` must be a result file of `mola evaluate`"),
         ({"inspection": "after.json"}, "`inspection` must be a result file of `mola inspect`"),

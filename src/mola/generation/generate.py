@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import torch
 from transformers import TextStreamer
 
-from mola.data.templates import CHAT, Template, check_template
+from mola.data.templates import Template, check_template
 from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings, encode_prompt, generate_text
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
-from mola.models.prompts import own_chat, template_for, trained_template
+from mola.models.prompts import template_for, template_of, trained_template
 from mola.options.fields import START, Group, check_seed, option
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class GenerateOptions(ModelOptions):
     template: str | None = option(
         None,
         "Prompt template for instructions. Default: the template of the training, if the folder of the adapter or "
-        "of the merged model records it, else alpaca.",
+        "of the merged model records it, else the chat template in the adapter's folder, else alpaca.",
     )
     max_new_tokens: int = option(128, "Maximum length of the answer in tokens.")
     temperature: float | None = option(
@@ -105,15 +105,14 @@ def _choose_template(options: GenerateOptions) -> str:
         # `mola merge` records the template that the adapter was trained with.
         recorded = trained_template(options.base_model) if os.path.isdir(options.base_model) else None
         return recorded or "alpaca"
-    recorded = trained_template(options.adapter)
-    if recorded is None:
+    found = template_of(options.adapter)
+    if found is None:
         logger.warning(
-            "%s does not record the prompt template of its training, so the template is alpaca. Pass `template`%s, or "
+            "%s does not record the prompt template of its training, so the template is alpaca. Pass `template`, or "
             "the whole text as `prompt`.",
             options.adapter,
-            f" ({CHAT}, if it was trained on chats: it has a chat template)" if own_chat(options.adapter) else "",
         )
-    return recorded or "alpaca"
+    return found or "alpaca"
 
 
 def _check_options(options: GenerateOptions) -> None:

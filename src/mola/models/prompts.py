@@ -52,6 +52,14 @@ def trained_template(adapter: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def template_of(adapter: str | os.PathLike[str]) -> str | None:
+    """Name of the prompt template to use with an adapter; None if its folder does not show the template.
+
+    This is the template that the folder names, else `chat` if the folder has a chat template, as TRL saves it.
+    """
+    return trained_template(adapter) or (CHAT if own_chat(adapter) is not None else None)
+
+
 def _record_folders(adapter: str | os.PathLike[str]) -> list[Path]:
     """Folders that may hold the record of an adapter's training; for a checkpoint also its parent folder."""
     folder = Path(os.path.expanduser(adapter)).resolve()

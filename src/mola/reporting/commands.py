@@ -72,8 +72,9 @@ def _model_and_rows(run: Run, *, with_adapter: bool) -> dict[str, Any]:
         rows["template"] = rows["template"] or template
         rows["filters"] = rows["filters"] or settings.get("filters")
     if not result:  # a file holds only the rows of the training, a saved dataset has a split `test`
-        is_file = str(settings["data"]).removesuffix(".gz").endswith(FILE_ENDINGS)
-        rows["data"] = "TEST_DATA" if is_file else str(settings["data"])
+        data = str(settings.get("data") or "")  # not known for an adapter of a different trainer
+        is_file = data.removesuffix(".gz").endswith(FILE_ENDINGS)
+        rows["data"] = "TEST_DATA" if is_file or not data else data
     if rows["split"] == "test":  # the default
         rows["split"] = None
     loading = {name: settings.get(name) for name in ("trust_remote_code", *QUANTIZATION_OPTIONS)}

@@ -1,4 +1,4 @@
-"""`mola doctor`: the faults of a run, and what to change. The command loads no model."""
+"""`mola doctor`: the faults of a run or an adapter, and what to change. The command loads no model."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +16,7 @@ from mola.reporting.routing_log import LateUse, read_late_use
 class DoctorOptions:
     """Options of `mola doctor`."""
 
-    run_dir: str = field(metadata={"help": "Run folder of `mola train`."})
+    run_dir: str = field(metadata={"help": "Run folder of `mola train`, or folder of an adapter."})
     export: str | None = option(
         None, "Report of `mola convert --to lora`, its export.json; by default export.json in the run folder."
     )
@@ -34,7 +34,7 @@ def doctor(options: DoctorOptions) -> list[Finding]:
         The faults, gravest first; empty if there is none.
 
     Raises:
-        MolaError: the folder holds no run, or a result file is of a different kind.
+        MolaError: the folder holds no run and no adapter, or a result file is of a different kind.
     """
     return find_faults(*_load(options))
 
@@ -78,9 +78,13 @@ def _missing_parts(run: Run, late: Mapping[str, LateUse]) -> list[str]:
         export = "no export.json"
     is_over, num_losses = status not in ("running", "interrupted"), len(run.curves.get("training", []))
     is_lora = not run.has_routers
+    state = "" if run.has_record else ", which the trainer saves in its checkpoints"
     is_present = {
+        "whether the training ended well, and its settings and data (no run.json, which only `mola train` writes)": (
+            run.has_record
+        ),
         f"the rest of the training (`status` in run.json is {status})": is_over,
-        f"the training loss (fewer than {MIN_LOSSES} entries in metrics.jsonl)": num_losses >= MIN_LOSSES,
+        f"the training loss (fewer than {MIN_LOSSES} entries in {run.losses_file}{state})": num_losses >= MIN_LOSSES,
         "the evaluation loss (no evaluation data, or --eval_strategy no)": any(
             step for step, _ in run.curves.get("evaluation", [])
         ),

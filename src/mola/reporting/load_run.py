@@ -1,7 +1,7 @@
-"""Reads a run folder. Files may be missing; their content is None."""
+"""Reads the folder of a run, or of an adapter that a different trainer saved. Files may be missing."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from mola.files.digests import find_weights
 from mola.files.reading import read_json_lines, read_json_object
 from mola.insight import ROUTING_FILE
 from mola.reporting.adapter_weights import AdapterWeights, read_adapter_weights
+from mola.reporting.other_trainers import read_trainer_state, record_of_adapter
 from mola.reporting.routing_log import RoutingLog, read_routing_log
 
 _RESULT_FILES = {"before": "before.json", "after": "after.json", "inspection": "inspect.json", "export": "export.json"}
@@ -31,7 +32,7 @@ class Run:
     """The content of a run folder."""
 
     folder: Path  # the run folder, as the user named it
-    record: Mapping[str, Any]  # its `run.json`
+    record: Mapping[str, Any]  # its `run.json`, or what is known without one: see `has_record`
     # losses by step; keys `training` and `evaluation`, if logged
     curves: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)
     adapter: AdapterWeights | None = None  # None before the run has saved an adapter
@@ -42,6 +43,8 @@ class Run:
     export: Mapping[str, Any] | None = None  # report of `mola convert --to lora`
     # files of `before`, `after`, `inspection` and `export`, which may be missing
     paths: Mapping[str, Path] = field(default_factory=dict)
+    has_record: bool = True  # whether there is a `run.json`, which `mola train` writes and other trainers do not
+    losses_file: str = "metrics.jsonl"  # the file of the losses, in the folder
 
     @property
     def name(self) -> str:
@@ -61,7 +64,7 @@ class Run:
 
 
 def load_run(run_dir: str, **results: str | None) -> Run:
-    """Read a run folder and the results that belong to it.
+    """Read a run folder, or an adapter of a different trainer, and the results that belong to it.
 
     Args:
         run_dir: the folder.
@@ -69,9 +72,23 @@ def load_run(run_dir: str, **results: str | None) -> Run:
             is looked for in the folder: `before.json`, `after.json`, `inspect.json`, `export.json`.
 
     Raises:
-        MolaError: the folder holds no run, or a result file is missing or of a different kind.
+        MolaError: the folder holds no run and no adapter, or a result file is missing or of a different kind.
     """
-    folder, record = Path(run_dir), _read_record(run_dir)
+    folder = Path(run_dir)
+    adapter, record = read_adapter_weights(folder), read_json_object(folder / "run.json")
+    has_record, losses_file = "settings" in record, "metrics.jsonl"
+    if has_record:
+        losses = read_losses(folder / losses_file, step_of_weights(record))
+    elif adapter is not None:
+        state, losses_file = read_trainer_state(folder)
+        record = record_of_adapter(folder, adapter, state)
+        losses = losses_by_step(state.get("log_history", []), step_of_weights(record))
+    else:
+        missing = "it holds neither" if folder.is_dir() else "there is no such folder"
+        raise MolaError(
+            "`run_dir` must be a folder with the run.json of `mola train`, or with an adapter (adapter_config.json "
+            f"and its weights): got {run_dir!r}, {missing}. Pass a different folder."
+        )
     for name, path in results.items():
         if path is not None and not Path(path).is_file():
             raise MolaError(
@@ -81,22 +98,14 @@ def load_run(run_dir: str, **results: str | None) -> Run:
     return Run(
         folder,
         record,
-        read_losses(folder / "metrics.jsonl", step_of_weights(record)),
-        read_adapter_weights(folder),
+        losses,
+        adapter,
         read_routing_log(read_json_lines(folder / ROUTING_FILE)),
         **{name: _read_result(name, path) for name, path in paths.items()},
         paths=paths,
+        has_record=has_record,
+        losses_file=losses_file,
     )
-
-
-def _read_record(run_dir: str) -> dict[str, Any]:
-    record = read_json_object(Path(run_dir) / "run.json")
-    if "settings" not in record:
-        missing = "it has no run.json of a run" if Path(run_dir).is_dir() else "there is no such folder"
-        raise MolaError(
-            f"`run_dir` must be a run folder of `mola train`: got {run_dir!r}, {missing}. Pass a different folder."
-        )
-    return record
 
 
 def _read_result(name: str, path: Path) -> dict[str, Any] | None:
@@ -118,14 +127,21 @@ def step_of_weights(record: Mapping[str, Any]) -> int | None:
 
 
 def read_losses(path: Path, saved_step: int | None = None) -> dict[str, list[tuple[int, float]]]:
-    """Training and evaluation loss by step in a `metrics.jsonl`; the last loss if a step has several.
+    """The losses in a `metrics.jsonl`; see `losses_by_step`."""
+    return losses_by_step(read_json_lines(path), saved_step)
+
+
+def losses_by_step(
+    entries: Iterable[Mapping[str, Any]], saved_step: int | None = None
+) -> dict[str, list[tuple[int, float]]]:
+    """Training and evaluation loss by step in the log of a trainer; the last loss if a step has several.
 
     `saved_step` is the step of the best weights, if these were saved instead of the last weights. The evaluation after
     the training is logged at the last step, but measures the saved weights: its loss counts for `saved_step`.
     """
     curves: dict[str, dict[int, float]] = {"training": {}, "evaluation": {}}
     is_over = False
-    for entry in read_json_lines(path):
+    for entry in entries:
         # Only the summary at the end of a training has `train_loss`. If the run was continued, further losses follow.
         is_over = "train_loss" in entry or (is_over and "loss" not in entry)
         if entry.get("loss") is not None:

@@ -1,4 +1,4 @@
-"""`mola report`: one HTML page about a run, from the files in its folder. The command loads no model."""
+"""`mola report`: one HTML page about a run or an adapter, from the files in its folder. The command loads no model."""
 
 import logging
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class ReportOptions:
     """Options of `mola report`."""
 
-    run_dir: str = field(metadata={"help": "Run folder of `mola train`."})
+    run_dir: str = field(metadata={"help": "Run folder of `mola train`, or folder of an adapter."})
     before: str | None = option(
         None, "Result of `mola evaluate` without the adapter; by default before.json in the run folder."
     )
@@ -58,8 +58,8 @@ def report(options: ReportOptions) -> Path:
         The file.
 
     Raises:
-        MolaError: the folder holds no run, a result file is of a different kind, or the page would replace a file that
-            mola did not write or that was changed since.
+        MolaError: the folder holds no run and no adapter, a result file is of a different kind, or the page would
+            replace a file that mola did not write or that was changed since.
     """
     results = {name: getattr(options, name) for name in ("before", "after", "inspection", "export")}
     run = load_run(options.run_dir, **results)
@@ -102,7 +102,7 @@ def render_page(run: Run) -> str:
     ]
     return render(
         "run.html",
-        f"{run.name}: a run of mola",
+        f"{run.name}: a run of mola" if run.has_record else f"{run.name}: an adapter",
         sections,
         gates["choices"] if gates else (),
         run=run,

@@ -140,7 +140,7 @@ def _points_interval(difference: Mapping[str, Any]) -> str:
 def loss_section(run: Run) -> dict[str, Any]:
     """The loss curves."""
     if not run.curves:
-        return {"lines": []}
+        return {"lines": [], "has_record": run.has_record, "file": run.losses_file}
     curves = {label: thinned(curve) for label, curve in run.curves.items()}
     lines = [
         Line(f"{label}, last {number(run.curves[label][-1][1])}", curve, "a" if label == "training" else "b")
@@ -154,6 +154,7 @@ def loss_section(run: Run) -> dict[str, Any]:
         "lines": lines,
         "axis": value_axis([value for line in lines for _, value in line.points], may_be_log=True),
         "points_per_mean": [(label, count) for label, (_, count) in curves.items() if count > 1],
+        "file": run.losses_file,
         "numbers": Table(head, rows, f"Loss by step{rows_note(len(steps))}"),
     }
 

@@ -95,15 +95,15 @@ def making_section(run: Run) -> dict[str, Any]:
     name = Path(program).name
     tables = {
         "Settings of the adapter": record.get("adapter_settings", {}),
-        "All settings of the training": record["settings"],
-        **({"Allocation": record["allocation"]} if record.get("allocation") else {}),
+        "All settings of the training" if run.has_record else "Known settings of the training": record["settings"],
+        "Allocation": record.get("allocation"),
         "Versions and machine": {**record.get("versions", {}), **machine},
     }
     return {
         "program": name,
         "command": shlex.join([name, *arguments]) if name == "mola" else None,
         "processes": launcher_sentence(record),
-        "tables": [(title, _settings_table(values)) for title, values in tables.items()],
+        "tables": [(title, _settings_table(values)) for title, values in tables.items() if values],
     }
 
 

@@ -14,7 +14,7 @@ from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings
 from mola.models.adapters import changes_base, check_adapter
 from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
-from mola.models.prompts import template_for, trained_template
+from mola.models.prompts import template_for, template_of
 from mola.options.fields import START, option
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def running_demo(options: DemoOptions) -> Iterator[str]:
     Raises:
         MolaError: wrong options, or a port that is taken, before the model is loaded.
     """
-    template = options.template or trained_template(options.adapter) or "alpaca"
+    template = options.template or template_of(options.adapter) or "alpaca"
     _check(options, template)
     tokenizer = tokenizer_for(options)
     template_for(template, tokenizer, options.adapter)  # raises before the weights load
