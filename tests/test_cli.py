@@ -145,7 +145,7 @@ WRONG = [
     ({"validation_size": 2, "eval_split": "test"}, ["`validation_size`", "2", "`eval_split`", "'test'"]),
     ({"validation_size": 2, "eval_data": "more.json"}, ["`validation_size`", "2", "`eval_data`", "more.json"]),
     ({"eval_split": "nosuch"}, ["`eval_split`", "'nosuch'"]),
-    ({"lr_scheduler_type": "zigzag"}, ["lr_scheduler_type", "'zigzag'", "cosine"]),
+    ({"lr_scheduler_type": "zigzag"}, ["SchedulerType", "zigzag", "cosine"]),
     ({"lr_scheduler_kwargs": '{"a":'}, ["JSON", '{"a":']),
     ({"liger_kernel_config": '{"a":'}, ["--liger_kernel_config", "JSON mapping", '{"a":']),
     ({"report_to": "nosuch"}, ["`report_to`", "nosuch"]),

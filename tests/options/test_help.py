@@ -4,7 +4,8 @@ import importlib
 import inspect
 import re
 from dataclasses import fields
-from typing import get_type_hints
+from enum import Enum
+from typing import get_args, get_type_hints
 
 import pytest
 from transformers import TrainingArguments
@@ -161,5 +162,7 @@ def test_a_help_text_of_mola_changes_nothing_else_of_an_option():
     assert set(KNOWN_FROM_TRAINER) - new_names <= shared
     assert {name for name in shared if own[name].default != base[name].default} == OTHER_DEFAULTS
     for name in shared - OTHER_DEFAULTS:
-        assert (name, kinds[name]) == (name, expected[name])
+        kind = expected[name]
+        is_enum = any(isinstance(part, type) and issubclass(part, Enum) for part in get_args(kind))
+        assert (name, kinds[name]) == (name, str if is_enum else kind)  # an enum would need Transformers
         assert {**own[name].metadata, "help": ""} == {**base[name].metadata, "help": ""}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from mola.architecture.notation import SHAPES
 from mola.errors import MolaError
-from mola.models.quantization import GGUF_HELP
+from mola.models.options import GGUF_HELP
 from mola.options.fields import convert_paths, option
 
 DEFAULT_BETA = {"alphalora": 2.5, "redundancy": 1.0, "usage": 1.0, "gradient": 1.0, "activation": 1.0}
@@ -132,3 +132,29 @@ def check_options(options: AllocateOptions) -> tuple[str | None, float | None]:
     if options.beta is not None and not (math.isfinite(options.beta) and options.beta >= 0):
         raise MolaError(f"`beta` must be a number of at least 0: got {options.beta}.")
     return digits, DEFAULT_BETA.get(name) if options.beta is None else options.beta
+
+
+@dataclass
+class ReallocateOptions:
+    """Options of `mola reallocate`."""
+
+    adapter: str = field(metadata={"help": "Folder of a trained adapter."})
+    num_experts: str = field(
+        metadata={"help": "New numbers of experts, in any notation of `mola train`, such as a file of `mola allocate`."}
+    )
+    output_dir: str = field(metadata={"help": "Folder to write; it must be new or empty."})
+    inspection: str | None = option(
+        None,
+        "File of `mola inspect --json` on the adapter. With this file, experts are merged and copied by their use; "
+        "without it, the experts with the smallest updates are dropped.",
+    )
+    top_k: str | None = option(
+        None,
+        "New number of experts used per token, one number or a list. Default: unchanged. A new number changes answers.",
+    )
+    seed: int = option(0, "Random seed of new routers and router rows.")
+    base_model: str | None = option(
+        None,
+        "The adapter's base model, to count its layers. Needed if neither the adapter nor the numbers name all layers.",
+    )
+    trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")

@@ -9,7 +9,7 @@ The command reads and writes adapter folders only. `mola.allocation.resize` chan
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from rich.table import Table
 from safetensors.torch import save_file
 
+from mola.allocation.options import ReallocateOptions
 from mola.allocation.probe import check_mixture, read_routing_records
 from mola.allocation.resize import Experts, resize
 from mola.architecture.allocation import check_top_k, effective_top_k
@@ -35,35 +36,9 @@ from mola.files.terminal import make_table_console
 from mola.models.base_model import read_config
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.models.prompts import hand_on_prompts
-from mola.options.fields import check_seed, option
+from mola.options.fields import check_seed
 from mola.tuner import MolaConfig
 from mola.tuner.loading import PREFIX
-
-
-@dataclass
-class ReallocateOptions:
-    """Options of `mola reallocate`."""
-
-    adapter: str = field(metadata={"help": "Folder of a trained adapter."})
-    num_experts: str = field(
-        metadata={"help": "New numbers of experts, in any notation of `mola train`, such as a file of `mola allocate`."}
-    )
-    output_dir: str = field(metadata={"help": "Folder to write; it must be new or empty."})
-    inspection: str | None = option(
-        None,
-        "File of `mola inspect --json` on the adapter. With this file, experts are merged and copied by their use; "
-        "without it, the experts with the smallest updates are dropped.",
-    )
-    top_k: str | None = option(
-        None,
-        "New number of experts used per token, one number or a list. Default: unchanged. A new number changes answers.",
-    )
-    seed: int = option(0, "Random seed of new routers and router rows.")
-    base_model: str | None = option(
-        None,
-        "The adapter's base model, to count its layers. Needed if neither the adapter nor the numbers name all layers.",
-    )
-    trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")
 
 
 @dataclass(frozen=True)

@@ -1,55 +1,19 @@
 """`mola prepare`: rows become examples, as files for later runs."""
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mola.data.examples import check_ids, count_shared, distinct_questions, examples_of_rows
+from mola.data.options import PrepareOptions
 from mola.data.read import read_rows, source_splits
 from mola.data.sampling import draw_splits, drawn_sizes, single_source
 from mola.data.tasks import Task, load_task
 from mola.data.write import RowMerger, is_prepared_folder, write_splits
 from mola.errors import MolaError
 from mola.files.atomic import check_output_folder
-from mola.options.fields import option
 
 SAMPLE_SIZES = {"train": 640, "validation": 40, "test": 100}
-
-
-@dataclass
-class PrepareOptions:
-    """Options of `mola prepare`."""
-
-    task: str = field(
-        metadata={"help": "A packaged task (`sample` generates its questions), or the path of your own task YAML."}
-    )
-    output_dir: str = field(metadata={"help": "Folder that receives <split>.json and dataset.hf."})
-    data: str | None = option(
-        None,
-        "File, `save_to_disk` folder or Hub name; or several files as train=A,validation=B,test=C. A single file "
-        "becomes the split `train`. Default: the task's own Hub dataset.",
-    )
-    num_samples: int | None = option(
-        None,
-        "Number of training samples to draw at random from a single source, without replacement and without equal "
-        "texts; samples for validation and test are drawn as well. Default: keep the splits of the source.",
-    )
-    num_validation: int | None = option(
-        None, "Number of validation samples to draw (with `num_samples` only; default 1000)."
-    )
-    num_test: int | None = option(None, "Number of test samples to draw (with `num_samples` only; default 1000).")
-    seed: int = option(0, "Seed of the drawn samples and of the generated questions.")
-    train_size: int | None = option(None, "Number of generated training questions (task `sample` only; default 640).")
-    validation_size: int | None = option(
-        None, "Number of generated validation questions (task `sample` only; default 40)."
-    )
-    test_size: int | None = option(None, "Number of generated test questions (task `sample` only; default 100).")
-    kinds: int | None = option(
-        None,
-        "Number of kinds of questions, 1 to 12; the kinds after the fifth are harder (task `sample` only; default 5).",
-    )
-    overwrite_output_dir: bool = option(False, "Replace an output folder that an earlier `mola prepare` wrote.")
 
 
 def prepare(options: PrepareOptions) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from mola.data.encode import data_fingerprint
 from mola.data.tasks import Task
 from mola.data.templates import Template
 from mola.errors import NotFiniteError
-from mola.evaluation.questions import MAX_NEW_TOKENS, Question, checked_questions, end_text
+from mola.evaluation.options import MAX_NEW_TOKENS
+from mola.evaluation.questions import Question, checked_questions, end_text
 from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, binary_metrics, constant_prediction
 from mola.files import terminal
 from mola.files.environment import machine_description, software_versions

@@ -8,8 +8,8 @@
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import asdict, replace
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -20,53 +20,20 @@ from mola.data.read import check_split
 from mola.data.tasks import Task, load_task
 from mola.errors import MolaError
 from mola.evaluation.core import EvaluateResult, evaluate_examples
-from mola.evaluation.questions import MAX_NEW_TOKENS, checked_questions
+from mola.evaluation.options import MAX_NEW_TOKENS, EvaluateOptions
+from mola.evaluation.questions import checked_questions
 from mola.evaluation.resuming import AnswersFile, answers_made_with
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.terminal import make_table_console
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
-from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
+from mola.models.from_options import check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, warn_of_other_template
-from mola.options.fields import START, Group, check_positive, option, parse_mapping
+from mola.options.fields import check_positive, parse_mapping
 
 __all__ = ["EvaluateOptions", "EvaluateResult", "evaluate", "main"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class EvaluateOptions(ModelOptions):
-    """Options of `mola evaluate`."""
-
-    _start: ClassVar = START
-    task: str = field(metadata={"help": "Name of a task, or a task file (YAML)."})
-    data: str = field(metadata={"help": "Test data: a JSON, JSON lines or CSV file, or a saved dataset."})
-    adapter: str | None = option(None, "Folder of an adapter; none evaluates the base model alone.")
-
-    _data: ClassVar = Group("data")
-    split: str = option("test", "Split to read if the data has several.")
-    filters: dict[str, Any] | str | None = option(None, "Keep rows with these values: {column: value, or a list}.")
-    limit: int | None = option(None, "Evaluate only this many samples, the first ones.")
-
-    _answers: ClassVar = Group("answers")
-    batch_size: int = option(8, "Samples per batch.")
-    max_new_tokens: int = option(
-        MAX_NEW_TOKENS, "Tokens to generate per sample; enough for a short answer (the research code uses 128)."
-    )
-    template: str | None = option(
-        None, "Prompt template; chat is the chat template of adapter or base model. Default: the task's own."
-    )
-    scoring: str = option(
-        "generate",
-        "'generate': decode greedily and extract the answer. 'likelihood': the possible answer (letter or "
-        "word) that is most probable where the expected output states it.",
-    )
-
-    _run: ClassVar = Group("run")
-    output: str | None = option(None, "Result file (JSON) with every sample.")
-    overwrite: bool = option(False, "Replace an existing result; discard an unfinished run with other settings.")
-    seed: int = option(0, "Random seed; decoding is greedy, so only code shipped with a model may use it.")
 
 
 def evaluate(options: EvaluateOptions) -> EvaluateResult:

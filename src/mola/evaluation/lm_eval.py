@@ -5,42 +5,19 @@ are loaded before the weights. For further flags of the harness: `mola with pyth
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
+from mola.evaluation.options import LmEvalOptions
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
 from mola.files.environment import software_versions
 from mola.models.adapters import check_adapter, warn_other_base
 from mola.models.base_model import load_config
 from mola.models.devices import resolve_device, resolve_dtype
 from mola.models.loading import check_adapter_fits
-from mola.options.fields import convert_paths, option
-
-
-@dataclass
-class LmEvalOptions:
-    """Options of `mola lm-eval`."""
-
-    base_model: str = field(metadata={"help": "Folder or hub id of the base model."})
-    tasks: str = field(metadata={"help": "Tasks of the harness, names between commas, or task files (YAML)."})
-    adapter: str | None = option(None, "Folder of an adapter; none evaluates the base model alone.")
-    limit: float | None = option(None, "Only this many samples of every task, the first ones; below 1 a share of them.")
-    num_fewshot: int | None = option(None, "Solved examples in every prompt. Default: the task's own number.")
-    apply_chat_template: bool = option(False, "Write prompts with the base model's chat template.")
-    batch_size: str = option("8", "Samples per batch, or auto.")
-    include_path: str | None = option(None, "Folder with further task files.")
-    output: str | None = option(None, "Result file (JSON).")
-    log_samples: bool = option(False, "Also write every sample, to a file for each task beside the result file.")
-    overwrite: bool = option(False, "Replace an existing result.")
-    dtype: str = option("auto", "Dtype: auto, float32, bfloat16 or float16.")
-    device: str | None = option(None, "Device, such as cpu or cuda:0; by default the best one here.")
-    trust_remote_code: bool = option(False, "Run code shipped with the model or a data set.")
-
-    def __post_init__(self) -> None:
-        convert_paths(self)
 
 
 def lm_eval(options: LmEvalOptions) -> dict[str, Any]:

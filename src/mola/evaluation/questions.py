@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from mola.data.tasks import LETTERS, Task
 from mola.data.templates import Template, get_template
 from mola.errors import MolaError
+from mola.evaluation.options import MAX_NEW_TOKENS
 from mola.generation import predicting
 
 SCORINGS = ("generate", "likelihood")
-MAX_NEW_TOKENS = 16  # enough for a short answer
 # Thai to Myanmar, Khmer, Chinese and Japanese.
 _SCRIPTS_WITHOUT_BLANKS = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 

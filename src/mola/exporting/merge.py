@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors import safe_open
 
 from mola.checkpoints.adapter_folder import read_tensors
 from mola.errors import MolaError
+from mola.exporting.options import MergeOptions
 from mola.files.atomic import atomic_write_json, check_new_folder, write_new_folder
 from mola.files.failures import memory_error_reason
 from mola.generation.predicting import end_token_ids
@@ -28,25 +28,10 @@ from mola.models.meta import model_on_meta
 from mola.models.prompts import copy_template_name, own_chat, use_chat, warn_of_unknown_tokens
 from mola.models.quantization import stored_quantization
 from mola.models.tokenizer import own_tokenizer
-from mola.options.fields import option
 from mola.tuner import MolaConfig
 from mola.tuner.merging import check_no_shared_weights
 
 __all__ = ["MergeOptions", "main", "merge"]
-
-
-@dataclass
-class MergeOptions:
-    """Options of `mola merge`."""
-
-    adapter: str = field(
-        metadata={"help": "Folder of an adapter that merges: plain LoRA, or a mola adapter with one expert everywhere."}
-    )
-    base_model: str = field(metadata={"help": "Folder or hub id of its base model, not quantised."})
-    output: str = field(metadata={"help": "Folder to write; it must be new or empty."})
-    dtype: str = option("auto", "Dtype of the merged model: float32, bfloat16 or float16; auto: the base model's own.")
-    device: str | None = option("cpu", "Where to compute, such as cpu or cuda:0.")
-    trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")
 
 
 def merge(options: MergeOptions) -> Path:

@@ -171,3 +171,17 @@ def _check_no_option_is_ignored(options: ConvertOptions, direction: str) -> None
             raise MolaError(f"`{name}` has no effect without {others}: got {value!r}. Add one, or leave it out.")
         if name in _REGRESSION and options.method in ("mean", "usage"):
             raise MolaError(f"`{name}` is not used by `method` {options.method}: got {value!r}. Leave it out.")
+
+
+@dataclass
+class MergeOptions:
+    """Options of `mola merge`."""
+
+    adapter: str = field(
+        metadata={"help": "Folder of an adapter that merges: plain LoRA, or a mola adapter with one expert everywhere."}
+    )
+    base_model: str = field(metadata={"help": "Folder or hub id of its base model, not quantised."})
+    output: str = field(metadata={"help": "Folder to write; it must be new or empty."})
+    dtype: str = option("auto", "Dtype of the merged model: float32, bfloat16 or float16; auto: the base model's own.")
+    device: str | None = option("cpu", "Where to compute, such as cpu or cuda:0.")
+    trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")

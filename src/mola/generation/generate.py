@@ -7,8 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import TextStreamer
@@ -16,40 +15,14 @@ from transformers import TextStreamer
 from mola.data.templates import Template, check_template
 from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings, encode_prompt, generate_text
+from mola.generation.options import GenerateOptions
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
-from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
+from mola.models.from_options import check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, template_of, trained_template
-from mola.options.fields import START, Group, check_seed, option
+from mola.options.fields import check_seed
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class GenerateOptions(ModelOptions):
-    """Options of `mola generate`."""
-
-    _start: ClassVar = START
-    adapter: str | None = option(None, "Folder of an adapter.")
-    prompt: str | None = option(None, "Text to continue, used without a template.")
-    instruction: str | None = option(None, "Instruction, put through the template.")
-    input: str | None = option(None, "Context of the instruction.")
-
-    _answer: ClassVar = Group("answer")
-    template: str | None = option(
-        None,
-        "Prompt template for instructions. Default: the template of the training, if the folder of the adapter or "
-        "of the merged model records it, else the chat template in the adapter's folder, else alpaca.",
-    )
-    max_new_tokens: int = option(128, "Maximum length of the answer in tokens.")
-    temperature: float | None = option(
-        None, "Sampling temperature; 0 is greedy. A temperature, top_p or top_k turns sampling on."
-    )
-    top_p: float | None = option(None, "Sample from the most probable tokens that hold this probability.")
-    top_k: int | None = option(None, "Sample from this many most probable tokens.")
-    do_sample: bool | None = option(None, "Whether to sample; by default only if a sampling value is given.")
-    seed: int | None = option(None, "Random seed; by default a new one each time.")
-    stream: bool = option(True, "Print the text while it is generated.")
 
 
 def main(options: GenerateOptions) -> int:

@@ -19,7 +19,7 @@ from mola.architecture.targets import linear_shapes
 from mola.errors import MolaError
 from mola.files.digests import check_digest
 from mola.files.reading import read_json
-from mola.training.options import TRAINING_ONLY
+from mola.training.fields import TRAINING_ONLY
 from mola.tuner import MolaConfig
 
 FIELDS = (

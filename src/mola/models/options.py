@@ -1,19 +1,40 @@
-"""Options of the base model that several commands share; checks them and loads what they name."""
+"""Options of the base model that several commands share, and those of `mola plan`."""
 
-import os
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
-from typing import ClassVar
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Any, ClassVar
 
-from peft import PeftModel
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-from mola.models.base_model import load_config
-from mola.models.devices import resolve_device, resolve_dtype
-from mola.models.loading import load_model
-from mola.models.quantization import Quantization, check_quantization, check_quantized_base
-from mola.models.tokenizer import load_tokenizer
 from mola.options.fields import START, Group, convert_paths, option
+
+GGUF_HELP = "GGUF file in the folder `base_model`; loading unpacks it."
+
+
+@dataclass(kw_only=True)
+class Quantization:
+    """How the base model's weights are stored; the defaults leave the weights as they are.
+
+    The options classes of commands inherit from this class.
+    """
+
+    _base: ClassVar = Group("base model")
+    load_in_8bit: bool = option(False, "Quantise the base to 8 bits while it loads (bitsandbytes).")
+    load_in_4bit: bool = option(False, "Quantise the base to 4 bits while it loads (bitsandbytes).")
+    bnb_4bit_quant_type: str | None = option(None, "4-bit format: nf4 (default) or fp4.")
+    bnb_4bit_compute_dtype: str | None = option(None, "dtype in which 4-bit layers compute. Default: the base's.")
+    bnb_4bit_use_double_quant: bool = option(False, "Quantise the scales of the 4-bit weights as well.")
+    gguf_file: str | None = option(None, GGUF_HELP)
+
+    @property
+    def quantizes_on_loading(self) -> bool:
+        """Whether weights are quantised while they load."""
+        return self.load_in_8bit or self.load_in_4bit
+
+    @property
+    def asked(self) -> str:
+        """The name of the option that quantises weights; only meaningful with `quantizes_on_loading`."""
+        return "load_in_8bit" if self.load_in_8bit else "load_in_4bit"
+
+
+QUANTIZATION_OPTIONS = tuple(item.name for item in fields(Quantization))
 
 
 @dataclass
@@ -33,36 +54,35 @@ class ModelOptions(Quantization):
         convert_paths(self)
 
 
-def check_model(options: ModelOptions) -> PretrainedConfig:
-    """Check the options of the base model; loads no weights.
+@dataclass
+class PlanOptions:
+    """Options of `mola plan`."""
 
-    Returns:
-        The base model's configuration.
-
-    Raises:
-        MolaError: the device, dtype, quantisation or model does not exist or does not fit.
-    """
-    device = resolve_device(options.device)
-    check_quantization(options, device, resolve_dtype(options.dtype, device)[0])
-    config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
-    check_quantized_base(options.base_model, config, options, device)
-    return config
-
-
-def tokenizer_for(options: ModelOptions, padding_side: str = "left") -> PreTrainedTokenizerBase:
-    """Load the base model's tokenizer; see `mola.models.tokenizer.load_tokenizer`."""
-    return load_tokenizer(options.base_model, padding_side, options.trust_remote_code, options.gguf_file)
-
-
-def model_for(
-    options: ModelOptions, adapter: str | Mapping[str, str | os.PathLike[str]] | None
-) -> PreTrainedModel | PeftModel:
-    """Load the base model with its adapters; see `mola.models.loading.load_model`."""
-    return load_model(
-        options.base_model,
-        adapter,
-        options.dtype,
-        options.device,
-        options.trust_remote_code,
-        quantization=options,
+    base_model: str = field(
+        metadata={"help": "Model: a folder with config.json, a config.json file, or a name on the hub."}
     )
+    num_experts: str | None = option(
+        None,
+        "Experts per module: an integer and a comma ('8,'), one digit per group of layers ('2468', lowest layers "
+        "first), integers between commas, a shape's name or a JSON file. Default 2468.",
+    )
+    r: str = option("8", "Rank of each expert: an integer, or one per layer between commas.")
+    top_k: str = option("2", "Experts used per token: an integer, or one per layer between commas.")
+    target_modules: str | None = option(
+        None,
+        "Linears to adapt, names between commas or 'all-linear'. Default: the seven LLaMA linears where they exist, "
+        "else PEFT's choice for the architecture.",
+    )
+    target_parameters: str | None = option(
+        None, "Parameters that hold the base model's own stacked experts, between commas: each expert gets one LoRA."
+    )
+    num_experts_pattern: dict[str, Any] | str | None = option(
+        None,
+        'Experts of modules by name, as JSON: {"mlp.*": 8}. Other modules follow `num_experts`, whose file may '
+        "also hold this pattern.",
+    )
+    rank_pattern: dict[str, Any] | str | None = option(None, "The same for `r`.")
+    gguf_file: str | None = option(None, GGUF_HELP)
+    json: bool = option(False, "Print JSON instead of the table.")
+    verbose: bool = option(False, "Also print which kernel computes the layers on this machine's CPU.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model; only for sources you trust.")

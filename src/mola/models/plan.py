@@ -10,51 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import groupby
-from typing import Any
 
 from rich.table import Table
 
 from mola.architecture.allocation import AllocationPlan, LayerPlan
 from mola.files.terminal import make_table_console
 from mola.models.cost import cost_of_allocation
-from mola.models.quantization import GGUF_HELP
-from mola.options.fields import option, parse_mapping, split_to_list
-
-
-@dataclass
-class PlanOptions:
-    """Options of `mola plan`."""
-
-    base_model: str = field(
-        metadata={"help": "Model: a folder with config.json, a config.json file, or a name on the hub."}
-    )
-    num_experts: str | None = option(
-        None,
-        "Experts per module: an integer and a comma ('8,'), one digit per group of layers ('2468', lowest layers "
-        "first), integers between commas, a shape's name or a JSON file. Default 2468.",
-    )
-    r: str = option("8", "Rank of each expert: an integer, or one per layer between commas.")
-    top_k: str = option("2", "Experts used per token: an integer, or one per layer between commas.")
-    target_modules: str | None = option(
-        None,
-        "Linears to adapt, names between commas or 'all-linear'. Default: the seven LLaMA linears where they exist, "
-        "else PEFT's choice for the architecture.",
-    )
-    target_parameters: str | None = option(
-        None, "Parameters that hold the base model's own stacked experts, between commas: each expert gets one LoRA."
-    )
-    num_experts_pattern: dict[str, Any] | str | None = option(
-        None,
-        'Experts of modules by name, as JSON: {"mlp.*": 8}. Other modules follow `num_experts`, whose file may '
-        "also hold this pattern.",
-    )
-    rank_pattern: dict[str, Any] | str | None = option(None, "The same for `r`.")
-    gguf_file: str | None = option(None, GGUF_HELP)
-    json: bool = option(False, "Print JSON instead of the table.")
-    verbose: bool = option(False, "Also print which kernel computes the layers on this machine's CPU.")
-    trust_remote_code: bool = option(False, "Run code that comes with the model; only for sources you trust.")
+from mola.models.options import PlanOptions
+from mola.options.fields import parse_mapping, split_to_list
 
 
 def plan(options: PlanOptions) -> AllocationPlan:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import prepare_model_for_kbit_training
@@ -24,40 +23,9 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from mola._compat import gguf_arguments
 from mola.errors import MolaError
 from mola.models.devices import DTYPES
-from mola.options.fields import Group, option
+from mola.models.options import QUANTIZATION_OPTIONS, Quantization
 
 logger = logging.getLogger(__name__)
-
-GGUF_HELP = "GGUF file in the folder `base_model`; loading unpacks it."
-
-
-@dataclass(kw_only=True)
-class Quantization:
-    """How the base model's weights are stored; the defaults leave the weights as they are.
-
-    The options classes of commands inherit from this class.
-    """
-
-    _base: ClassVar = Group("base model")
-    load_in_8bit: bool = option(False, "Quantise the base to 8 bits while it loads (bitsandbytes).")
-    load_in_4bit: bool = option(False, "Quantise the base to 4 bits while it loads (bitsandbytes).")
-    bnb_4bit_quant_type: str | None = option(None, "4-bit format: nf4 (default) or fp4.")
-    bnb_4bit_compute_dtype: str | None = option(None, "dtype in which 4-bit layers compute. Default: the base's.")
-    bnb_4bit_use_double_quant: bool = option(False, "Quantise the scales of the 4-bit weights as well.")
-    gguf_file: str | None = option(None, GGUF_HELP)
-
-    @property
-    def quantizes_on_loading(self) -> bool:
-        """Whether weights are quantised while they load."""
-        return self.load_in_8bit or self.load_in_4bit
-
-    @property
-    def asked(self) -> str:
-        """The name of the option that quantises weights; only meaningful with `quantizes_on_loading`."""
-        return "load_in_8bit" if self.load_in_8bit else "load_in_4bit"
-
-
-QUANTIZATION_OPTIONS = tuple(item.name for item in fields(Quantization))
 
 
 def check_quantization(quantization: Quantization, device: torch.device, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from mola.data.read import FILE_ENDINGS
 from mola.data.tasks import load_task
 from mola.errors import MolaError
-from mola.models.quantization import QUANTIZATION_OPTIONS
+from mola.models.options import QUANTIZATION_OPTIONS
 from mola.reporting.load_run import Run
 
 

@@ -1,27 +1,15 @@
 """`mola doctor`: the faults of a run or an adapter, and what to change. The command loads no model."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.terminal import OutputConsole
 from mola.insight import ROUTING_FILE
-from mola.options.fields import option
 from mola.reporting.findings import MIN_LOSSES, Finding, find_faults, is_compared
 from mola.reporting.load_run import Run, load_run, outdated_results, results_of_other_adapters
+from mola.reporting.options import DoctorOptions
 from mola.reporting.routing_log import LateUse, read_late_use
-
-
-@dataclass
-class DoctorOptions:
-    """Options of `mola doctor`."""
-
-    run_dir: str = field(metadata={"help": "Run folder of `mola train`, or folder of an adapter."})
-    export: str | None = option(
-        None, "Report of `mola convert --to lora`, its export.json; by default export.json in the run folder."
-    )
-    json: str | None = option(None, "Result file (JSON).")
-    overwrite: bool = option(False, "Replace an existing result file.")
 
 
 def doctor(options: DoctorOptions) -> list[Finding]:

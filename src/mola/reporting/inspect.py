@@ -4,10 +4,10 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,9 +27,9 @@ from mola.insight.ablation import LEAVE_ONE_OUT, list_experiments, measure_losse
 from mola.insight.inspection import TokenTypes, measure_redundancy, measure_router_use, to_records
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
-from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
+from mola.models.from_options import check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, trained_settings, warn_of_other_template
-from mola.options.fields import START, Group, check_positive, option, parse_mapping
+from mola.options.fields import check_positive, parse_mapping
 from mola.reporting.adapter_weights import read_adapter_weights
 from mola.reporting.document import Section, render
 from mola.reporting.expert_sections import (
@@ -42,6 +42,7 @@ from mola.reporting.expert_sections import (
     redundancy_section,
 )
 from mola.reporting.load_run import Run
+from mola.reporting.options import InspectOptions
 from mola.reporting.result_sections import inspected_samples_section
 
 logger = logging.getLogger(__name__)
@@ -50,41 +51,6 @@ _CAPTION = (
     "Means over the modules of a layer. dead: experts that no token chose; agreement: between the choices of the "
     "modules of a layer; below: between their choices and those of the layer below."
 )
-
-
-@dataclass
-class InspectOptions(ModelOptions):
-    """Options of `mola inspect`."""
-
-    _start: ClassVar = START
-    adapter: str = field(metadata={"help": "Folder of an adapter."})
-    data: str = field(metadata={"help": "Data: a JSON, JSON lines or CSV file, or a saved dataset."})
-    task: str | None = option(
-        None, "Task: its name or a YAML file. Default: that of the adapter's training; not needed for prepared data."
-    )
-
-    _data: ClassVar = Group("data")
-    split: str = option("test", "Split to read if the data has several.")
-    filters: dict[str, Any] | str | None = option(None, "Keep rows with these values: {column: value, or a list}.")
-    limit: int | None = option(200, "Number of samples to inspect, from the first on.")
-    template: str | None = option(
-        None,
-        "Prompt template; chat is the chat template of adapter or base model. Default: the task's own, else alpaca.",
-    )
-
-    _measured: ClassVar = Group("what is measured")
-    examples: int = option(8, "Number of samples, evenly spread, whose mean gates go into the result file.")
-    leave_one_out: str = option(
-        "none",
-        "Measure the loss on answers without each expert: none, layers (leaves out the expert with a given number in "
-        "all modules of a layer) or modules (in one module). This takes one forward pass per expert and sample.",
-    )
-    leave_one_out_limit: int = option(16, "Number of samples for `leave_one_out`, from the first on.")
-
-    _results: ClassVar = Group("results")
-    json: str | None = option(None, "Result file (JSON) with every module.")
-    html: str | None = option(None, "Page (HTML) with heat maps and charts, which needs no other file.")
-    overwrite: bool = option(False, "Replace existing results.")
 
 
 def inspect(options: InspectOptions) -> dict[str, Any]:

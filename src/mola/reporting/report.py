@@ -1,14 +1,12 @@
 """`mola report`: one HTML page about a run or an adapter, from the files in its folder. The command loads no model."""
 
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_text, check_writable
 from mola.files.digests import add_digest_line, is_own_file
 from mola.files.terminal import OutputConsole
-from mola.options.fields import option
 from mola.reporting import REPORT_FILE
 from mola.reporting.document import Section, render
 from mola.reporting.expert_sections import (
@@ -21,31 +19,11 @@ from mola.reporting.expert_sections import (
     routing_section,
 )
 from mola.reporting.load_run import Run, load_run, outdated_results, results_of_other_adapters
+from mola.reporting.options import ReportOptions
 from mola.reporting.result_sections import accuracy_section, loss_section, samples_section, worth_section
 from mola.reporting.run_summary import making_section, summarize_run
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class ReportOptions:
-    """Options of `mola report`."""
-
-    run_dir: str = field(metadata={"help": "Run folder of `mola train`, or folder of an adapter."})
-    before: str | None = option(
-        None, "Result of `mola evaluate` without the adapter; by default before.json in the run folder."
-    )
-    after: str | None = option(
-        None, "Result of `mola evaluate` with the adapter; by default after.json in the run folder."
-    )
-    inspection: str | None = option(None, "Result of `mola inspect`; by default inspect.json in the run folder.")
-    export: str | None = option(
-        None, "Report of `mola convert --to lora`, its export.json; by default export.json in the run folder."
-    )
-    output: str | None = option(None, "The page; by default report.html in the run folder.")
-    overwrite: bool = option(
-        False, "Replace any existing file. An unchanged report of mola is replaced without this option."
-    )
 
 
 def report(options: ReportOptions) -> Path:

@@ -10,76 +10,22 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any
 
 from mola.errors import MolaError
 from mola.generation import predicting
 from mola.generation.batching.forward import Adapters
 from mola.models.adapters import changes_base, check_adapter
-from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
+from mola.models.from_options import check_model, model_for, tokenizer_for
 from mola.models.prompts import own_chats, warn_of_unknown_tokens
-from mola.options.fields import START, Group, check_positive, option
+from mola.options.fields import check_positive
+from mola.serving.options import ServeOptions
 
 logger = logging.getLogger(__name__)
 
 _KEY_VARIABLE = "MOLA_API_KEY"
 _EXTRA = ("fastapi", "uvicorn", "prometheus_client")
-
-
-@dataclass
-class ServeOptions(ModelOptions):
-    """Options of `mola serve`."""
-
-    _start: ClassVar = START
-    adapter: list[str] | None = option(
-        None,
-        "Adapters, each NAME=FOLDER or FOLDER; a FOLDER alone is named after its last part. Several flags and a "
-        "recipe add up.",
-        action="extend",
-    )
-    engine: str = option("mola", "Server to run: mola, or vllm, which serves at most one adapter.")
-    base_name: str | None = option(
-        None, "Name of the base model in requests. Default: the last part of its folder, or its hub id."
-    )
-    host: str = option("127.0.0.1", "Address to listen on. By default only this machine can connect.")
-    port: int = option(8000, "Port to listen on; 0 chooses a free port.")
-    api_key: str | None = field(
-        default=None,
-        repr=False,
-        metadata={"help": "Token that clients must send. The environment variable MOLA_API_KEY hides it better."},
-    )
-
-    adapter_root: str | None = option(
-        None, "Folder below which clients may load adapters while the server runs; needs a token."
-    )
-
-    _batch: ClassVar = Group("batch")
-    max_batch_size: int = option(
-        32, "Maximum number of answers generated side by side; 1 generates one after the other."
-    )
-    max_batch_prefill_tokens: int = option(
-        256, "Maximum number of prompt tokens read between two tokens of running answers."
-    )
-    max_batch_total_tokens: int | None = option(
-        None,
-        "Maximum of the number of answers side by side times the length of the longest one in tokens, prompt included. "
-        "Default: the number of tokens that fits into a quarter of the free memory.",
-    )
-
-    _limits: ClassVar = Group("limits")
-    max_tokens: int = option(1024, "Maximum length of an answer in tokens.")
-    max_choices: int = option(16, "Maximum number of answers to one request: prompts times n.")
-    max_waiting: int = option(
-        128,
-        "Maximum number of requests that wait, beyond `max_batch_size`; more requests are answered with status 429.",
-    )
-    max_body_bytes: int = option(1 << 20, "Maximum length of a request's body in bytes.")
-    max_connections: int = option(
-        256, "Maximum number of connections; further connections are answered with status 503."
-    )
-    shutdown_timeout: float = option(30.0, "Seconds that running answers get to finish when the server is stopped.")
 
 
 def main(options: ServeOptions) -> int:

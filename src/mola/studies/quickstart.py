@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,10 @@ from mola.files.atomic import atomic_write_json
 from mola.files.environment import machine_description, software_versions
 from mola.files.terminal import OutputConsole
 from mola.models.smollm2 import prepare_smollm2
-from mola.options.fields import option
 from mola.options.parsing import parse
 from mola.reporting.inspect import InspectOptions, inspect
 from mola.reporting.report import ReportOptions, report
+from mola.studies.fields import QuickstartOptions
 from mola.training.train import TrainOptions, train
 
 _NUM_INSPECTED = 20
@@ -39,17 +38,6 @@ _RESULT_FILES = (
     "inspect.json",
     "summary.json",
 )
-
-
-@dataclass
-class QuickstartOptions:
-    """Options of `mola quickstart`."""
-
-    output_dir: str = option("runs/quickstart", "Run folder.")
-    recipe: str = option("recipes/quickstart.yaml", "Recipe of `mola train`.")
-    model_dir: str = option(".cache/SmolLM2-135M-Instruct", "Folder for the converted base model.")
-    seed: int = option(0, "Random seed for questions and training.")
-    dtype: str = option("auto", "Dtype of the base: auto, float32 or bfloat16.")
 
 
 def main(options: QuickstartOptions) -> int:

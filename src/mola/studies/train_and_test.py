@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -17,8 +17,8 @@ from mola.data.read import check_split, split_names
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, evaluate
 from mola.files.reading import read_json
-from mola.models.quantization import QUANTIZATION_OPTIONS
-from mola.options.fields import Group, option
+from mola.models.options import QUANTIZATION_OPTIONS
+from mola.studies.fields import TestFields
 from mola.training.checkpoints import find_checkpoint
 from mola.training.train import TrainOptions, train
 
@@ -48,18 +48,8 @@ _TEST_OPTIONS = {
 
 
 @dataclass
-class TrainAndTestOptions(TrainOptions):
+class TrainAndTestOptions(TestFields, TrainOptions):
     """Options of one training run: those of `mola train`, and those of the test on its task."""
-
-    _test: ClassVar = Group("test")
-    test_data: str | None = option(None, "Test data; default: the split `test_split` of `data`.")
-    test_split: str = option("test", "Split to test on if the data has several.")
-    test_limit: int | None = option(None, "Test on at most this number of samples, from the first on.")
-    test_batch_size: int = option(8, "Test samples per batch.")
-    scoring: str = option(
-        EvaluateOptions.scoring, "How an answer is found: generate or likelihood, like in `mola evaluate`."
-    )
-    max_new_tokens: int = option(EvaluateOptions.max_new_tokens, "Tokens to generate per test sample.")
 
     def check_one_process(self, command: str, cure: str) -> None:
         """Raise if several processes run the command, or if `resume_from_checkpoint` is set.

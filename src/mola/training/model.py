@@ -28,7 +28,8 @@ from mola.models.quantization import (
 from mola.models.tokenizer import load_tokenizer
 from mola.options.fields import split_names, split_to_list
 from mola.training.distributed import uses_fsdp
-from mola.training.options import TRAINING_ONLY, TrainOptions
+from mola.training.fields import TRAINING_ONLY
+from mola.training.options import TrainOptions
 from mola.tuner import MolaConfig
 from mola.tuner.saved_modules import resolve_modules_to_save
 

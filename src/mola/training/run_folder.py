@@ -44,8 +44,9 @@ from mola.training.checkpoints import (
     step_in_name,
 )
 from mola.training.data import TrainingData
+from mola.training.fields import ADAPTER_DEFAULTS
 from mola.training.model import recorded_quantization, training_changes
-from mola.training.options import ADAPTER_DEFAULTS, TrainOptions
+from mola.training.options import TrainOptions
 
 METRICS_FILE = "metrics.jsonl"
 SAVING = ".saving-"  # names of folders in which an adapter or a checkpoint is written

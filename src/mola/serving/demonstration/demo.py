@@ -6,34 +6,16 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import ClassVar
 
 from mola.data.templates import check_template
 from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings
 from mola.models.adapters import changes_base, check_adapter
-from mola.models.options import ModelOptions, check_model, model_for, tokenizer_for
+from mola.models.from_options import check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, template_of
-from mola.options.fields import START, option
+from mola.serving.options import DemoOptions
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class DemoOptions(ModelOptions):
-    """Options of `mola demo`."""
-
-    _start: ClassVar = START
-    adapter: str = field(metadata={"help": "Folder of an adapter."})
-    host: str = option("127.0.0.1", "Address to listen on. By default only this machine can connect.")
-    port: int = option(7860, "Port to listen on.")
-    template: str | None = option(
-        None,
-        "Prompt template that the page selects at first. Default: the template of the training, if the adapter's "
-        "folder records it, else alpaca.",
-    )
-    max_new_tokens: int = option(128, "Maximum length of an answer in tokens that the page selects at first.")
 
 
 def main(options: DemoOptions) -> int:

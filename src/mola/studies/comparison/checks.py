@@ -23,8 +23,8 @@ from mola.studies.overlaps import Questions, check_training, is_subset, warn_of_
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
 from mola.training.checks import check_steps
 from mola.training.data import prepare_data
+from mola.training.fields import ADAPTER_DEFAULTS
 from mola.training.model import base_config, check_model_options, load_tokenizer_for
-from mola.training.options import ADAPTER_DEFAULTS
 
 logger = logging.getLogger(__name__)
 

@@ -2,14 +2,15 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from mola.errors import MolaError
-from mola.options.fields import START, Group, option, parse_mapping, parse_named_mappings
+from mola.options.fields import parse_mapping, parse_named_mappings
 from mola.options.parsing import convert
+from mola.studies.fields import CompareFields
 from mola.studies.train_and_test import TrainAndTestOptions
 
 MARK = "@"  # between a recipe and the values that the search tries; recipe names cannot contain it
@@ -41,8 +42,8 @@ class Key(NamedTuple):
 
 
 @dataclass
-class CompareOptions(TrainAndTestOptions):
-    """Options of `mola compare`: those below, and every option of `mola train` as the default of all runs.
+class CompareOptions(CompareFields, TrainAndTestOptions):
+    """Options of `mola compare`: those of `CompareFields`, and every option of `mola train` as the default of all runs.
 
     The options of the runs are made from the values given here. Changing a field afterwards has no effect on them.
 
@@ -55,43 +56,6 @@ class CompareOptions(TrainAndTestOptions):
     Raises:
         MolaError: a value is outside its range, options contradict each other, or a recipe or task is wrong.
     """
-
-    _start: ClassVar = START
-    tasks: dict[str, Any] | str | None = option(
-        None, "Tasks to learn and test: name -> options of `mola train` and of the test; a mapping."
-    )
-    recipes: dict[str, Any] | str | None = option(
-        None,
-        "Recipes to compare: name -> options of `mola train`; a mapping. `num_experts` may be a file of `mola "
-        "allocate`.",
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds; each recipe is trained once with each."}
-    )
-
-    _search: ClassVar = Group("search for options")
-    tune: dict[str, Any] | str | None = option(
-        None,
-        "Choose these options for each recipe and task before the comparison: option -> list of values; a mapping. "
-        "Every combination is trained with `tuning_seeds`; the best on `tuning_split` is used.",
-    )
-    tuning_seeds: list[int] = field(
-        default_factory=lambda: [1000, 1001], metadata={"help": "Seeds of the search; none of `seeds`."}
-    )
-    tuning_split: str = option("validation", "Split of `data` that the search is tested on, instead of the test data.")
-
-    _comparison: ClassVar = Group("comparison")
-    reference: str | None = option(None, "Recipe with which the others are compared. Default: the first one.")
-    record: str | None = option(
-        None,
-        "File with every result, from which a stopped comparison resumes. Default: compare.json in `output_dir`.",
-    )
-    keep_adapters: bool = option(True, "Keep the trained weights. The results are always kept.")
-    evaluate_base: bool = option(True, "Also test the base model alone.")
-    tables: str | None = option(None, "Also write the table to these files, separated by commas: NAME.csv or NAME.md.")
-    plots: str | None = option(
-        None, "Also draw the differences into these files, separated by commas: NAME.png or NAME.svg."
-    )
 
     def __post_init__(self) -> None:
         # The runs get the values that the user gave: TrainingArguments replaces some of them below.

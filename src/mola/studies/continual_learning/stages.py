@@ -4,19 +4,21 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from mola.data.encode import data_fingerprint
 from mola.data.examples import distinct_questions
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
-from mola.models.quantization import QUANTIZATION_OPTIONS
-from mola.options.fields import START, Group, option, parse_named_mappings
+from mola.models.options import QUANTIZATION_OPTIONS
+from mola.options.fields import parse_named_mappings
 from mola.options.parsing import convert
+from mola.studies.fields import ContinualFields
 from mola.studies.overlaps import Questions, check_training
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
 from mola.training.checks import check_steps
 from mola.training.data import prepare_data
+from mola.training.fields import ADAPTER_DEFAULTS, TRAINING_ONLY
 from mola.training.model import (
     adapter_config,
     base_config,
@@ -26,7 +28,6 @@ from mola.training.model import (
     load_tokenizer_for,
     training_changes,
 )
-from mola.training.options import ADAPTER_DEFAULTS, TRAINING_ONLY
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,8 @@ _SET_BY_SEQUENCE = ("adapter", "output_dir", "overwrite_output_dir", "resume_fro
 
 
 @dataclass
-class ContinualOptions(TrainAndTestOptions):
-    """Options of `mola continual`: those below, and every option of `mola train` as the default of all stages.
+class ContinualOptions(ContinualFields, TrainAndTestOptions):
+    """Options of `mola continual`: those of `ContinualFields`, and of `mola train` as the default of all stages.
 
     The options of the stages are made from the values given here; changing a field afterwards has no effect on
     them.
@@ -57,16 +58,6 @@ class ContinualOptions(TrainAndTestOptions):
     Raises:
         MolaError: a value is outside its range, options contradict each other, or a stage is wrong.
     """
-
-    _start: ClassVar = START
-    stages: dict[str, Any] | str | None = option(
-        None, "The tasks in the order of training: name -> options of that stage; a mapping, JSON."
-    )
-
-    _test: ClassVar = Group("test")
-    evaluate_base: bool = option(
-        False, "Also test all tasks before the first stage: the base model, or `adapter` if it is set."
-    )
 
     def __post_init__(self) -> None:
         # TrainingArguments replaces some values, so the stages get them as they were given.

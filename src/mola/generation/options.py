@@ -1,0 +1,34 @@
+"""Options of `mola generate`."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mola.models.options import ModelOptions
+from mola.options.fields import START, Group, option
+
+
+@dataclass
+class GenerateOptions(ModelOptions):
+    """Options of `mola generate`."""
+
+    _start: ClassVar = START
+    adapter: str | None = option(None, "Folder of an adapter.")
+    prompt: str | None = option(None, "Text to continue, used without a template.")
+    instruction: str | None = option(None, "Instruction, put through the template.")
+    input: str | None = option(None, "Context of the instruction.")
+
+    _answer: ClassVar = Group("answer")
+    template: str | None = option(
+        None,
+        "Prompt template for instructions. Default: the template of the training, if the folder of the adapter or "
+        "of the merged model records it, else the chat template in the adapter's folder, else alpaca.",
+    )
+    max_new_tokens: int = option(128, "Maximum length of the answer in tokens.")
+    temperature: float | None = option(
+        None, "Sampling temperature; 0 is greedy. A temperature, top_p or top_k turns sampling on."
+    )
+    top_p: float | None = option(None, "Sample from the most probable tokens that hold this probability.")
+    top_k: int | None = option(None, "Sample from this many most probable tokens.")
+    do_sample: bool | None = option(None, "Whether to sample; by default only if a sampling value is given.")
+    seed: int | None = option(None, "Random seed; by default a new one each time.")
+    stream: bool = option(True, "Print the text while it is generated.")

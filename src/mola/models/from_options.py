@@ -1,0 +1,49 @@
+"""Options of the base model that several commands share; checks them and loads what they name."""
+
+import os
+from collections.abc import Mapping
+
+from peft import PeftModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from mola.models.base_model import load_config
+from mola.models.devices import resolve_device, resolve_dtype
+from mola.models.loading import load_model
+from mola.models.options import ModelOptions
+from mola.models.quantization import check_quantization, check_quantized_base
+from mola.models.tokenizer import load_tokenizer
+
+
+def check_model(options: ModelOptions) -> PretrainedConfig:
+    """Check the options of the base model; loads no weights.
+
+    Returns:
+        The base model's configuration.
+
+    Raises:
+        MolaError: the device, dtype, quantisation or model does not exist or does not fit.
+    """
+    device = resolve_device(options.device)
+    check_quantization(options, device, resolve_dtype(options.dtype, device)[0])
+    config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
+    check_quantized_base(options.base_model, config, options, device)
+    return config
+
+
+def tokenizer_for(options: ModelOptions, padding_side: str = "left") -> PreTrainedTokenizerBase:
+    """Load the base model's tokenizer; see `mola.models.tokenizer.load_tokenizer`."""
+    return load_tokenizer(options.base_model, padding_side, options.trust_remote_code, options.gguf_file)
+
+
+def model_for(
+    options: ModelOptions, adapter: str | Mapping[str, str | os.PathLike[str]] | None
+) -> PreTrainedModel | PeftModel:
+    """Load the base model with its adapters; see `mola.models.loading.load_model`."""
+    return load_model(
+        options.base_model,
+        adapter,
+        options.dtype,
+        options.device,
+        options.trust_remote_code,
+        quantization=options,
+    )
