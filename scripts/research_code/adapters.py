@@ -13,7 +13,7 @@ from typing import Any
 from mola.architecture.allocation import effective_top_k
 from mola.architecture.notation import resolve_per_layer
 from mola.architecture.targets import linear_shapes
-from mola.checkpoints.adapter_folder import foreign_format
+from mola.checkpoints.adapter_settings import foreign_format
 from mola.errors import MolaError
 from mola.exporting.convert import ConvertOptions, convert
 from mola.files.atomic import atomic_write_json

@@ -215,6 +215,16 @@ def test_adapter_of_another_base_model_gives_one_warning(tiny_model_dir, lora_ad
     assert not [r for r in caplog.records if "trained on" in r.getMessage()]
 
 
+def test_a_different_base_that_does_not_fit_is_named(
+    mola_adapter, lora_adapter, small_model_dir, tiny_model_dir, tmp_path
+):
+    AutoConfig.from_pretrained(tiny_model_dir, hidden_size=16).save_pretrained(tmp_path / "narrow")
+    for adapter, other in ((mola_adapter[0], small_model_dir), (lora_adapter[0], tmp_path / "narrow")):
+        said = f"^`adapter` '{adapter}' was trained on '{tiny_model_dir}', and `base_model` '{other}' is a different"
+        with pytest.raises(MolaError, match=said):
+            load_model(other, adapter, "float32", "cpu")
+
+
 def test_a_base_model_with_an_adapter_in_its_folder_gives_a_warning(
     tiny_model_dir, mola_adapter, lora_adapter, tmp_path, caplog
 ):

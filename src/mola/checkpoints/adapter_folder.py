@@ -1,32 +1,13 @@
-"""The files of an adapter folder: its settings, its tensors, and which program wrote them."""
+"""The tensors of an adapter folder."""
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from mola.errors import MolaError
 from mola.files.digests import WEIGHTS_FILES, check_digest, check_finite, find_damaged_part
-from mola.files.reading import read_json
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The content of `adapter_config.json`.
-
-    Raises:
-        MolaError: the file is missing, unreadable, or no JSON object.
-    """
-    path = folder / "adapter_config.json"
-    try:
-        settings = read_json(path)
-    except (OSError, ValueError) as error:
-        raise MolaError(f"{path} cannot be read: {error}. Point to the folder of the saved adapter.") from error
-    if not isinstance(settings, dict):
-        raise MolaError(f"{path} must hold an object, got {settings!r}. Point to the folder of the saved adapter.")
-    return settings
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -72,50 +53,3 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
 def adapted_modules(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Names of the modules that have experts in an adapter of mola, as its file names them."""
     return [key.removesuffix(".mola_A") for key in tensors if key.endswith(".mola_A")]
-
-
-# The first versions of MoE-PEFT write these settings and no others. PEFT, and so mola, always writes more.
-_MOE_PEFT_ALWAYS = {
-    "peft_type",
-    "num_experts",
-    "top_k",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "bias",
-    "target_modules",
-    "base_model_name_or_path",
-    "task_type",
-}
-_MOE_PEFT_SOMETIMES = {"use_dora", "use_rslora"}
-
-
-def foreign_format(settings: Mapping[str, Any]) -> str | None:
-    """The format of an adapter that PEFT cannot load, given the parsed `adapter_config.json`.
-
-    Returns:
-        A value of `mola convert --from`: "published" (`r` is a list in an adapter of type LORA), or "moe_peft"
-        (MoE-PEFT also calls its method MOLA, but writes other files). None for everything else.
-    """
-    peft_type = settings.get("peft_type")
-    if peft_type == "LORA" and isinstance(settings.get("r"), list):
-        return "published"
-    is_first_version = _MOE_PEFT_ALWAYS <= settings.keys() <= _MOE_PEFT_ALWAYS | _MOE_PEFT_SOMETIMES
-    if peft_type == "MOLA" and ("routing_strategy" in settings or is_first_version):
-        return "moe_peft"
-    return None
-
-
-def conversion_hint(settings: Mapping[str, Any], folder: str) -> str | None:
-    """The command that converts an adapter from a different program; None for adapters that PEFT can load."""
-    found = foreign_format(settings)
-    if found is None:
-        return None
-    name, top_k = {
-        "published": ("of the paper's research code", " --top_k K (the number used in its training)"),
-        "moe_peft": ("of MoE-PEFT", ""),
-    }[found]
-    return (
-        f"{folder!r} is an adapter {name}, which must be converted first: "
-        f"mola convert {shlex.quote(folder)} --from {found} --base_model MODEL --output NEW_FOLDER{top_k}"
-    )

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mola.checkpoints.adapter_folder import read_settings, read_tensors
+from mola.checkpoints.adapter_folder import read_tensors
+from mola.checkpoints.adapter_settings import read_settings
 from mola.checkpoints.experts import group_experts
 from mola.errors import MolaError
 from mola.tuner import MolaConfig

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
-from mola.checkpoints.adapter_folder import read_settings
+from mola.checkpoints.adapter_settings import read_settings
 from mola.errors import MolaError
 from mola.exporting.calibration import note_overlaps, read_data, read_task
 from mola.exporting.lora_files import Factors, choose_target_names, read_lora

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mola.checkpoints.adapter_folder import foreign_format, read_settings, read_tensors
+from mola.checkpoints.adapter_folder import read_tensors
+from mola.checkpoints.adapter_settings import foreign_format, read_settings
 from mola.errors import MolaError
 from mola.exporting.mixtures import NAME, Mixture
 from mola.files.digests import WEIGHTS_FILE

@@ -15,15 +15,16 @@ from safetensors.torch import save_file
 from mola.architecture.allocation import effective_top_k
 from mola.architecture.linears import is_adaptable
 from mola.architecture.notation import resolve_per_layer
-from mola.checkpoints.adapter_folder import adapted_modules, foreign_format, read_settings, read_tensors
+from mola.checkpoints.adapter_folder import adapted_modules, read_tensors
+from mola.checkpoints.adapter_settings import foreign_format, read_settings
 from mola.checkpoints.moe_peft import read_moe_peft
 from mola.checkpoints.published import read_published, to_published
+from mola.checkpoints.recorded_base import is_recorded_base
 from mola.errors import MolaError
 from mola.exporting.options import ConvertOptions
 from mola.files.atomic import write_new_folder
 from mola.files.digests import WEIGHTS_FILE
 from mola.models.adapters import check_fits
-from mola.models.base_model import model_name
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.tuner import MolaConfig
 
@@ -102,7 +103,7 @@ def convert_to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
     if without_router := sum(f"{module}.mola_router" not in tensors for module in modules):
         notes.append(f"left out: {without_router} routers of linears with one expert")
     recorded = config.base_model_name_or_path
-    if recorded and model_name(recorded) != model_name(base_model):
+    if not is_recorded_base(base_model, recorded):
         notes.append(f"base model: {recorded} in the source, {base_model} in the output; are these the same weights?")
     config.base_model_name_or_path = base_model
     with write_new_folder("output", output) as folder:

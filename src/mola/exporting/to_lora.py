@@ -15,7 +15,8 @@ import torch
 from peft import LoraConfig
 
 from mola.allocation.probe import check_mixture, read_routing_records
-from mola.checkpoints.adapter_folder import read_settings, read_tensors
+from mola.checkpoints.adapter_folder import read_tensors
+from mola.checkpoints.adapter_settings import read_settings
 from mola.data.examples import load_examples
 from mola.data.tasks import Task
 from mola.errors import MolaError

@@ -19,10 +19,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from safetensors import SafetensorError
 from torch import nn
 
-from mola.checkpoints.adapter_folder import conversion_hint, read_settings, read_tensors
+from mola.checkpoints.adapter_folder import read_tensors
+from mola.checkpoints.adapter_settings import adapter_settings, conversion_hint
+from mola.checkpoints.recorded_base import is_recorded_base
 from mola.errors import MolaError
 from mola.files.failures import memory_error_reason
-from mola.models.base_model import model_name
 from mola.tuner import MolaConfig  # this registers the method with PEFT
 from mola.tuner.loading import check_adapter_tensors
 from mola.tuner.router_losses import RouterLosses
@@ -43,22 +44,12 @@ def check_adapter(adapter: str | os.PathLike[str]) -> dict[str, Any]:
             adapter is in a format that `mola convert` has to translate first.
     """
     folder = Path(adapter)
-    path = folder / "adapter_config.json"
-    if not os.path.isfile(path):  # unlike `Path.is_file`, False for a name that no file can have
-        missing = "no adapter_config.json in it" if os.path.isdir(folder) else "no such folder"
-        name = folder.as_posix()
-        is_hub_name = name.count("/") == 1 and not (os.path.exists(folder) or name.startswith((".", "/")))
-        hint = f" If it is on the Hub, fetch it first: hf download {name} --local-dir {folder.name}"
-        raise MolaError(
-            f"`adapter` must be a folder that holds an adapter: {str(folder)!r}, {missing}. "
-            f"Pass the folder that training or `mola convert` wrote.{hint if is_hub_name else ''}"
-        )
-    config = read_settings(folder)
+    config = adapter_settings(folder)
     if conversion := conversion_hint(config, str(folder)):
         raise MolaError(f"`adapter` must be in PEFT's format: {conversion}")
     if str(config.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise MolaError(
-            f"`adapter` must be of a method that the installed PEFT knows: {path} has `peft_type` "
+            f"`adapter` must be of a method that the installed PEFT knows: {str(folder)!r} has `peft_type` "
             f"{config.get('peft_type')!r}. Update PEFT, or install the package that brings this method."
         )
     read_tensors(folder)  # finds damaged weights before a base model is loaded
@@ -186,9 +177,9 @@ def as_mapping(
 def warn_other_base(
     base_model: str | os.PathLike[str], folder: str | os.PathLike[str], config: Mapping[str, Any]
 ) -> None:
-    """Warn if an adapter was trained on a base model with a different name."""
+    """Warn if an adapter was trained on a different base model; see `is_recorded_base`."""
     recorded = config.get("base_model_name_or_path")
-    if recorded and model_name(str(recorded)) != model_name(base_model):
+    if not is_recorded_base(base_model, recorded):
         logger.warning(
             "The adapter %s was trained on %s, `base_model` is %s: results are meaningful only if these are "
             "the same weights.",

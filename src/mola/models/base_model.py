@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from mola.checkpoints.recorded_base import is_hub_id
 from mola.errors import MolaError
 from mola.files.digests import file_sha256
 
@@ -34,8 +34,7 @@ def check_base_model(base_model: str | os.PathLike[str], gguf_file: str | None =
         _check_folder(path, gguf_file)
     elif os.path.exists(path):
         raise MolaError(f"`base_model` must be a folder or a hub id: {name!r} is a file. Pass its folder.")
-    # A hub id is `name` or `owner/name`; anything else can only have been meant as a path.
-    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or path.suffix == ".json":
+    elif not is_hub_id(name):
         raise MolaError(f"`base_model` names a folder that does not exist: {name!r}. Check the path.")
 
 
@@ -94,16 +93,6 @@ def _read_gguf_config(base_model: str, gguf_file: str, changed: int | None) -> P
         raise
     except Exception as error:  # the reader raises many kinds of errors for damaged files
         raise ValueError(f"{gguf_file} is damaged ({type(error).__name__}: {error})") from error
-
-
-def model_name(base_model: str | os.PathLike[str]) -> str:
-    """The last part of a path or hub id, which still names the model when folders move.
-
-    In the cache of the Hub (`models--owner--name/snapshots/<commit>`) the name comes from before the commit.
-    """
-    path = Path(base_model)
-    is_commit = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
-    return path.parent.parent.name.rpartition("--")[2] if is_commit else path.name
 
 
 def load_config(

@@ -18,7 +18,9 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from mola.checkpoints.adapter_folder import read_settings, read_tensors
+from mola.checkpoints.adapter_folder import read_tensors
+from mola.checkpoints.adapter_settings import read_settings
+from mola.checkpoints.recorded_base import is_recorded_base
 from mola.errors import MolaError
 from mola.files.failures import memory_error_reason
 from mola.models.adapters import as_mapping, attach, check_adapter, check_fits, check_lora, warn_other_base
@@ -55,16 +57,25 @@ def check_adapter_fits(
     Raises:
         MolaError: the model is of a different kind, or the tensors do not fit the model.
     """
-    method = read_settings(Path(adapter))["peft_type"]
+    settings = read_settings(Path(adapter))
+    method = settings["peft_type"]
     if trust_remote_code or method not in ("MOLA", "LORA"):
         return
     on_meta = model_on_meta(os.fspath(base_model), gguf_file=gguf_file, config=config)
-    if method == "LORA":
-        check_lora(Path(adapter), on_meta, all_names=False)
-        return
     try:
-        check_fits(on_meta, MolaConfig.from_pretrained(os.fspath(adapter)), read_tensors(Path(adapter)))
+        if method == "LORA":
+            check_lora(Path(adapter), on_meta, all_names=False)
+        else:
+            check_fits(on_meta, MolaConfig.from_pretrained(os.fspath(adapter)), read_tensors(Path(adapter)))
     except (MolaError, TypeError) as error:
+        recorded = settings.get("base_model_name_or_path")
+        if not is_recorded_base(base_model, recorded):
+            raise MolaError(
+                f"`adapter` {os.fspath(adapter)!r} was trained on {recorded!r}, and `base_model` "
+                f"{os.fspath(base_model)!r} is a different model, which the adapter does not fit ({error})"
+            ) from error
+        if method == "LORA":
+            raise
         raise MolaError(f"`adapter` does not fit the base model: {os.fspath(adapter)!r}: {error}") from error
 
 

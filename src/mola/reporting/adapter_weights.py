@@ -14,7 +14,8 @@ from safetensors import safe_open
 from mola.architecture.layer_stacks import layer_index
 from mola.architecture.notation import resolve_per_layer
 from mola.architecture.patterns import scaling_of
-from mola.checkpoints.adapter_folder import read_settings, read_tensors
+from mola.checkpoints.adapter_folder import read_tensors
+from mola.checkpoints.adapter_settings import read_settings
 from mola.files.digests import find_weights
 from mola.insight.inspection import ModuleRedundancy, module_redundancy
 from mola.reporting.document import Table

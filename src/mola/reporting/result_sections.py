@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mola.models.base_model import model_name
+from mola.checkpoints.recorded_base import model_name
 from mola.reporting.charts import Line, thinned, value_axis
 from mola.reporting.commands import evaluate_command, has_answers, inspect_command
 from mola.reporting.document import Table

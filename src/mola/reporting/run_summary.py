@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mola.models.base_model import model_name
+from mola.checkpoints.recorded_base import model_name
 from mola.reporting.document import Table
 from mola.reporting.formatting import duration, number, percent
 from mola.reporting.load_run import Run, step_of_weights

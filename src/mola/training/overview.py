@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.picture import picture_of_modules
-from mola.models.base_model import model_name
+from mola.checkpoints.recorded_base import model_name
 from mola.training.checks import CheckedRun
 from mola.training.options import TrainOptions
 from mola.tuner.layer import MolaLinear

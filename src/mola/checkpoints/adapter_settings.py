@@ -1,0 +1,96 @@
+"""The settings of an adapter folder: what its `adapter_config.json` says, and which program wrote it.
+
+Reading them needs neither torch nor PEFT.
+"""
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mola.errors import MolaError
+from mola.files.digests import CONFIG_FILE
+from mola.files.reading import read_json
+
+
+def adapter_settings(adapter: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the `adapter_config.json` of the folder that an option `adapter` names.
+
+    Raises:
+        MolaError: no such folder, or the file is missing or unreadable.
+    """
+    folder = Path(adapter)
+    if not os.path.isfile(folder / CONFIG_FILE):  # unlike `Path.is_file`, False for a name that no file can have
+        missing = f"no {CONFIG_FILE} in it" if os.path.isdir(folder) else "no such folder"
+        name = folder.as_posix()
+        is_hub_name = name.count("/") == 1 and not (os.path.exists(folder) or name.startswith((".", "/")))
+        hint = f" If it is on the Hub, fetch it first: hf download {name} --local-dir {folder.name}"
+        raise MolaError(
+            f"`adapter` must be a folder that holds an adapter: {str(folder)!r}, {missing}. "
+            f"Pass the folder that training or `mola convert` wrote.{hint if is_hub_name else ''}"
+        )
+    return read_settings(folder)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The content of `adapter_config.json`.
+
+    Raises:
+        MolaError: the file is missing, unreadable, or no JSON object.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        settings = read_json(path)
+    except (OSError, ValueError) as error:
+        raise MolaError(f"{path} cannot be read: {error}. Point to the folder of the saved adapter.") from error
+    if not isinstance(settings, dict):
+        raise MolaError(f"{path} must hold an object, got {settings!r}. Point to the folder of the saved adapter.")
+    return settings
+
+
+# The first versions of MoE-PEFT write these settings and no others. PEFT, and so mola, always writes more.
+_MOE_PEFT_ALWAYS = {
+    "peft_type",
+    "num_experts",
+    "top_k",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "bias",
+    "target_modules",
+    "base_model_name_or_path",
+    "task_type",
+}
+_MOE_PEFT_SOMETIMES = {"use_dora", "use_rslora"}
+
+
+def foreign_format(settings: Mapping[str, Any]) -> str | None:
+    """The format of an adapter that PEFT cannot load, given the parsed `adapter_config.json`.
+
+    Returns:
+        A value of `mola convert --from`: "published" (`r` is a list in an adapter of type LORA), or "moe_peft"
+        (MoE-PEFT also calls its method MOLA, but writes other files). None for everything else.
+    """
+    peft_type = settings.get("peft_type")
+    if peft_type == "LORA" and isinstance(settings.get("r"), list):
+        return "published"
+    is_first_version = _MOE_PEFT_ALWAYS <= settings.keys() <= _MOE_PEFT_ALWAYS | _MOE_PEFT_SOMETIMES
+    if peft_type == "MOLA" and ("routing_strategy" in settings or is_first_version):
+        return "moe_peft"
+    return None
+
+
+def conversion_hint(settings: Mapping[str, Any], folder: str) -> str | None:
+    """The command that converts an adapter from a different program; None for adapters that PEFT can load."""
+    found = foreign_format(settings)
+    if found is None:
+        return None
+    name, top_k = {
+        "published": ("of the paper's research code", " --top_k K (the number used in its training)"),
+        "moe_peft": ("of MoE-PEFT", ""),
+    }[found]
+    return (
+        f"{folder!r} is an adapter {name}, which must be converted first: "
+        f"mola convert {shlex.quote(folder)} --from {found} --base_model MODEL --output NEW_FOLDER{top_k}"
+    )
