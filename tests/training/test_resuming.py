@@ -160,6 +160,7 @@ def test_a_signal_in_the_last_evaluation_ends_the_run_in_order(
 ):
     """And the same command with `last` makes up for the evaluation, also where nothing is saved on the way."""
     options = {**INTERRUPTIBLE, "num_train_epochs": 1, "validation_size": 5, "per_device_eval_batch_size": 1, **saves}
+    options["eval_delay"] = 100  # no evaluation during training
     assert main(flags(tmp_path / "whole", **options)) == 0
     seen = []
 
@@ -183,6 +184,17 @@ def test_a_signal_in_the_last_evaluation_ends_the_run_in_order(
     assert read_record(folder)["status"] == "finished"
     records = [read_record(each)["metrics"]["eval_loss"] for each in (folder, tmp_path / "whole")]
     assert records[0] == records[1]
+
+
+def test_a_finished_run_is_evaluated_again_only_in_other_batches(flags, tmp_path):
+    options = {"num_train_epochs": 1, "validation_size": 5, "per_device_eval_batch_size": 4}
+    assert main(flags(**options)) == 0
+    first = read_record(tmp_path / "run")["metrics"]["eval_loss"]
+    for size, evaluated in ((4, [2]), (1, [2, 2])):
+        again = {**options, "per_device_eval_batch_size": size, "resume_from_checkpoint": "last"}
+        assert main(flags(**again)) == 0
+        assert [entry["step"] for entry in read_metrics(tmp_path / "run") if "eval_loss" in entry] == evaluated
+        assert (read_record(tmp_path / "run")["metrics"]["eval_loss"] == first) is (size == 4)
 
 
 @pytest.mark.slow

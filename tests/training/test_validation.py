@@ -40,15 +40,21 @@ def test_saved_weights_are_those_of_the_lowest_evaluation_loss(
     options |= {"lr_scheduler_kwargs": '{"min_lr_rate": 100}', "save_strategy": strategy}
     assert main(flags(eval_data=data, lora_dropout=0, save_total_limit=1, **options)) == 0
     folder = tmp_path / "run"
-    # The last entry is the evaluation of the weights that were kept.
-    *curve, final = [entry["eval_loss"] for entry in read_metrics(folder) if "eval_loss" in entry]
-    assert len(curve) == 6
+    curve = [entry["eval_loss"] for entry in read_metrics(folder) if "eval_loss" in entry]
+    assert len(curve) == 6, "each epoch is evaluated once, and the weights that were kept not again"
     assert curve[-1] > min(curve), "the last epoch has to be a worse one for this test"
     record = read_record(folder)
-    assert record["metrics"]["eval_loss"] == final == min(curve)
+    final = record["metrics"]["eval_loss"]
+    assert final == min(curve)
     assert Path(record["best_checkpoint"]).name == f"checkpoint-{3 * (1 + curve.index(min(curve)))}"
     assert_same_weights(folder, Path(record["best_checkpoint"]))
     assert evaluation_loss(folder, tiny_model_dir, data, slice(None)) == pytest.approx(final, rel=1e-5)
+    # The recorded loss is, to the last bit, what the Trainer measures with the saved weights.
+    more = {"adapter": folder, "max_steps": 1, "warmup_steps": 0, "eval_on_start": "true", "save_strategy": "no"}
+    assert main(flags(tmp_path / "more", eval_data=data, load_best_model_at_end="false", **more)) == 0
+    entries = [entry for entry in read_metrics(tmp_path / "more") if "eval_loss" in entry]
+    assert [entry["step"] for entry in entries] == [0, 1]
+    assert entries[0]["eval_loss"] == final
 
 
 def test_evaluation_can_be_switched_off_although_there_is_a_validation_split(flags, rows_file, tmp_path, caplog):
@@ -83,9 +89,19 @@ def test_splits_and_limits_are_those_asked_for(flags, tmp_path, caplog):
     assert "`eval_limit` 2 leaves 2 samples that `validation_size` takes out" in caplog.text
 
 
-def test_run_without_a_best_checkpoint_warns(flags, caplog):
+def test_run_without_a_best_checkpoint_warns_and_is_evaluated_at_its_end(flags, tmp_path, caplog):
     assert main(flags(validation_size=2, num_train_epochs=1, eval_delay=100)) == 0
     assert "No evaluation ran that could choose a best checkpoint" in caplog.text
+    losses = [entry["eval_loss"] for entry in read_metrics(tmp_path / "run") if "eval_loss" in entry]
+    assert losses == [read_record(tmp_path / "run")["metrics"]["eval_loss"]]
+
+
+def test_weights_that_no_evaluation_measured_are_evaluated(flags, tmp_path):
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 3, "load_best_model_at_end": "false"}
+    assert main(flags(validation_size=2, save_strategy="no", **steps)) == 0
+    entries = [entry for entry in read_metrics(tmp_path / "run") if "eval_loss" in entry]
+    assert [entry["step"] for entry in entries] == [2, 3]
+    assert read_record(tmp_path / "run")["metrics"]["eval_loss"] == entries[-1]["eval_loss"]
 
 
 def test_missing_split_is_named_by_its_option(flags, tmp_path, capsys):
@@ -116,7 +132,7 @@ def test_validation_split_is_evaluated_at_the_interval_asked_for(flags, tmp_path
     record = read_record(tmp_path / "run")
     assert [record["data"][name]["kept"] for name in ("train", "evaluation")] == [8, 4]
     evaluated = [entry["step"] for entry in read_metrics(tmp_path / "run") if "eval_loss" in entry]
-    assert evaluated == [2, 4, 4]  # the last one is that of the weights that were kept
+    assert evaluated == [2, 4]
 
 
 def test_base_model_too_large_for_memory_names_remedies(flags, monkeypatch, error_line):

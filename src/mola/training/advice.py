@@ -10,6 +10,7 @@ from transformers import SchedulerType, TrainerState
 from mola.errors import MolaError
 from mola.files.failures import explain_out_of_memory, explain_write_errors, lost_process_reason
 from mola.reporting.findings import is_far_above, last_mean
+from mola.training.checkpoints import step_of_saved_weights
 from mola.training.distributed import shards_weights, uses_deepspeed
 from mola.training.options import TrainOptions
 
@@ -76,9 +77,7 @@ def loss_gap_advice(options: TrainOptions, state: TrainerState, metrics: Mapping
     Returns:
         The line, or None if the losses are close or one of them is missing.
     """
-    step = state.global_step
-    if options.load_best_model_at_end and state.best_model_checkpoint is not None:
-        step = state.best_global_step or step
+    step = step_of_saved_weights(options, state)
     logged = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
     # If the weights are older than the first entry, use this entry.
     logged = [entry for entry in logged if entry[0] <= step] or logged[:1]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mola.errors import MolaError
@@ -54,6 +55,13 @@ def step_in_name(path: Path) -> int:
     """N of `checkpoint-N`; -1 for any other name."""
     found = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)", path.name)
     return int(found[1]) if found else -1
+
+
+def step_of_saved_weights(options: Any, state: TrainerState) -> int:
+    """The step whose weights a run ends with: that of the best checkpoint if there is one, else the last."""
+    if options.load_best_model_at_end and state.best_model_checkpoint is not None:
+        return step_in_name(Path(state.best_model_checkpoint))
+    return state.global_step
 
 
 def is_in(checkpoint: Path, folder: Path) -> bool:
@@ -187,6 +195,17 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
                 f"{was.get(key)!r} in {checkpoint.parent}, now {now.get(key)!r}. Use the same options and data, or "
                 "start a new run with --adapter."
             )
+
+
+def evaluates_alike(checkpoint: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the run of a checkpoint measured the evaluation loss like the resumed run, which has this record.
+
+    The loss is a mean over batches, so it depends on how samples are put into batches.
+    """
+    before = read_json_object(checkpoint.parent / RUN_FILE)
+    names = ("per_device_eval_batch_size", "label_smoothing_factor")
+    same_settings = find_difference(before.get("settings") or {}, record["settings"], names) is None
+    return same_settings and before.get("processes") == record["processes"]
 
 
 def _warn_of_other_batches(before: Mapping[str, Any], record: Mapping[str, Any]) -> None:

@@ -16,7 +16,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, Trainer, Tra
 from mola.errors import MolaError
 from mola.files.reading import read_json_object
 from mola.models.adapters import check_adapter, warn_other_base
-from mola.training.checkpoints import STATE_FILE, check_best_checkpoint, check_same_run, find_checkpoint
+from mola.training.checkpoints import (
+    STATE_FILE,
+    check_best_checkpoint,
+    check_same_run,
+    evaluates_alike,
+    find_checkpoint,
+)
 from mola.training.data import TrainingData, prepare_data
 from mola.training.distributed import check_distributed
 from mola.training.model import base_config, check_model_options, load_tokenizer_for, stores_packed
@@ -38,6 +44,7 @@ class CheckedRun:
         checkpoint: the checkpoint that the run resumes from, or None.
         steps: number of optimiser steps, including those before a resume.
         steps_before_resume: number of steps that the checkpoint has done.
+        evaluates_as_before: whether the run of the checkpoint measured the evaluation loss in the same way.
         tokenizer: of the base model.
         data: encoded samples.
         record: what `run.json` will hold.
@@ -48,6 +55,7 @@ class CheckedRun:
     checkpoint: Path | None
     steps: int
     steps_before_resume: int
+    evaluates_as_before: bool
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
     record: dict[str, Any]
@@ -82,6 +90,7 @@ def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
     _settle_steps(options, data, steps)
     record = describe_run(options, config, data, allocation)
     steps_before_resume = state.get("global_step", 0)
+    evaluates_as_before = checkpoint is not None and evaluates_alike(checkpoint, record)
     if checkpoint is not None:
         check_same_run(checkpoint, record)
         if options.load_best_model_at_end:
@@ -91,7 +100,8 @@ def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
             # Without this the Trainer would do one more step in an incomplete epoch.
             options.num_train_epochs, options.max_steps = 0, -1
             options.warmup_steps = 1  # without steps the polynomial schedule would divide by 0
-    return CheckedRun(folder, config, checkpoint, steps, steps_before_resume, tokenizer, data, record)
+    done = steps_before_resume, evaluates_as_before
+    return CheckedRun(folder, config, checkpoint, steps, *done, tokenizer, data, record)
 
 
 def _settle_steps(options: TrainOptions, data: TrainingData, steps: int) -> None:

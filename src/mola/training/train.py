@@ -31,7 +31,7 @@ from mola.insight.telemetry import ExpertTelemetry, drop_later_lines
 from mola.reporting.model_card import write_card
 from mola.training.advice import failures_explained, loading_advice, loss_gap_advice
 from mola.training.callbacks import TrainingClock, overflow_explained
-from mola.training.checkpoints import RUN_FILE, newest_complete
+from mola.training.checkpoints import RUN_FILE, newest_complete, step_of_saved_weights
 from mola.training.checks import CheckedRun, check_run
 from mola.training.distributed import loading_unsharded, shards_weights, uses_fsdp
 from mola.training.model import build_model
@@ -131,7 +131,7 @@ def _write_record(trainer: MolaTrainer, run: CheckedRun, **more: Any) -> None:
 
 
 def _train_and_evaluate(options: TrainOptions, trainer: MolaTrainer, run: CheckedRun) -> tuple[dict[str, Any], float]:
-    """Train, and evaluate the final weights. Returns the metrics, and the seconds of training."""
+    """Train, and evaluate the final weights unless they have been. Returns the metrics, and the seconds of training."""
     interruption = trainer.interruption
     telemetry = ExpertTelemetry(run.folder / ROUTING_FILE, run.checkpoint)
     if options.expert_telemetry:
@@ -148,15 +148,27 @@ def _train_and_evaluate(options: TrainOptions, trainer: MolaTrainer, run: Checke
                 metrics.pop("train_loss", None)  # no step was trained
             interruption.share_signal(options)
             if run.data.evaluation is not None and interruption.shared_signal is None:
-                with interruption.stop_on_signal():
-                    metrics.update(trainer.evaluate())
-                interruption.share_signal(options)
+                evaluation = _recorded_evaluation(options, trainer, run)
+                if evaluation is None:
+                    with interruption.stop_on_signal():
+                        evaluation = trainer.evaluate()
+                    interruption.share_signal(options)
+                metrics.update(evaluation or {})
             if interruption.shared_signal is not None and trainer.state.global_step > run.steps_before_resume:
                 trainer.save_last_step()
             return metrics, seconds
     finally:
         interruption.restore()
         telemetry.close()
+
+
+def _recorded_evaluation(options: TrainOptions, trainer: MolaTrainer, run: CheckedRun) -> dict[str, Any] | None:
+    """The metrics of the evaluation during training of the weights that are saved; None if none measured them."""
+    step = step_of_saved_weights(options, trainer.state)
+    if step <= run.steps_before_resume and not run.evaluates_as_before:
+        return None
+    entries = [entry for entry in trainer.state.log_history if entry["step"] == step and "eval_loss" in entry]
+    return {name: value for name, value in entries[-1].items() if name.startswith("eval_")} if entries else None
 
 
 @contextlib.contextmanager
