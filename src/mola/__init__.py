@@ -21,6 +21,7 @@ __all__ = [
     "EvaluateOptions",
     "EvaluateResult",
     "GenerateOptions",
+    "LossResult",
     "MolaConfig",
     "MolaError",
     "MolaLinear",

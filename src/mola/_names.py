@@ -3,6 +3,7 @@
 # `X as X`: type checkers re-export only names that are imported like this.
 from mola.evaluation.evaluate import EvaluateOptions as EvaluateOptions
 from mola.evaluation.evaluate import EvaluateResult as EvaluateResult
+from mola.evaluation.evaluate import LossResult as LossResult
 from mola.evaluation.evaluate import evaluate as evaluate
 from mola.generation.decoding import generate_text as generate_text
 from mola.generation.generate import GenerateOptions as GenerateOptions

@@ -46,23 +46,25 @@ def test_wrong_options_are_refused_before_the_weights_are_read(change, message, 
         evaluate(wrong)
 
 
-def test_other_prompts_than_those_of_the_training_are_warned_of(options, tiny_model, tmp_path, caplog):
+def test_prompts_are_those_of_the_training_and_others_are_warned_of(options, tiny_model, tmp_path, caplog):
     get_peft_model(tiny_model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
     options.adapter = str(tmp_path / "adapter")
-    for trained, asked, is_said in (("meta", None, True), ("meta", "meta", False), ("alpaca", None, False)):
-        (tmp_path / "adapter" / "run.json").write_text(json.dumps({"template": trained}), encoding="utf-8")
+    (tmp_path / "adapter" / "run.json").write_text(json.dumps({"template": "meta"}), encoding="utf-8")
+    for asked, used in ((None, "meta"), ("meta", "meta"), ("alpaca", "alpaca")):
         caplog.clear()
-        check_evaluation(EvaluateOptions(**asdict(options) | {"template": asked}))
-        assert ("trained with the prompt template meta and is used with alpaca." in caplog.text) == is_said
+        checked = check_evaluation(EvaluateOptions(**asdict(options) | {"template": asked}))
+        assert checked.template.name == used
+        is_said = "trained with the prompt template meta and is used with alpaca." in caplog.text
+        assert is_said == (used == "alpaca")
 
 
 def test_answers_of_another_dtype_are_not_used_again(options, monkeypatch):
     """That of "auto" depends on the machine."""
-    task, examples, _ = check_evaluation(options)
+    checked = check_evaluation(options)
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(resuming, "resolve_dtype", lambda *_, dtype=dtype: (dtype, "as chosen here"))
-        found.append(resuming.answers_made_with(options, task, examples))
+        found.append(resuming.answers_made_with(options, checked.task, "alpaca", checked.examples))
     assert found[0] != found[1]
 
 

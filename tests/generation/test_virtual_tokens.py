@@ -6,7 +6,7 @@ from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from mola._compat import cache_argument, generation_reads_cache_keyword
 from mola.errors import MolaError
-from mola.evaluation.core import _why_one_by_one
+from mola.evaluation.core import why_one_by_one
 from mola.generation import predicting
 from mola.generation.batching.forward import Adapters
 from mola.generation.decoding import generate_text
@@ -52,8 +52,8 @@ def test_virtual_tokens_take_positions_and_prevent_batches(tiny_model, tiny_toke
     assert predicting.positions_left(model) == limit - 5
     with pytest.raises(MolaError, match=f"{limit - 5}"):
         generate_text(model, tiny_tokenizer, "Once", max_new_tokens=limit - 8)
-    assert "padding" in _why_one_by_one(model, 10)
-    assert _why_one_by_one(tiny_model, 10) is None
+    assert "padding" in why_one_by_one(model, 10)
+    assert why_one_by_one(tiny_model, 10) is None
 
 
 def test_a_prefix_counts_or_is_refused(tiny_model, tiny_tokenizer):

@@ -15,7 +15,7 @@ from mola.exporting.options import ConvertOptions
     "options",
     [
         AllocateOptions(Path("model"), "uniform", 4, output=Path("file")),
-        EvaluateOptions(Path("model"), "sample", "data", output=Path("file")),
+        EvaluateOptions(Path("model"), "sample", data="data", output=Path("file")),
         LmEvalOptions(Path("model"), "piqa", output=Path("file")),
         ConvertOptions([Path("one"), Path("two")], Path("folder")),
     ],

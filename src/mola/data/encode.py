@@ -158,14 +158,13 @@ def encode_untruncated(
         tokenizer: the model's tokenizer.
         template: prompt template.
         max_length: length of the longest sequence that the model can read, in tokens; None if unlimited.
-        add_eos_token: end every sample with EOS.
+        add_eos_token: end every sample with EOS, if the tokenizer has one.
 
     Raises:
         MolaError: a sample is longer than `max_length`; see also `encode_examples`.
     """
-    dataset, report = encode_examples(
-        examples, tokenizer, template, cutoff_len=sys.maxsize, add_eos_token=add_eos_token
-    )
+    has_end = add_eos_token and bool(template.ending(tokenizer))
+    dataset, report = encode_examples(examples, tokenizer, template, cutoff_len=sys.maxsize, add_eos_token=has_end)
     if max_length is not None and report.longest > max_length:
         row_id = examples[list(dataset["length"]).index(report.longest)]["id"]
         raise MolaError(

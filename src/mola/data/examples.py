@@ -195,6 +195,11 @@ def _needs_task(rows: _Rows, path: str | Path) -> MolaError:
     )
 
 
+def trained_bytes(example: Mapping[str, Any]) -> int:
+    """Number of UTF-8 bytes of the text that is trained: the output."""
+    return len(example["output"].encode("utf-8", "surrogatepass"))
+
+
 def check_ids(ids: Iterable[str], source: str) -> None:
     """Raise if an id occurs twice."""
     seen: set[str] = set()

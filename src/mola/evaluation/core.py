@@ -121,27 +121,15 @@ def evaluate_examples(
     limit = predicting.positions_left(model)
     questions, lengths = checked_questions(tokenizer, task, examples, template, scoring, max_new_tokens, limit)
     longest = max(lengths) + (max_new_tokens if scoring == "generate" else 0)
-    if batch_size > 1 and (reason := _why_one_by_one(model, longest)) is not None:
+    if batch_size > 1 and (reason := why_one_by_one(model, longest)) is not None:
         logger.warning("Samples are processed one at a time: %s.", reason)
         batch_size = 1
-    records: dict[int, Mapping[str, Any]] = {record["index"]: record for record in finished_records}
-    remaining = [index for index in range(len(questions)) if index not in records]
-    batches = [
-        [remaining[i] for i in batch]
-        for batch in predicting.batches_by_length([lengths[i] for i in remaining], batch_size)
-    ]
-    with predicting.inference_state(model):
-        for batch in terminal.show_progress(batches, f"{task.name}, batches") if show_progress else batches:
-            start = time.perf_counter()
-            samples = _answer_batch(model, tokenizer, task, [questions[i] for i in batch], max_new_tokens)
-            seconds = (time.perf_counter() - start) / len(batch)
-            new = [
-                {"index": index, "seconds": seconds, "sample": sample}
-                for index, sample in zip(batch, samples, strict=True)
-            ]
-            records.update(zip(batch, new, strict=True))
-            if on_batch is not None:
-                on_batch(new)
+
+    def answer_questions(indices: list[int]) -> list[dict[str, Any]]:
+        return _answer_batch(model, tokenizer, task, [questions[i] for i in indices], max_new_tokens)
+
+    title = f"{task.name}, batches" if show_progress else None
+    records = process_batches(model, answer_questions, lengths, batch_size, finished_records, on_batch, title)
     settings = {
         "task": task.name,
         "template": template.name if isinstance(template, Template) else template,
@@ -150,7 +138,7 @@ def evaluate_examples(
         "max_new_tokens": max_new_tokens,
     }
     device = next(model.parameters()).device
-    result = _build_result(task, examples, [records[index] for index in range(len(questions))], settings, device)
+    result = _build_result(task, examples, records, settings, device)
     if (answer := constant_prediction(result.samples)) is not None:
         logger.warning(
             "All %d samples got the same answer, %r, which is correct for %.1f %% of them: accuracy only reflects how "
@@ -162,7 +150,51 @@ def evaluate_examples(
     return result
 
 
-def _why_one_by_one(model: Any, longest: int) -> str | None:
+def process_batches(
+    model: Any,
+    process: Callable[[list[int]], list[dict[str, Any]]],
+    lengths: Sequence[int],
+    batch_size: int,
+    finished_records: Iterable[Mapping[str, Any]],
+    on_batch: Callable[[list[dict[str, Any]]], None] | None,
+    title: str | None,
+) -> list[Mapping[str, Any]]:
+    """Process those samples in batches that have no record yet, the longest first.
+
+    Args:
+        model: put into its inference state during the work.
+        process: makes the samples of a batch from their indices.
+        lengths: number of tokens of each sample.
+        batch_size: samples per batch.
+        finished_records: records of an earlier, interrupted evaluation.
+        on_batch: see `evaluate_examples`.
+        title: text before the progress bar; None for no bar.
+
+    Returns:
+        The record `{"index", "seconds", "sample"}` of each sample, in the order of `lengths`.
+    """
+    records: dict[int, Mapping[str, Any]] = {record["index"]: record for record in finished_records}
+    remaining = [index for index in range(len(lengths)) if index not in records]
+    batches = [
+        [remaining[i] for i in batch]
+        for batch in predicting.batches_by_length([lengths[i] for i in remaining], batch_size)
+    ]
+    with predicting.inference_state(model):
+        for batch in batches if title is None else terminal.show_progress(batches, title):
+            start = time.perf_counter()
+            samples = process(batch)
+            seconds = (time.perf_counter() - start) / len(batch)
+            new = [
+                {"index": index, "seconds": seconds, "sample": sample}
+                for index, sample in zip(batch, samples, strict=True)
+            ]
+            records.update(zip(batch, new, strict=True))
+            if on_batch is not None:
+                on_batch(new)
+    return [records[index] for index in range(len(lengths))]
+
+
+def why_one_by_one(model: Any, longest: int) -> str | None:
     """Why samples must be answered one at a time; None if they can be answered in batches.
 
     `longest` is the number of tokens of the longest sample, with its answer.

@@ -1,25 +1,29 @@
-"""`mola evaluate`: a model answers the questions of a test file, and the correct answers are counted.
+"""`mola evaluate`: the loss of a model on free text, or how many questions of a test file it answers correctly.
 
-- `evaluate_examples` in `mola.evaluation.core` queries a loaded model with examples in memory.
+- `evaluate_examples` in `mola.evaluation.core` lets a loaded model answer examples in memory, and `evaluate_loss` in
+  `mola.evaluation.free_text` measures its loss on them.
 - `evaluate` checks the options, loads model and data, resumes an interrupted evaluation and writes the result file.
 - `main` is the command, which prints a table.
 """
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from mola.data.encode import encode_untruncated
 from mola.data.examples import load_examples
 from mola.data.read import check_split
 from mola.data.tasks import Task, load_task
+from mola.data.templates import Template
 from mola.errors import MolaError
 from mola.evaluation.core import EvaluateResult, evaluate_examples
+from mola.evaluation.free_text import LossResult, evaluate_loss
 from mola.evaluation.options import MAX_NEW_TOKENS, EvaluateOptions
 from mola.evaluation.questions import checked_questions
 from mola.evaluation.resuming import AnswersFile, answers_made_with
@@ -28,15 +32,24 @@ from mola.files.terminal import make_table_console
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.from_options import check_model, model_for, tokenizer_for
-from mola.models.prompts import template_for, warn_of_other_template
+from mola.models.prompts import default_template, template_for, trains_end_token, warn_of_other_template
 from mola.options.fields import check_positive, parse_mapping
 
-__all__ = ["EvaluateOptions", "EvaluateResult", "evaluate", "main"]
+__all__ = ["EvaluateOptions", "EvaluateResult", "LossResult", "evaluate", "main"]
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate(options: EvaluateOptions) -> EvaluateResult:
+class CheckedEvaluation(NamedTuple):
+    """What an evaluation needs besides the model."""
+
+    task: Task | None  # the task whose answers are scored; None if the loss of free text is measured
+    examples: list[dict[str, Any]]
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+
+
+def evaluate(options: EvaluateOptions) -> EvaluateResult | LossResult:
     """Load a model, evaluate it on a file and write the result file.
 
     With `output`, answered samples are kept in `<output>.partial.jsonl`; after an interruption the same
@@ -46,36 +59,61 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         options: what to evaluate.
 
     Returns:
-        The result, as written.
+        The result, as written: an `EvaluateResult` for a task with answers, else a `LossResult`.
 
     Raises:
         MolaError: something is wrong with the options or the data; raised before the model is loaded.
     """
-    task, examples, tokenizer = check_evaluation(options)
+    checked = check_evaluation(options)
     answers, finished = None, []
     if options.output is not None:
-        answers = AnswersFile(options.output, answers_made_with(options, task, examples))
+        made_with = answers_made_with(options, checked.task, checked.template.name, checked.examples)
+        answers = AnswersFile(options.output, made_with)
         finished = answers.read(discard_others=options.overwrite)
         if finished:
             logger.warning("Resuming with %d finished samples of %s.", len(finished), answers.path)
     set_seed(options.seed)
-    result = evaluate_examples(
-        model_for(options, options.adapter),
-        tokenizer,
-        task,
-        examples,
-        template=template_for(options.template or task.template, tokenizer, options.adapter),
-        scoring=options.scoring,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        finished_records=finished,
-        on_batch=None if answers is None else answers.append,
-    )
-    result = replace(result, settings=asdict(options))
+    model = model_for(options, options.adapter)
+    result = _measure(options, model, checked, finished, None if answers is None else answers.append)
     if options.output is not None and answers is not None:
         atomic_write_json(options.output, result.to_dict())
         answers.remove()
     return result
+
+
+def _measure(
+    options: EvaluateOptions,
+    model: Any,
+    checked: CheckedEvaluation,
+    finished: list[dict[str, Any]],
+    on_batch: Callable[[list[dict[str, Any]]], None] | None,
+) -> EvaluateResult | LossResult:
+    task, examples, tokenizer, template = checked
+    if task is None:
+        result = evaluate_loss(
+            model,
+            tokenizer,
+            examples,
+            template=template,
+            add_eos_token=trains_end_token(options.adapter),
+            batch_size=options.batch_size,
+            finished_records=finished,
+            on_batch=on_batch,
+        )
+        return replace(result, settings=asdict(options) | {"template": template.name})
+    accuracy = evaluate_examples(
+        model,
+        tokenizer,
+        task,
+        examples,
+        template=template,
+        scoring=options.scoring,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        finished_records=finished,
+        on_batch=on_batch,
+    )
+    return replace(accuracy, settings=asdict(options))
 
 
 def main(options: EvaluateOptions) -> int:
@@ -83,13 +121,14 @@ def main(options: EvaluateOptions) -> int:
     if options.scoring == "likelihood" and options.max_new_tokens != MAX_NEW_TOKENS:
         logger.warning("`max_new_tokens` is not used: scoring by likelihood generates nothing.")
     result = evaluate(options)
-    make_table_console().print(_table(result, options))
+    table = _loss_table(result, options) if isinstance(result, LossResult) else _table(result, options)
+    make_table_console().print(table)
     if options.output is not None:
         print(f"Every sample is in {options.output}")
     return 0
 
 
-def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any]], PreTrainedTokenizerBase]:
+def check_evaluation(options: EvaluateOptions) -> CheckedEvaluation:
     """Load task, examples and tokenizer, and find all errors that can be found before the weights are loaded."""
     check_positive(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, limit=options.limit)
     if not 0 <= options.seed < 2**32:
@@ -101,21 +140,60 @@ def check_evaluation(options: EvaluateOptions) -> tuple[Task, list[dict[str, Any
         check_new_file("output", options.output, options.overwrite)
         if os.path.realpath(options.output) == os.path.realpath(options.data):
             raise MolaError(f"`output` must not be `data` ({options.data!r}), which it would replace. Choose another.")
-    task = load_task(options.task)
+    task = None if options.task is None else load_task(options.task)
     check_split("split", options.split, EvaluateOptions.split, options.data)
     filters = parse_mapping("filters", options.filters)
     examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options)
     limit = max_positions(config)
-    warn_of_other_template(options.adapter, options.template or task.template)
-    template = template_for(options.template or task.template, tokenizer, options.adapter)
+    name = options.template or default_template(task, options.adapter)
+    warn_of_other_template(options.adapter, name)
+    template = template_for(name, tokenizer, options.adapter)
+    if task is None or task.answer is None:
+        _check_no_option_is_ignored(options)
+        encode_untruncated(examples, tokenizer, template, limit, trains_end_token(options.adapter))
+        return CheckedEvaluation(None, examples, tokenizer, template)
     checked_questions(tokenizer, task, examples, template, options.scoring, options.max_new_tokens, limit)
-    return task, examples, tokenizer
+    return CheckedEvaluation(task, examples, tokenizer, template)
+
+
+def _check_no_option_is_ignored(options: EvaluateOptions) -> None:
+    for name in ("scoring", "max_new_tokens"):
+        if (value := getattr(options, name)) != getattr(EvaluateOptions, name):
+            raise MolaError(
+                f"`{name}` ({value!r}) is for questions with answers, but the loss of free text is measured. Leave it "
+                "out, or pass the `task` that says where the answers are."
+            )
+
+
+def _model_words(options: EvaluateOptions) -> str:
+    return options.base_model if options.adapter is None else f"{options.base_model} + {options.adapter}"
+
+
+def _loss_table(result: LossResult, options: EvaluateOptions) -> Table:
+    table = Table(title=escape(f"{options.data}: {_model_words(options)}"))
+    per_byte, interval = "-", "-"
+    if result.loss_per_byte is not None:
+        per_byte = f"{result.loss_per_byte:.4f}"
+    if result.interval_95 is not None:
+        interval = "{:.4f} to {:.4f}".format(*result.interval_95)
+    values = {
+        "loss per token": f"{result.loss:.4f}",
+        "95 % interval": interval,
+        "perplexity": f"{result.perplexity:.4g}",
+        "loss per byte": per_byte,
+        "rows": str(result.total),
+        "tokens": str(result.tokens),
+    }
+    for column in values:
+        table.add_column(column, justify="right")
+    table.add_row(*values.values())
+    table.caption = f"losses in nats, template {result.settings['template']}, {result.seconds:.1f} s"
+    return table
 
 
 def _table(result: EvaluateResult, options: EvaluateOptions) -> Table:
-    model = options.base_model if options.adapter is None else f"{options.base_model} + {options.adapter}"
-    table = Table(title=escape(f"{options.task}: {model}"))
+    table = Table(title=escape(f"{options.task}: {_model_words(options)}"))
     for column in ("group", "value"):
         table.add_column(column, overflow="fold")
     for column in ("accuracy", "95 % interval", "correct", "total"):

@@ -14,8 +14,12 @@ class EvaluateOptions(ModelOptions):
     """Options of `mola evaluate`."""
 
     _start: ClassVar = START
-    task: str = field(metadata={"help": "Name of a task, or a task file (YAML)."})
-    data: str = field(metadata={"help": "Test data: a JSON, JSON lines or CSV file, or a saved dataset."})
+    task: str | None = option(
+        None,
+        "Name of a task, or a task file (YAML), to measure the accuracy of answers. Without one, or if the task has no "
+        "answers, the loss and the perplexity of the outputs are measured.",
+    )
+    data: str = field(kw_only=True, metadata={"help": "Test data: a JSON, JSON lines or CSV file, or a saved dataset."})
     adapter: str | None = option(None, "Folder of an adapter; none evaluates the base model alone.")
 
     _data: ClassVar = Group("data")
@@ -29,7 +33,9 @@ class EvaluateOptions(ModelOptions):
         MAX_NEW_TOKENS, "Tokens to generate per sample; enough for a short answer (the research code uses 128)."
     )
     template: str | None = option(
-        None, "Prompt template; chat is the chat template of adapter or base model. Default: the task's own."
+        None,
+        "Prompt template; chat is the chat template of adapter or base model. Default: the one of the adapter's "
+        "training, else the task's own, else alpaca.",
     )
     scoring: str = option(
         "generate",

@@ -81,16 +81,29 @@ class AnswersFile:
         self.path.unlink(missing_ok=True)
 
 
-def answers_made_with(options: Any, task: Task, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Everything that the answers depend on: an `EvaluateOptions`, data, task, weights, versions, device and dtype."""
+def answers_made_with(
+    options: Any, task: Task | None, template: str, examples: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Everything that the answers depend on.
+
+    Args:
+        options: the `EvaluateOptions`.
+        task: the task whose answers are scored; None if the loss of free text is measured.
+        template: name of the prompt template, which may be that of the adapter's training.
+        examples: the data.
+
+    Returns:
+        The options, the task, the data, and the weights, versions, device and dtype.
+    """
     device = resolve_device(options.device)
     settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite")}
     # `data_fingerprint` covers the texts; the right answer and the number of choices decide the score.
     answers = [[example["answer"], example["num_choices"]] for example in examples]
     return {
         **settings,
-        "task_version": task.version,
-        "task_fingerprint": task.fingerprint(),
+        "template": template,
+        "task_version": task and task.version,
+        "task_fingerprint": task and task.fingerprint(),
         "data_fingerprint": data_fingerprint(examples),
         "answers_fingerprint": hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
         "weights": [_file_stamps(folder) for folder in (options.base_model, options.adapter) if folder],

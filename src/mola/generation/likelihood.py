@@ -1,13 +1,17 @@
-"""The likelihood of a question's options: how probable a model finds each option as the end of the text."""
+"""The likelihood of text: of a question's options as the end of a text, and of all tokens that count in the loss."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from mola.data.templates import Template
+from mola.data.tokenized import IGNORED
 from mola.generation.predicting import (
+    accepts_positions,
     check_token_ids,
     device_of,
     encode_prompts,
@@ -16,6 +20,8 @@ from mola.generation.predicting import (
     num_embeddings,
     pad_token_id,
 )
+
+Batch = dict[str, torch.Tensor]
 
 
 def option_log_probabilities(
@@ -118,3 +124,44 @@ def _last_log_probabilities(
     kept = last_positions(count, ids.device)
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept).logits
     return torch.log_softmax(logits[:, -count:].float(), dim=-1).cpu()
+
+
+def needed_logits(labels: torch.Tensor) -> Batch:
+    """`logits_to_keep` and `shift_labels` for `labels: (samples, tokens)`; empty if no token counts in the loss."""
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    kept = (shifted != IGNORED).any(0).nonzero().squeeze(1)
+    return {"logits_to_keep": kept, "shift_labels": shifted[:, kept].contiguous()} if len(kept) else {}
+
+
+def label_losses(
+    model: Any, tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+) -> list[tuple[float, int]]:
+    """Loss of each text in nats, summed over the tokens that count, and the number of these tokens.
+
+    With the token ids `t_1 .. t_n` of one text and its labels `l_1 .. l_n`, of which `l_i` is `t_i` or `IGNORED`:
+
+        loss = - sum_{i > 1, l_i = t_i} log p(t_i | t_1 .. t_{i-1})
+
+    Texts are padded on the right, behind every token that counts. The model computes logits only at positions whose
+    next token counts in some text, and one text at a time is converted to float32. Call this function inside
+    `inference_state`.
+    """
+    check_token_ids(num_embeddings(model), ids)
+    rows, targets = ([torch.tensor(each) for each in sequences] for sequences in (ids, labels))
+    padded = pad_sequence(rows, batch_first=True, padding_value=pad_token_id(tokenizer))
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    needed = needed_logits(pad_sequence(targets, batch_first=True, padding_value=IGNORED))
+    if not needed:
+        return [(0.0, 0)] * len(rows)
+    # Positions count from the end, because some adapters put virtual tokens before the text.
+    positions = needed["logits_to_keep"] - padded.shape[1]
+    device = device_of(model)
+    more = {"logits_to_keep": positions.to(device)} if accepts_positions(model) else {}
+    logits = model(input_ids=padded.to(device), attention_mask=mask.to(device), **more).logits
+    losses = []
+    for index, target in enumerate(needed["shift_labels"]):
+        counts = target != IGNORED
+        kept = counts.nonzero().squeeze(1) if more else positions[counts]
+        values = F.cross_entropy(logits[index, kept.to(device)].float(), target[counts].to(device), reduction="none")
+        losses.append((float(values.double().sum()), int(counts.sum())))
+    return losses

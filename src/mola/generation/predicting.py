@@ -223,6 +223,11 @@ def last_positions(count: int, device: torch.device) -> torch.Tensor:
     return torch.arange(-count, 0, device=device)
 
 
+def accepts_positions(model: Any) -> bool:
+    """Whether a model can compute logits only at certain positions, its argument `logits_to_keep`."""
+    return "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
+
+
 @contextmanager
 def inference_state(model: Any) -> Iterator[None]:
     """Eval mode, no gradients, and a `generation_config` with end tokens alone; the block restores all of them."""
@@ -275,8 +280,7 @@ def generate_batch(
     check_token_ids(num_embeddings(model), prompts)
     ids, mask = left_pad(prompts, pad_token_id(tokenizer), device_of(model))
     arguments: dict[str, Any] = {"logits_processor": LogitsProcessorList([nan_check, *(logits_processor or ())])}
-    takes_indices = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
-    if len(prompts) > 1 and config.num_beams == 1 and takes_indices:  # beam search would repeat the indices
+    if len(prompts) > 1 and config.num_beams == 1 and accepts_positions(model):  # beam search would repeat the indices
         arguments["logits_to_keep"] = last_positions(1, ids.device)
     sequences = model.generate(
         input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, **arguments

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mola.data.tasks import Task, template_name
 from mola.data.templates import CHAT, Template, get_template
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json
@@ -58,6 +59,16 @@ def template_of(adapter: str | os.PathLike[str]) -> str | None:
     This is the template that the folder names, else `chat` if the folder has a chat template, as TRL saves it.
     """
     return trained_template(adapter) or (CHAT if own_chat(adapter) is not None else None)
+
+
+def default_template(task: Task | None, adapter: str | os.PathLike[str] | None = None) -> str:
+    """Name of the prompt template if none is given: the one of the adapter's training, else `template_name`."""
+    return (None if adapter is None else template_of(adapter)) or template_name(None, task)
+
+
+def trains_end_token(adapter: str | os.PathLike[str] | None) -> bool:
+    """Whether the end token after an output counts in the loss of an adapter's training; True if unknown."""
+    return adapter is None or trained_settings(adapter).get("add_eos_token") is not False
 
 
 def _record_folders(adapter: str | os.PathLike[str]) -> list[Path]:

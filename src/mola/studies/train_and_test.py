@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 import torch
 
 from mola.data.read import check_split, split_names
+from mola.data.tasks import Task, load_task, template_name
 from mola.errors import MolaError
-from mola.evaluation.evaluate import EvaluateOptions, evaluate
+from mola.evaluation.evaluate import EvaluateOptions, check_evaluation, evaluate
 from mola.files.reading import read_json
 from mola.models.options import QUANTIZATION_OPTIONS
 from mola.studies.fields import TestFields
@@ -80,9 +81,25 @@ def evaluation_of(options: TrainAndTestOptions) -> EvaluateOptions:
     if options.test_data is not None:
         check_split("test_split", options.test_split, TrainAndTestOptions.test_split, options.test_data)
     values = {name: getattr(options, own) for name, own in _TEST_OPTIONS.items()}
+    # Named here, because a later training may leave an adapter with the template of a different task.
+    values["template"] = template_name(options.template, load_task(options.task))
     return EvaluateOptions(
         **values, data=options.test_data or _test_source(options), device="cpu" if options.use_cpu else None
     )
+
+
+def check_questions(test: EvaluateOptions) -> tuple[Task, list[dict[str, Any]]]:
+    """Check an evaluation that measures accuracy, before weights are loaded; returns its task and its examples.
+
+    Raises:
+        MolaError: the task has no answers, or see `check_evaluation`.
+    """
+    checked = check_evaluation(test)
+    if checked.task is None:
+        raise MolaError(
+            f"`task` must say where the answers are, whose accuracy is measured: {test.task!r} does not. Change it."
+        )
+    return checked.task, checked.examples
 
 
 def _test_source(options: TrainAndTestOptions) -> str:

@@ -15,11 +15,10 @@ from peft import PeftModel
 from torch import nn
 
 from mola.data.tokenized import IGNORED
+from mola.generation.likelihood import Batch, needed_logits
 from mola.training.options import TrainOptions
 
 logger = logging.getLogger(__name__)
-
-Batch = dict[str, torch.Tensor]
 
 
 class NeededLogits:
@@ -39,13 +38,6 @@ class NeededLogits:
         """One batch. Nothing is added if none of its tokens contributes to the loss."""
         batch = self.collate(samples)
         return {**batch, **needed_logits(batch["labels"])}
-
-
-def needed_logits(labels: torch.Tensor) -> Batch:
-    """`logits_to_keep` and `shift_labels` for `labels: (samples, tokens)`; empty if no token counts in the loss."""
-    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    kept = (shifted != IGNORED).any(0).nonzero().squeeze(1)
-    return {"logits_to_keep": kept, "shift_labels": shifted[:, kept].contiguous()} if len(kept) else {}
 
 
 def computes_needed_logits(model: nn.Module, options: TrainOptions) -> bool:

@@ -14,13 +14,13 @@ from transformers import PretrainedConfig
 from mola.data.encode import data_fingerprint
 from mola.data.examples import distinct_questions
 from mola.errors import MolaError
-from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
+from mola.evaluation.evaluate import EvaluateOptions
 from mola.files.digests import weights_sha256
 from mola.files.reading import read_json
 from mola.models.base_model import weights_identity
 from mola.studies.comparison.options import Key
 from mola.studies.overlaps import Questions, check_training, is_subset, warn_of_shared
-from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
+from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, check_questions, evaluation_of
 from mola.training.checks import check_steps
 from mola.training.data import prepare_data
 from mola.training.fields import ADAPTER_DEFAULTS
@@ -120,7 +120,7 @@ def _check_run(key: Key, options: TrainAndTestOptions, checked: set[str], data_o
 def _check_data(key: Key, options: TrainAndTestOptions, base: PretrainedConfig) -> dict[str, Any]:
     """Check training and test data, and the number of steps; the values of a `Run` that follow from them."""
     test = evaluation_of(options)
-    task, examples, _ = check_evaluation(test)
+    task, examples = check_questions(test)
     data = prepare_data(copy.copy(options), load_tokenizer_for(options, base), base)
     check_steps(options, data)
     questions = distinct_questions(examples)

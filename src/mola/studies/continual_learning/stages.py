@@ -9,13 +9,13 @@ from typing import Any
 from mola.data.encode import data_fingerprint
 from mola.data.examples import distinct_questions
 from mola.errors import MolaError
-from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
+from mola.evaluation.evaluate import EvaluateOptions
 from mola.models.options import QUANTIZATION_OPTIONS
 from mola.options.fields import parse_named_mappings
 from mola.options.parsing import convert
 from mola.studies.fields import ContinualFields
 from mola.studies.overlaps import Questions, check_training
-from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
+from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, check_questions, evaluation_of
 from mola.training.checks import check_steps
 from mola.training.data import prepare_data
 from mola.training.fields import ADAPTER_DEFAULTS, TRAINING_ONLY
@@ -142,7 +142,7 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
                 config = replace(config, **changes) if changes else config
                 check_losses(stage_options, config, base)
             test = evaluation_of(stage_options)
-            _, test_examples, _ = check_evaluation(test)
+            _, test_examples = check_questions(test)
             data = prepare_data(stage_options, tokenizer, base)
             check_steps(stage_options, data)
             tests[name] = distinct_questions(test_examples), test

@@ -1,0 +1,188 @@
+"""The loss and the perplexity of free text: how well a loaded model predicts the outputs of examples."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap
+from transformers import PreTrainedTokenizerBase
+
+from mola.data.encode import data_fingerprint, encode_untruncated
+from mola.data.examples import trained_bytes
+from mola.data.templates import Template, get_template
+from mola.errors import NotFiniteError
+from mola.evaluation.core import process_batches, why_one_by_one
+from mola.files.environment import machine_description, software_versions
+from mola.generation import predicting
+from mola.generation.likelihood import label_losses
+from mola.options.fields import check_positive
+
+logger = logging.getLogger(__name__)
+
+_DRAWS = 2000  # of the bootstrap
+_DRAWN_AT_ONCE = 10_000_000  # rows drawn at the same time, 80 MB
+
+
+@dataclass
+class LossResult:
+    r"""Result of an evaluation on free text; the fields are those of the result file.
+
+    With the loss `L_i` of row `i` in nats, summed over its `T_i` trained tokens, and its `B_i` trained bytes:
+
+        loss = \sum_i L_i / \sum_i T_i      perplexity = exp(loss)      loss_per_byte = \sum_i L_i / \sum_i B_i
+
+    Attributes:
+        loss: nats per trained token.
+        perplexity: e to the power of `loss`.
+        loss_per_byte: nats per UTF-8 byte of the trained text, which different tokenizers share; None if there are no
+            bytes.
+        interval_95: 95 % interval of `loss` for other rows, see `loss_interval`; None for a single row.
+        tokens: trained tokens. The token that ends an output is one of them.
+        bytes: bytes of the trained text. The token that ends an output has none.
+        total: number of rows.
+        samples: `id`, `loss` (sum, in nats), `tokens` and `bytes` of each row, in the order of the data.
+        settings: template and batch size (1 if batches would change results).
+        versions: of mola, torch, transformers, peft and Python.
+        data_fingerprint: SHA-256 of the examples, computed as for a training run's `run.json`.
+        seconds: wall time of all rows, excluding loading; includes the time before a resume.
+        machine: cpu, gpu, threads.
+    """
+
+    loss: float
+    perplexity: float
+    loss_per_byte: float | None
+    interval_95: list[float] | None
+    tokens: int
+    bytes: int
+    total: int
+    samples: list[dict[str, Any]]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    data_fingerprint: str
+    seconds: float
+    machine: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Content of the result file."""
+        return asdict(self)
+
+
+def evaluate_loss(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    template: str | Template = "alpaca",
+    add_eos_token: bool = True,
+    batch_size: int = 8,
+    finished_records: Iterable[Mapping[str, Any]] = (),
+    on_batch: Callable[[list[dict[str, Any]]], None] | None = None,
+    show_progress: bool = True,
+) -> LossResult:
+    """Measure the loss of a loaded model on the examples' outputs; model and tokenizer stay unchanged.
+
+    The tokens are those that a training on the examples would train, and the loss is that of the training without the
+    losses of routers.
+
+    Args:
+        model: causal language model, in training or eval mode.
+        tokenizer: its tokenizer.
+        examples: as `mola.data.examples.load_examples` returns them.
+        template: prompt template, or its name.
+        add_eos_token: let the end token after an output count, as in a training with `add_eos_token`. A tokenizer
+            without an end token adds none.
+        batch_size: rows per batch.
+        finished_records: records of an earlier, interrupted evaluation, in the form in which `on_batch` gets them.
+        on_batch: called after every batch with its records `{"index", "seconds", "sample"}`, see `evaluate_examples`;
+            a sample is an entry of `LossResult.samples`.
+        show_progress: show a progress bar on stderr.
+
+    Returns:
+        The result.
+
+    Raises:
+        MolaError: wrong arguments or examples; a row too long for the model.
+        NotFiniteError: the loss of a row is not a finite number.
+    """
+    check_positive(batch_size=batch_size)
+    layout = template if isinstance(template, Template) else get_template(template, tokenizer)
+    dataset = encode_untruncated(examples, tokenizer, layout, predicting.positions_left(model), add_eos_token)
+    lengths = list(dataset["length"])
+    if batch_size > 1 and (reason := why_one_by_one(model, max(lengths))) is not None:
+        logger.warning("Rows are processed one at a time: %s.", reason)
+        batch_size = 1
+
+    def measure(indices: list[int]) -> list[dict[str, Any]]:
+        rows = dataset[indices]
+        losses = label_losses(model, tokenizer, rows["input_ids"], rows["labels"])
+        return [_sample(examples[index], *row) for index, row in zip(indices, losses, strict=True)]
+
+    title = "Loss, batches" if show_progress else None
+    records = process_batches(model, measure, lengths, batch_size, finished_records, on_batch, title)
+    settings = {"template": layout.name, "batch_size": batch_size}
+    samples = [dict(record["sample"]) for record in records]
+    return LossResult(
+        **summarize_losses(samples),
+        samples=samples,
+        settings=settings,
+        versions=software_versions(),
+        data_fingerprint=data_fingerprint(examples),
+        seconds=sum(record["seconds"] for record in records),
+        machine=machine_description(predicting.device_of(model)),
+    )
+
+
+def _sample(example: Mapping[str, Any], loss: float, tokens: int) -> dict[str, Any]:
+    if not math.isfinite(loss):
+        raise NotFiniteError(
+            f"the loss of sample {example['id']!r} is {loss}. Pass --dtype float32 or bfloat16, and check that the "
+            "weights of `base_model` are finite."
+        )
+    return {"id": example["id"], "loss": loss, "tokens": tokens, "bytes": trained_bytes(example)}
+
+
+def summarize_losses(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`loss`, `perplexity`, `loss_per_byte`, `interval_95`, `tokens`, `bytes` and `total` of `LossResult.samples`."""
+    losses, tokens, sizes = ([sample[name] for sample in samples] for name in ("loss", "tokens", "bytes"))
+    loss = math.fsum(losses) / sum(tokens)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "loss_per_byte": math.fsum(losses) / sum(sizes) if any(sizes) else None,
+        "interval_95": loss_interval(losses, tokens),
+        "tokens": sum(tokens),
+        "bytes": sum(sizes),
+        "total": len(samples),
+    }
+
+
+def loss_interval(losses: Sequence[float], tokens: Sequence[int]) -> list[float] | None:
+    r"""95 % interval of `\sum_i L_i / \sum_i T_i` for other rows: 2.5 % and 97.5 % quantile of a bootstrap over rows.
+
+    Each of 2,000 draws has as many rows as the data. The seed is fixed, so equal rows give equal intervals.
+
+    Args:
+        losses: sum of the loss of each row.
+        tokens: number of trained tokens of each row.
+
+    Returns:
+        Lower and upper end; None for a single row.
+
+    Source: Efron 1979, Annals of Statistics 7:1.
+    """
+    if len(losses) < 2:
+        return None
+    found = bootstrap(
+        (np.asarray(losses), np.asarray(tokens)),
+        lambda loss, count, axis: loss.sum(axis) / count.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=_DRAWS,
+        batch=max(1, _DRAWN_AT_ONCE // len(losses)),
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
+    return [float(found.low), float(found.high)]
