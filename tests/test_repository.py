@@ -4,6 +4,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,17 @@ def test_the_site_builds_without_a_warning(tmp_path):
     built = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
     assert pages - {"index"} <= built
     assert "https://fonts" not in (tmp_path / "site" / "index.html").read_text()
+
+
+def test_the_wheel_gets_all_files_of_the_package():
+    """Setuptools packs only Python files and those that `package-data` names; `test_dist.py` builds the wheel."""
+    package = ROOT / "src" / "mola"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["mola"]
+    packed = {path for pattern in patterns for path in package.glob(pattern)}
+    others = {path for path in package.rglob("*") if path.is_file() and path.suffix != ".py"}
+    others = {path for path in others if "__pycache__" not in path.parts}
+    assert others - packed == set()
+    assert package / "studies" / "quickstart.yaml" in packed
 
 
 def test_every_page_is_in_the_navigation():

@@ -15,7 +15,7 @@ from mola.studies.quickstart import QuickstartOptions, main
 from mola.training.train import TrainOptions
 
 ROOT = Path(__file__).parents[2]
-RECIPE = str(ROOT / "recipes" / "quickstart.yaml")
+RECIPE = str(ROOT / "src" / "mola" / "studies" / "quickstart.yaml")
 MODEL = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 
 
@@ -29,10 +29,18 @@ def test_recipe_leaves_enough_steps_to_learn(tmp_path):
     assert options.warmup_steps < 70
 
 
+def test_the_recipe_is_found_outside_of_a_checkout(tmp_path, monkeypatch):
+    """The command gets as far as the base model, whose folder cannot be made here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".cache").write_text("")
+    with pytest.raises(MolaError, match="`folder` cannot be written.*cache"):
+        main(QuickstartOptions())
+
+
 def test_missing_recipe_is_an_error_before_any_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(MolaError, match=r"`recipe`"):
-        main(QuickstartOptions())
+    with pytest.raises(MolaError, match="nowhere.yaml"):
+        main(QuickstartOptions(recipe="nowhere.yaml"))
     assert not (tmp_path / "runs").exists()
 
 

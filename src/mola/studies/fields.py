@@ -88,7 +88,7 @@ class QuickstartOptions:
     """Options of `mola quickstart`."""
 
     output_dir: str = option("runs/quickstart", "Run folder.")
-    recipe: str = option("recipes/quickstart.yaml", "Recipe of `mola train`.")
+    recipe: str | None = option(None, "Recipe of `mola train`; by default the one that mola brings.")
     model_dir: str = option(".cache/SmolLM2-135M-Instruct", "Folder for the converted base model.")
     seed: int = option(0, "Random seed for questions and training.")
     dtype: str = option("auto", "Dtype of the base: auto, float32 or bfloat16.")

@@ -1,7 +1,8 @@
 """`mola quickstart`: all steps from a base model to a report, on a real model with 135 million parameters.
 
 Converts the weights, generates science questions, evaluates the base model, fine-tunes a mixture of experts
-with the recipe `recipes/quickstart.yaml`, evaluates it, inspects the experts, prints one answer, and writes a report.
+with the recipe `quickstart.yaml` in this folder, evaluates it, inspects the experts, prints one answer, and writes a
+report.
 """
 
 import shlex
@@ -42,10 +43,6 @@ _RESULT_FILES = (
 
 def main(options: QuickstartOptions) -> int:
     """Run all steps, print the results, and write the numbers to `summary.json` in the run folder."""
-    if not Path(options.recipe).is_file():
-        raise MolaError(
-            f"`recipe` cannot be found: {options.recipe!r}. Run this in the project's folder, or pass a recipe."
-        )
     start = time.perf_counter()
     console = OutputConsole()
     seconds: dict[str, float] = {}
@@ -104,7 +101,7 @@ def _timed(console: Console, seconds: dict[str, float], name: str) -> Iterator[N
 
 def _train_options(options: QuickstartOptions, data: Path) -> TrainOptions:
     arguments = {
-        "config": options.recipe,
+        "config": options.recipe or Path(__file__).with_suffix(".yaml"),
         "base_model": options.model_dir,
         "data": data / "dataset.hf",
         "output_dir": options.output_dir,
