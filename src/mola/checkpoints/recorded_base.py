@@ -1,5 +1,6 @@
 """The base model of an adapter, as its `adapter_config.json` records it."""
 
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -7,6 +8,8 @@ from pathlib import Path
 
 from mola.checkpoints.adapter_settings import adapter_settings
 from mola.errors import MolaError
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 
@@ -55,6 +58,7 @@ def _recorded_base(adapter: str | os.PathLike[str]) -> str:
             f"`base_model` must be given: {name!r} was trained on revision {revision!r} of {base}. Run `hf download "
             f"{base} --revision {revision} --local-dir DIR`, and pass --base_model DIR."
         )
+    logger.info("%s was trained on %s, which is no folder here: it is looked up on the Hub.", name, base)
     return base
 
 

@@ -1,10 +1,10 @@
 """Options of `mola evaluate` and `mola lm-eval`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mola.models.options import ModelOptions
-from mola.options.fields import START, Group, convert_paths, option
+from mola.models.options import BASE_MODEL_HELP, ModelOptions, settle_base_model
+from mola.options.fields import START, Group, option, required
 
 MAX_NEW_TOKENS = 16  # enough for a short answer
 
@@ -19,7 +19,7 @@ class EvaluateOptions(ModelOptions):
         "Name of a task, or a task file (YAML), to measure the accuracy of answers. Without one, or if the task has no "
         "answers, the loss and the perplexity of the outputs are measured.",
     )
-    data: str = field(kw_only=True, metadata={"help": "Test data: a JSON, JSON lines or CSV file, or a saved dataset."})
+    data: str = required("Test data: a JSON, JSON lines or CSV file, or a saved dataset.")
     adapter: str | None = option(None, "Folder of an adapter; none evaluates the base model alone.")
 
     _data: ClassVar = Group("data")
@@ -53,8 +53,8 @@ class EvaluateOptions(ModelOptions):
 class LmEvalOptions:
     """Options of `mola lm-eval`."""
 
-    base_model: str = field(metadata={"help": "Folder or hub id of the base model."})
-    tasks: str = field(metadata={"help": "Tasks of the harness, names between commas, or task files (YAML)."})
+    base_model: str = option(None, BASE_MODEL_HELP)
+    tasks: str = required("Tasks of the harness, names between commas, or task files (YAML).")
     adapter: str | None = option(None, "Folder of an adapter; none evaluates the base model alone.")
     limit: float | None = option(None, "Only this many samples of every task, the first ones; below 1 a share of them.")
     num_fewshot: int | None = option(None, "Solved examples in every prompt. Default: the task's own number.")
@@ -69,4 +69,4 @@ class LmEvalOptions:
     trust_remote_code: bool = option(False, "Run code shipped with the model or a data set.")
 
     def __post_init__(self) -> None:
-        convert_paths(self)
+        settle_base_model(self, [] if self.adapter is None else [self.adapter])

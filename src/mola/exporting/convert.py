@@ -51,10 +51,10 @@ def convert(options: ConvertOptions) -> ConvertReport | ExportReport | MixtureRe
     """
     lists = {name: [value] for name in ("source", "data") if isinstance(value := getattr(options, name), str)}
     options = replace(options, **lists)  # type: ignore[arg-type]
-    direction = check_direction(options)
     for source in options.source:
         if not os.path.isdir(os.path.expanduser(source)):
             raise MolaError(f"`source` must be the folder of an adapter, there is none at {source!r}.")
+    direction = check_direction(options)
     return _CONVERTERS[direction](options, check_new_folder("output", options.output))
 
 

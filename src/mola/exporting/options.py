@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from mola.checkpoints.recorded_base import base_model_of
 from mola.errors import MolaError
-from mola.options.fields import START, Group, check_positive, convert_paths, option
+from mola.models.options import settle_base_model
+from mola.options.fields import START, Group, check_positive, convert_paths, option, required
 
 METHODS = ("regression", "mean", "usage")
 
@@ -34,7 +37,8 @@ class ConvertOptions:
     )
     base_model: str | None = option(
         None,
-        "The adapter's base model, a folder or a name on the hub. Its weights are read only if data are given.",
+        "The adapter's base model, a folder or a hub id. Its weights are read only if data are given. Default: the one "
+        "that the source was trained on.",
     )
     top_k: str | None = option(
         None,
@@ -123,7 +127,6 @@ _NEEDS_ONE_OF = {
     "scoring": ("test",),
 }
 _CURES = {
-    "base_model": "Its config.json says which shapes the tensors must have.",
     "top_k": "The files do not hold it, and a wrong number gives different outputs without an error. Pass the value of "
     "the training command, such as --top_k 2.",
     "rank": "It is the size of the LoRA. The rank of one expert is a good start, such as --rank 8.",
@@ -132,7 +135,7 @@ _CURES = {
 
 
 def check_direction(options: ConvertOptions) -> str:
-    """Check that the options fit one direction of the conversion.
+    """Check that the options fit one direction of the conversion, and set `base_model` if only the source names it.
 
     Returns:
         The direction, such as "--to lora".
@@ -144,8 +147,10 @@ def check_direction(options: ConvertOptions) -> str:
     given = " ".join(f"{way} {name}" for way, name in ways.items() if name is not None)
     if given not in _DIRECTIONS:
         raise MolaError(f"exactly one of {', '.join(_DIRECTIONS)} must be given, got {given or 'none'}.")
-    required = _DIRECTIONS[given][0]
-    for name in required:
+    needed = _DIRECTIONS[given][0]
+    if "base_model" in needed:
+        options.base_model = base_model_of(options.base_model, map(os.path.expanduser, options.source))
+    for name in needed:
         if getattr(options, name) is None:
             raise MolaError(f"`{name}` must be given with {given}. {_CURES[name]}")
     if len(options.source) > 1 and given != "--from lora":
@@ -180,8 +185,13 @@ class MergeOptions:
     adapter: str = field(
         metadata={"help": "Folder of an adapter that merges: plain LoRA, or a mola adapter with one expert everywhere."}
     )
-    base_model: str = field(metadata={"help": "Folder or hub id of its base model, not quantised."})
-    output: str = field(metadata={"help": "Folder to write; it must be new or empty."})
+    base_model: str = option(
+        None, "Folder or hub id of its base model, not quantised. Default: the one that the adapter was trained on."
+    )
+    output: str = required("Folder to write; it must be new or empty.")
     dtype: str = option("auto", "Dtype of the merged model: float32, bfloat16 or float16; auto: the base model's own.")
     device: str | None = option("cpu", "Where to compute, such as cpu or cuda:0.")
     trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")
+
+    def __post_init__(self) -> None:
+        settle_base_model(self, [os.path.expanduser(self.adapter)])

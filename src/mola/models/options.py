@@ -3,8 +3,10 @@
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, ClassVar
 
-from mola.options.fields import START, Group, convert_paths, option
+from mola.checkpoints.recorded_base import base_model_of
+from mola.options.fields import START, Group, check_required, convert_paths, option
 
+BASE_MODEL_HELP = "Folder or hub id of the base model. Default: the one that the adapter was trained on."
 GGUF_HELP = "GGUF file in the folder `base_model`; loading unpacks it."
 
 
@@ -42,7 +44,7 @@ class ModelOptions(Quantization):
     """The options that choose the base model and how it is loaded; commands add their own options."""
 
     _start: ClassVar = START
-    base_model: str = field(metadata={"help": "Folder or hub id of the base model."})
+    base_model: str = option(None, BASE_MODEL_HELP)
 
     _: KW_ONLY
     _base: ClassVar = Group("base model")
@@ -51,7 +53,23 @@ class ModelOptions(Quantization):
     trust_remote_code: bool = option(False, "Run code shipped with the model.")
 
     def __post_init__(self) -> None:
-        convert_paths(self)
+        settle_base_model(self, self.adapters())
+
+    def adapters(self) -> list[str]:
+        """The folders of the adapters that the options name."""
+        adapter = getattr(self, "adapter", None)
+        return [] if adapter is None else [adapter]
+
+
+def settle_base_model(options: Any, adapters: list[str]) -> None:
+    """Convert the paths in options, check the required ones, and set `base_model` if only the adapters name it.
+
+    Raises:
+        MolaError: a required option is missing, or `base_model` is not known; see `base_model_of`.
+    """
+    convert_paths(options)
+    check_required(options)
+    options.base_model = base_model_of(options.base_model, adapters)
 
 
 @dataclass

@@ -19,6 +19,26 @@ def option(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, **more})
 
 
+def required(help: str) -> Any:
+    """A field of which a value must be given, on the command line and in Python; see `check_required`.
+
+    Its default is None, so that it may follow a field with a default.
+    """
+    return option(None, help, required=True)
+
+
+def is_required(each: Field) -> bool:
+    """Whether a field has no default, or is made by `required`."""
+    return each.default is each.default_factory is MISSING or bool(each.metadata.get("required"))
+
+
+def check_required(options: Any) -> None:
+    """Raise if a field that is made by `required` has no value."""
+    for each in fields(options):
+        if is_required(each) and getattr(options, each.name) is None:
+            raise MolaError(f"`{each.name}` must be given.")
+
+
 class Group(str):
     """A class variable of an options class: the heading of the options below it."""
 
@@ -42,7 +62,7 @@ def group_options(options_class: Any) -> dict[str, list[Field]]:
             elif name in options:
                 groups.setdefault(heading, []).append(options.pop(name))
     for group in groups.values():
-        group.sort(key=lambda each: not (each.default is each.default_factory is MISSING))
+        group.sort(key=lambda each: not is_required(each))
     return groups
 
 

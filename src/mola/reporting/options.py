@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mola.models.options import ModelOptions
-from mola.options.fields import START, Group, option
+from mola.options.fields import START, Group, option, required
 
 
 @dataclass
@@ -12,8 +12,8 @@ class InspectOptions(ModelOptions):
     """Options of `mola inspect`."""
 
     _start: ClassVar = START
-    adapter: str = field(metadata={"help": "Folder of an adapter."})
-    data: str = field(metadata={"help": "Data: a JSON, JSON lines or CSV file, or a saved dataset."})
+    adapter: str = required("Folder of an adapter.")
+    data: str = required("Data: a JSON, JSON lines or CSV file, or a saved dataset.")
     task: str | None = option(
         None, "Task: its name or a YAML file. Default: that of the adapter's training; not needed for prepared data."
     )

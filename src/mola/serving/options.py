@@ -1,10 +1,12 @@
 """Options of `mola serve` and `mola demo`."""
 
+import os
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from mola.errors import MolaError
 from mola.models.options import ModelOptions
-from mola.options.fields import START, Group, option
+from mola.options.fields import START, Group, option, required
 
 
 @dataclass
@@ -60,13 +62,37 @@ class ServeOptions(ModelOptions):
     )
     shutdown_timeout: float = option(30.0, "Seconds that running answers get to finish when the server is stopped.")
 
+    def adapters(self) -> list[str]:
+        """The folders of the adapters that the options name."""
+        return [split_adapter(text)[1] for text in self.adapter or []]
+
+
+def split_adapter(text: str) -> tuple[str, str]:
+    """The name and the folder in NAME=FOLDER or FOLDER; the name of a FOLDER alone is its last part.
+
+    Raises:
+        MolaError: the name or the folder is empty.
+    """
+    # The name of an existing folder may itself hold an equals sign.
+    name, equals, folder = ("", "", text) if os.path.isdir(text) else text.partition("=")
+    if not equals:
+        name, folder = last_part(text), text
+    if not name or not folder:
+        raise MolaError(f"`adapter` must be NAME=FOLDER or FOLDER: got {text!r}.")
+    return name, folder
+
+
+def last_part(folder: str) -> str:
+    """The name of a folder. A link keeps its own name; `.` has the name of the working folder."""
+    return os.path.basename(os.path.abspath(folder))
+
 
 @dataclass
 class DemoOptions(ModelOptions):
     """Options of `mola demo`."""
 
     _start: ClassVar = START
-    adapter: str = field(metadata={"help": "Folder of an adapter."})
+    adapter: str = required("Folder of an adapter.")
     host: str = option("127.0.0.1", "Address to listen on. By default only this machine can connect.")
     port: int = option(7860, "Port to listen on.")
     template: str | None = option(

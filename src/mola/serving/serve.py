@@ -20,7 +20,7 @@ from mola.models.adapters import changes_base, check_adapter
 from mola.models.from_options import check_model, model_for, tokenizer_for
 from mola.models.prompts import own_chats, warn_of_unknown_tokens
 from mola.options.fields import check_positive
-from mola.serving.options import ServeOptions
+from mola.serving.options import ServeOptions, last_part, split_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def base_name(options: ServeOptions) -> str:
     """Name of the base model in requests."""
     if options.base_name is not None:
         return options.base_name
-    return _last_part(options.base_model) if os.path.isdir(options.base_model) else options.base_model
+    return last_part(options.base_model) if os.path.isdir(options.base_model) else options.base_model
 
 
 def adapter_folders(options: ServeOptions) -> dict[str, str]:
@@ -185,12 +185,7 @@ def adapter_folders(options: ServeOptions) -> dict[str, str]:
     name_of_base = base_name(options)
     folders: dict[str, str] = {}
     for text in options.adapter or []:
-        # The name of an existing folder may itself hold an equals sign.
-        name, equals, folder = ("", "", text) if os.path.isdir(text) else text.partition("=")
-        if not equals:
-            name, folder = _last_part(text), text
-        if not name or not folder:
-            raise MolaError(f"`adapter` must be NAME=FOLDER or FOLDER: got {text!r}.")
+        name, folder = split_adapter(text)
         if name in folders or name == name_of_base:
             other = "the base model" if name == name_of_base else repr(folders[name])
             raise MolaError(
@@ -198,11 +193,6 @@ def adapter_folders(options: ServeOptions) -> dict[str, str]:
             )
         folders[name] = folder
     return folders
-
-
-def _last_part(folder: str) -> str:
-    """The name of a folder. A link keeps its own name; `.` has the name of the working folder."""
-    return os.path.basename(os.path.abspath(folder))
 
 
 def _api_key(options: ServeOptions) -> str | None:

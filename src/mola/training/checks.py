@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments, get_scheduler
 
+from mola.checkpoints.recorded_base import base_model_of
 from mola.errors import MolaError
 from mola.files.reading import read_json_object
 from mola.models.adapters import check_adapter, warn_other_base
@@ -69,6 +70,8 @@ def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
     """
     checkpoint = find_checkpoint(folder, options.resume_from_checkpoint)
     forced_backend()  # raises for an unknown name in MOLA_KERNEL
+    if checkpoint is not None:
+        options.base_model = base_model_of(options.base_model, [checkpoint])
     config = base_config(options)
     adapter, allocation = check_model_options(options, config, checkpoint)
     has_stacked_experts = bool(getattr(adapter, "target_parameters", None))

@@ -45,7 +45,7 @@ class TrainFields(Quantization):
     """mola's own options of `mola train`."""
 
     _start: ClassVar = START
-    base_model: str | None = option(None, "Folder or hub id of the base model.")
+    base_model: str | None = option(None, "Folder or hub id of the base. Default: that of `adapter`.")
     task: str | None = option(None, "Task: its name or a YAML file; not needed for prepared data.")
     data: str | None = option(None, "Training data: JSON, JSONL, CSV, parquet or a saved dataset.")
     output_dir: str | None = option(None, "Folder for the adapter and the run's files.")

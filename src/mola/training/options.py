@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from mola._compat import share_checkpointing
+from mola.checkpoints.recorded_base import base_model_of
 from mola.errors import MolaError
 from mola.models.devices import DTYPES, resolve_device, resolve_dtype
 from mola.models.quantization import check_mixed_precision, check_quantization
@@ -35,6 +36,8 @@ class TrainOptions(TrainFields, TrainingArguments):
 
     def __post_init__(self) -> None:
         convert_paths(self)
+        if self.adapter is not None and self.resume_from_checkpoint is None:
+            self.base_model = base_model_of(self.base_model, [self.adapter])
         for name in ("filters", "num_experts_pattern", "rank_pattern", "alpha_pattern"):
             setattr(self, name, parse_mapping(name, getattr(self, name)) or None)
         check_values(self)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from mola.checkpoints.recorded_base import base_model_of
 from mola.data.encode import data_fingerprint
 from mola.data.examples import distinct_questions
 from mola.errors import MolaError
@@ -62,6 +63,8 @@ class ContinualOptions(ContinualFields, TrainAndTestOptions):
     def __post_init__(self) -> None:
         # TrainingArguments replaces some values, so the stages get them as they were given.
         given = {item.name: getattr(self, item.name) for item in fields(TrainAndTestOptions) if item.init}
+        # Later stages start from adapters that do not exist yet.
+        given["base_model"] = base_model_of(self.base_model, [] if self.adapter is None else [self.adapter])
         super().__post_init__()
         self.check_one_process("mola continual", ", or run `mola train --adapter` stage by stage")
         self.stages = parse_named_mappings(
