@@ -320,7 +320,7 @@ def test_the_printed_flags_cover_one_layer_and_chosen_linears(no_weights_dir, sm
     assert "--num_experts 2,4,6,8" in capsys.readouterr().out
     command = ["allocate", "--base_model", str(small_model_dir), "--method", "uniform", "--budget", "12"]
     assert main([*command, "--target_modules", "q_proj"]) == 0
-    assert "--num_experts 12, --target_modules q_proj ..." in capsys.readouterr().out
+    assert "--num_experts 12, --target_modules q_proj --data DATA" in capsys.readouterr().out
 
 
 def test_a_probe_of_a_model_that_has_no_default_linears(tmp_path, capsys):
@@ -332,7 +332,7 @@ def test_a_probe_of_a_model_that_has_no_default_linears(tmp_path, capsys):
     adapter = save_probe(base, tmp_path / "probe", target_modules=["query_key_value"])
     words = ["--base_model", str(base), "--method", "redundancy", "--adapter", str(adapter), "--budget", "9"]
     assert main(["allocate", *words]) == 0
-    assert "--target_modules query_key_value ..." in capsys.readouterr().out
+    assert "--target_modules query_key_value --data DATA" in capsys.readouterr().out
     rows = [
         {"module": f"model.layers.{layer}.self_attn.query_key_value", "layer_index": layer, "mean_gates": [0.5, 0.5]}
         for layer in range(3)

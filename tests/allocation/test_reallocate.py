@@ -1,6 +1,7 @@
 """`mola reallocate`: another adapter folder that loads, computes what it should, and trains on."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -121,12 +122,19 @@ def test_an_allocation_trains_on(tiny_model_dir, uniform, tmp_path, capsys):
     numbers = json.loads(file.read_text())["num_experts"]
     words = ["--adapter", str(uniform), "--num_experts", str(file), "--output_dir", str(tmp_path / "new")]
     assert main(["reallocate", *words]) == 0
-    assert f"mola train --adapter {tmp_path / 'new'}" in capsys.readouterr().out
+    train = f"mola train --adapter {tmp_path / 'new'} --base_model {tiny_model_dir} --data DATA "
+    assert train in capsys.readouterr().out
     (tmp_path / "data.json").write_text(json.dumps([{"instruction": "q", "input": "", "output": "a"}] * 4))
     settings = ["--data", str(tmp_path / "data.json"), "--output_dir", str(run), "--max_steps=2", "--warmup_steps=0"]
     assert main(["train", *base, "--adapter", str(tmp_path / "new"), *settings, "--dtype=float32"]) == 0
     assert json.loads((run / "adapter_config.json").read_text())["num_experts"] == numbers
     assert numbers != [3, 3, 3, 3]
+    # The adapter of a run names its data: the command runs as it is printed.
+    assert main(["reallocate", "--adapter", str(run), "--num_experts", "2", "--output_dir", str(tmp_path / "two")]) == 0
+    printed = capsys.readouterr().out
+    command = next(line for line in printed.splitlines() if line.startswith("  mola train"))
+    assert main(shlex.split(command)[1:]) == 0
+    assert json.loads((tmp_path / "two-trained" / "adapter_config.json").read_text())["num_experts"] == 2
 
 
 def test_top_k_of_layers(tiny_model_dir, tmp_path):

@@ -2,11 +2,15 @@
 
 import json
 import re
+import shlex
 
 import pytest
 
 from mola.architecture.picture import picture, picture_of_modules
 from mola.cli import main
+from mola.data.prepare import PrepareOptions, prepare
+from mola.options.parsing import parse
+from mola.serving.options import ServeOptions
 from tests.training.runs import NO_EVALUATION, read_record
 
 
@@ -73,3 +77,17 @@ def test_dtype_auto_says_why_and_kernels_are_for_verbose(table):
     assert re.match(r"(bfloat16|float32): ", rows["dtype"])
     assert "requested" not in text
     assert "Kernels: training: " in text
+
+
+def test_a_run_ends_with_commands_that_run_as_they_are(flags, tmp_path, capsys):
+    prepare(PrepareOptions("sample", str(tmp_path / "my data"), train_size=8, validation_size=4, test_size=4))
+    data = tmp_path / "my data" / "dataset.hf"
+    assert main(flags(tmp_path / "my run", data=data, task="sample", max_steps=1, warmup_steps=0, template=None)) == 0
+    printed = capsys.readouterr().err
+    commands = [shlex.split(line) for line in printed[printed.index("Next:") :].splitlines()[1:]]
+    assert [words[:2] for words in commands] == [["mola", name] for name in ("evaluate", "report", "serve")]
+    evaluate, report, serve = (words[1:] for words in commands)
+    assert main(evaluate) == main(report) == 0
+    assert json.loads((tmp_path / "my run" / "after.json").read_text())["total"] == 4
+    assert (tmp_path / "my run" / "report.html").is_file()
+    assert parse(ServeOptions, serve[1:], prog="mola serve").adapter == [str(tmp_path / "my run")]

@@ -6,7 +6,6 @@
 The file can be passed as `num_experts` to `mola plan`, to `mola train` and in Python.
 """
 
-import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -44,6 +43,7 @@ from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import software_versions
 from mola.files.terminal import make_table_console
 from mola.models.cost import cost_of_allocation
+from mola.options.command_line import command_line, next_steps
 
 __all__ = ["AllocateOptions", "AllocateResult", "allocate", "main"]
 
@@ -205,9 +205,11 @@ def main(options: AllocateOptions) -> int:
         lines.append("Pass --output FILE to use it.")
     else:
         value = options.output or one_per_layer(result.num_experts)
-        lines.append(f"Written to {options.output}. Use it:" if options.output else "Use it:")
-        words = shlex.join(["--base_model", options.base_model, "--num_experts", value, *_needed_flags(options)])
-        lines += [f"  mola {name} {words} ..." for name in ("plan", "train")]
+        lines += [f"Written to {options.output}."] if options.output else []
+        model = {"base_model": options.base_model, "num_experts": value, **_needed_options(options)}
+        run = {"data": options.data or "DATA", "task": options.task, "output_dir": f"runs/{result.method}"}
+        lines.append(next_steps(command_line("plan", model), command_line("train", {**model, **run})))
+        lines += [] if options.data else ["DATA stands for your training data."]
     print("\n".join(lines))
     return 0
 
@@ -217,15 +219,14 @@ def one_per_layer(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers)) if len(numbers) > 1 else f"{numbers[0]},"
 
 
-def _needed_flags(options: AllocateOptions) -> list[str]:
-    """Flags without which the numbers would apply to other linears, or the model would not be found."""
+def _needed_options(options: AllocateOptions) -> dict[str, Any]:
+    """Options without which the numbers would apply to other linears, or the model would not be found."""
     targets = options.target_modules
     if options.adapter is not None:
         adapted = check_mixture(options.adapter).get("target_modules")
         targets = ",".join(sorted(adapted)) if isinstance(adapted, list) else adapted
-    words = [] if targets is None else ["--target_modules", targets]
-    words += [] if options.gguf_file is None else ["--gguf_file", options.gguf_file]
-    return [*words, "--trust_remote_code", "true"] if options.trust_remote_code else words
+    loading = {"gguf_file": options.gguf_file, "trust_remote_code": options.trust_remote_code}
+    return {"target_modules": targets, **loading}
 
 
 def _compare_cost(options: AllocateOptions, result: AllocateResult) -> str:

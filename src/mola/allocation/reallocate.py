@@ -7,7 +7,6 @@ The command reads and writes adapter folders only. `mola.allocation.resize` chan
 """
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +31,31 @@ from mola.checkpoints.adapter_folder import adapted_modules, read_tensors
 from mola.errors import MolaError
 from mola.files.atomic import check_new_folder, write_new_folder
 from mola.files.digests import WEIGHTS_FILE
+from mola.files.reading import read_json_object
 from mola.files.terminal import make_table_console
 from mola.models.base_model import read_config
 from mola.models.meta import count_decoder_layers, model_on_meta
 from mola.models.prompts import hand_on_prompts
+from mola.options.command_line import command_line, next_steps
 from mola.options.fields import check_seed
 from mola.tuner import MolaConfig
 from mola.tuner.loading import PREFIX
+
+_RUN_FILE = "run.json"  # in the folder of an adapter that `mola train` made
+_DATA_SETTINGS = (  # of a training: they decide which samples it reads, and how they become tokens
+    "data",
+    "task",
+    "template",
+    "train_split",
+    "eval_data",
+    "eval_split",
+    "validation_size",
+    "filters",
+    "limit",
+    "eval_limit",
+    "cutoff_len",
+    "truncation",
+)
 
 
 @dataclass(frozen=True)
@@ -155,12 +172,30 @@ def main(options: ReallocateOptions) -> int:
     totals = (sum(before for before, _, _ in adapted), sum(now for _, now, _ in adapted))
     table.add_row("total", *map(str, totals), "", style="bold")
     make_table_console().print(table)
-    print(
-        f"{result.unchanged} of {result.modules} modules are unchanged. Written to {result.output_dir}. "
-        "Train further:\n"
-        f"  mola train --adapter {shlex.quote(result.output_dir)} ..."
-    )
+    print(f"{result.unchanged} of {result.modules} modules are unchanged. Written to {result.output_dir}.")
+    command = _training_command(options, result.output_dir)
+    print(next_steps(command))
+    if " --data DATA " in command:
+        print("DATA stands for your training data.")
     return 0
+
+
+def _training_command(options: ReallocateOptions, adapter: str) -> str:
+    """The command that trains the new adapter further, on the data of the run that made the old one.
+
+    Without such a run, the data are the placeholder DATA.
+    """
+    settings = {"data": "DATA", **read_json_object(Path(options.adapter) / _RUN_FILE).get("settings", {})}
+    own_base = MolaConfig.from_pretrained(adapter).base_model_name_or_path
+    model = {
+        "adapter": adapter,
+        "base_model": options.base_model or settings.get("base_model") or own_base,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    data = {name: settings.get(name) for name in _DATA_SETTINGS}
+    usual = {"truncation": "error", "train_split": "train", "eval_split": "validation"}
+    data = {name: value for name, value in data.items() if value != usual.get(name)}
+    return command_line("train", {**model, **data, "output_dir": f"{adapter.rstrip('/')}-trained"})
 
 
 class _Base(NamedTuple):

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.markup import escape
@@ -33,6 +34,7 @@ from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.from_options import check_model, model_for, tokenizer_for
 from mola.models.prompts import default_template, template_for, trains_end_token, warn_of_other_template
+from mola.options.command_line import command_line, next_steps
 from mola.options.fields import check_positive, parse_mapping
 
 __all__ = ["EvaluateOptions", "EvaluateResult", "LossResult", "evaluate", "main"]
@@ -125,6 +127,9 @@ def main(options: EvaluateOptions) -> int:
     make_table_console().print(table)
     if options.output is not None:
         print(f"Every sample is in {options.output}")
+        is_of_run = options.adapter is not None and (Path(options.adapter) / "run.json").is_file()
+        if is_of_run and not isinstance(result, LossResult):  # a report has no section about free text
+            print(next_steps(command_line("report", {"after": options.output}, str(options.adapter))))
     return 0
 
 

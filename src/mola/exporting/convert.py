@@ -24,6 +24,7 @@ from mola.exporting.other_formats import ConvertReport, convert_to_mola, convert
 from mola.exporting.to_lora import convert_to_lora
 from mola.files.atomic import check_new_folder
 from mola.files.terminal import make_table_console
+from mola.options.command_line import command_line, next_steps
 
 __all__ = ["ConvertOptions", "ConvertReport", "ExportReport", "MixtureReport", "convert", "main"]
 
@@ -64,4 +65,11 @@ def main(options: ConvertOptions) -> int:
     if isinstance(report, ExportReport) and (report.divergence or report.accuracy):
         make_table_console().print(report.table())
     print(report)
+    if options.base_model is not None:  # every direction but --to published, which is for a different program
+        model = {"base_model": options.base_model, "trust_remote_code": options.trust_remote_code}
+        commands = [command_line("serve", {**model, "adapter": options.output})]
+        if options.target_format == "lora":
+            merged = {"adapter": options.output, "output": f"{options.output.rstrip('/')}-merged"}
+            commands.append(command_line("merge", {**model, **merged}))
+        print(next_steps(*commands))
     return 0

@@ -28,6 +28,7 @@ from mola.models.meta import model_on_meta
 from mola.models.prompts import copy_template_name, own_chat, use_chat, warn_of_unknown_tokens
 from mola.models.quantization import stored_quantization
 from mola.models.tokenizer import own_tokenizer
+from mola.options.command_line import command_line, next_steps
 from mola.tuner import MolaConfig
 from mola.tuner.merging import check_no_shared_weights
 
@@ -127,5 +128,7 @@ def _save(model: Any, folder: Path, end_tokens: list[int] | None) -> None:
 
 def main(options: MergeOptions) -> int:
     """Merge and print where the model is; returns 0, the exit code."""
-    print(f"written to {merge(options)}")
+    output = str(merge(options))
+    serve = command_line("serve", {"base_model": output, "trust_remote_code": options.trust_remote_code})
+    print(f"written to {output}", next_steps(serve), sep="\n")
     return 0

@@ -1,13 +1,16 @@
 """The commands that produce missing parts of a report."""
 
-import json
-import shlex
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from mola.data.read import FILE_ENDINGS
+from mola.data.read import FILE_ENDINGS, split_names
 from mola.data.tasks import load_task
 from mola.errors import MolaError
+from mola.files.reading import read_json_object
 from mola.models.options import QUANTIZATION_OPTIONS
+from mola.options.command_line import command_line
 from mola.reporting.load_run import Run
 
 
@@ -30,7 +33,19 @@ def evaluate_command(run: Run, name: str) -> str:
     options = _model_and_rows(run, with_adapter=name == "after")
     options["task"] = other["settings"].get("task") or run.record["settings"].get("task") or "TASK"
     options |= {key: other["settings"].get(key) for key in ("limit", "scoring", "max_new_tokens")}
-    return _command("evaluate", options | {"output": str(run.paths[name])})
+    return command_line("evaluate", options | {"output": str(run.paths[name])})
+
+
+def commands_after_training(folder: Path) -> list[str]:
+    """The commands that measure, describe and serve the adapter of the finished run in `folder`."""
+    run = Run(folder, read_json_object(folder / "run.json"), paths={"after": folder / "after.json"})
+    model = {"base_model": str(run.record["settings"]["base_model"]), **_loading(run), "adapter": str(folder)}
+    task = run.record["settings"].get("task")
+    if task and has_answers(run):
+        evaluate = evaluate_command(run, "after")
+    else:  # measures the loss, of which a report has no section
+        evaluate = command_line("evaluate", {**_model_and_rows(run, with_adapter=True), "task": task})
+    return [evaluate, command_line("report", {}, str(folder)), command_line("serve", model)]
 
 
 def inspect_command(run: Run) -> str:
@@ -38,18 +53,7 @@ def inspect_command(run: Run) -> str:
     options = _model_and_rows(run, with_adapter=True)
     options["task"] = _settings_of_result(run).get("task") or run.record["settings"].get("task")
     flags = ["--overwrite"] if run.inspection else []
-    return _command("inspect", options, *flags, "--json", str(run.paths["inspection"]))
-
-
-def _command(name: str, options: dict[str, Any], *words: str) -> str:
-    """A command line with the options that have a value, followed by `words`."""
-    flags = [
-        word
-        for key, value in options.items()
-        if value
-        for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
-    ]
-    return shlex.join(["mola", name, *flags, *words])
+    return command_line("inspect", options, *flags, "--json", str(run.paths["inspection"]))
 
 
 def _settings_of_result(run: Run) -> dict[str, Any]:
@@ -77,6 +81,23 @@ def _model_and_rows(run: Run, *, with_adapter: bool) -> dict[str, Any]:
         rows["data"] = "TEST_DATA" if is_file or not data else data
     if rows["split"] == "test":  # the default
         rows["split"] = None
-    loading = {name: settings.get(name) for name in ("trust_remote_code", *QUANTIZATION_OPTIONS)}
     adapter = str(run.folder) if with_adapter else None
-    return {"base_model": str(settings["base_model"]), **loading, "adapter": adapter, **rows}
+    return {"base_model": str(settings["base_model"]), **_loading(run), "adapter": adapter, **rows}
+
+
+def _loading(run: Run) -> dict[str, Any]:
+    settings = run.record["settings"]
+    return {name: settings.get(name) for name in ("trust_remote_code", *QUANTIZATION_OPTIONS)}
+
+
+def _unseen_rows(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Data and split that a run was not trained on; the data are the placeholder `TEST_DATA` if it names none."""
+    evaluation, data = settings.get("eval_data"), str(settings["data"])
+    source = str(evaluation or data)
+    splits = split_names(source) if os.path.exists(os.path.expanduser(source)) else None
+    if evaluation:
+        return {"data": source, "split": settings["eval_split"] if splits else None}
+    if splits and "test" not in splits and settings.get("eval_split") in splits:
+        return {"data": data, "split": settings["eval_split"]}
+    has_no_splits = data.removesuffix(".gz").endswith(FILE_ENDINGS) or splits == []
+    return {"data": "TEST_DATA" if has_no_splits else data}

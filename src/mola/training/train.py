@@ -28,6 +28,8 @@ from mola.files.failures import explain_out_of_memory
 from mola.insight import ROUTING_FILE
 from mola.insight.kernels import kernels_report
 from mola.insight.telemetry import ExpertTelemetry, drop_later_lines
+from mola.options.command_line import next_steps
+from mola.reporting.commands import commands_after_training
 from mola.reporting.model_card import write_card
 from mola.training.advice import failures_explained, loading_advice, loss_gap_advice
 from mola.training.callbacks import TrainingClock, overflow_explained
@@ -231,7 +233,7 @@ def _save(options: TrainOptions, trainer: MolaTrainer, run: CheckedRun, result: 
 
 
 def main(options: TrainOptions) -> int:
-    """Run the command and print where the result is.
+    """Run the command, and print where the result is and which commands come next.
 
     Returns:
         The exit code: 0, or 130 after an interruption.
@@ -247,11 +249,13 @@ def main(options: TrainOptions) -> int:
             if name in result.metrics
         ]
         print(
-            f"{result.status} after {result.steps} steps and {result.seconds:.0f} s{''.join(losses)}; "
-            f"{result.trainable_parameters:,} trainable parameters.\nThe adapter is in {result.output_dir}",
+            f"{result.status} after {result.steps} steps and {result.seconds:.0f} s{''.join(losses)}.\n"
+            f"The adapter is in {result.output_dir}",
             file=sys.stderr,
         )
     if result.status == "finished":
+        if is_main:
+            print(next_steps(*commands_after_training(Path(result.output_dir))), file=sys.stderr)
         return 0
     if is_main:
         next_step = "Resume with the same command and --resume_from_checkpoint last"
