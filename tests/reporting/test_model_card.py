@@ -22,7 +22,7 @@ from mola.errors import MolaError
 from mola.files.digests import is_own_file
 from mola.options.parsing import parse
 from mola.reporting.model_card import PLOT_FILE, render_card, write_model_card
-from mola.studies.comparison.tables import check_matplotlib
+from mola.studies.comparison.picture import check_matplotlib
 from mola.training.options import TrainOptions
 from mola.training.run_folder import without_token
 from mola.training.train import train

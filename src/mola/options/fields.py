@@ -139,11 +139,16 @@ def parse_named_mappings(name: str, value: Mapping[str, Any] | str | None, examp
     if not entries:
         raise MolaError(f"`{name}` must not be empty. Set it in the recipe, or as JSON: --{name} '{example}'.")
     for key, values in entries.items():
-        if not _FOLDER_NAME.fullmatch(key):
+        if not is_folder_name(key):
             raise MolaError(f"`{name}` must have names of letters, digits, '_', '.' and '-': got {key!r}. Rename it.")
         if values is not None and not isinstance(values, Mapping):
             raise MolaError(f"`{name}.{key}` must be a mapping from options to values: got {values!r}.")
     return {key: dict(values or {}) for key, values in entries.items()}
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a name has only characters that are allowed in folder names, and no separator of folders."""
+    return _FOLDER_NAME.fullmatch(name) is not None
 
 
 def find_difference(old: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None) -> str | None:

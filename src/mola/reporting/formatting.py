@@ -23,6 +23,11 @@ def points(value: float, sign: str = "+") -> str:
     return f"{rounded + 0:{sign}}"  # adding 0 turns -0.0 into 0.0
 
 
+def nats(value: float, sign: str = "+") -> str:
+    """A loss or a difference of losses with three decimals, and with a minus sign: -0.0123 -> −0.012."""
+    return f"{round(value, 3) + 0:{sign}.3f}".replace("-", "−")  # adding 0 turns -0.0 into 0.0
+
+
 def number(value: float | None) -> str:
     """A measured value with three significant digits; an integer with all of its digits."""
     if value is None or math.isnan(value):

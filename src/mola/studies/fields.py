@@ -32,16 +32,25 @@ class CompareFields(TestFields):
 
     _start: ClassVar = START
     tasks: dict[str, Any] | str | None = option(
-        None, "Tasks to learn and test: name -> options of `mola train` and of the test; a mapping."
+        None,
+        "Tasks to learn and test: name -> options of `mola train` and of the test; a mapping. Default: one task, on "
+        "`data`.",
     )
     recipes: dict[str, Any] | str | None = option(
         None,
         "Recipes to compare: name -> options of `mola train`; a mapping. `num_experts` may be a file of `mola "
-        "allocate`.",
+        "allocate`. Default: a LoRA, and the mixtures 2468 and 5555 (or the one of `num_experts`) of the same size.",
     )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds; each recipe is trained once with each."}
+    seeds: list[int] | None = field(
+        default=None,
+        metadata={"help": "Seeds; each recipe is trained once with each. Default: 0 1 2, or 0 1 without `recipes`."},
     )
+    test_size: float | None = option(
+        None,
+        "Number or share of rows of `data` to test on, if there are no other test data. Default: a fifth, from 24 to "
+        "500 rows.",
+    )
+    split_seed: int = option(0, "Seed that draws these test rows.")
 
     _search: ClassVar = Group("search for options")
     tune: dict[str, Any] | str | None = option(

@@ -29,7 +29,7 @@ def warn_of_shared(task: str, test: Questions, used: Questions, use: str) -> Non
     """Warn once if some test questions are also among the `used` questions; `use` says how, such as "trained on"."""
     if shared := int(np.isin(test, used).sum()):
         _warn_once(
-            "task `%s`: %d of the %d test questions are also %s. Accuracies count them as if they were new.",
+            "task `%s`: %d of the %d test questions are also %s. The result counts them as if they were new.",
             task,
             shared,
             len(test),

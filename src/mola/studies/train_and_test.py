@@ -72,17 +72,16 @@ def evaluation_of(options: TrainAndTestOptions) -> EvaluateOptions:
     """Options of the evaluation that follows a training run, without adapter and output file.
 
     Raises:
-        MolaError: task or data are missing, or there are no test data.
+        MolaError: the data are missing, or there are no test data.
     """
-    if options.task is None:
-        raise MolaError("`task` must name the task, which says how an answer is found. Set it for this run or for all.")
     if options.data is None:
         raise MolaError("`data` must name the training data. Set it for this run or for all.")
     if options.test_data is not None:
         check_split("test_split", options.test_split, TrainAndTestOptions.test_split, options.test_data)
     values = {name: getattr(options, own) for name, own in _TEST_OPTIONS.items()}
     # Named here, because a later training may leave an adapter with the template of a different task.
-    values["template"] = template_name(options.template, load_task(options.task))
+    if options.task is not None:
+        values["template"] = template_name(options.template, load_task(options.task))
     return EvaluateOptions(
         **values, data=options.test_data or _test_source(options), device="cpu" if options.use_cpu else None
     )

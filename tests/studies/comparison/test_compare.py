@@ -318,7 +318,7 @@ def test_picture_of_the_differences(whole, run, tmp_path, caplog):
             {"recipes": {"a": {}, "b": {"test_limit": 4}}},
             "task `physics`: the recipes 'a' and 'b' must have the same test questions, got 8 and 4",
         ),
-        ({"task": None}, "`task` must name the task"),
+        ({"task": None}, "`scoring` .'likelihood'. is for questions with answers"),
         ({"reference": "none"}, "`reference` must be one of the recipes lora, 2468"),
         ({"seeds": [1, 1]}, "`seeds` must be a non-empty list of distinct numbers"),
         ({"seed": 5}, "`seed` has no effect"),

@@ -57,5 +57,5 @@ def test_shared_questions_give_one_warning(values, copied, caplog, changes, more
     check_search(check_runs(options.tuning_runs), check_runs(options.runs))
     said = [record.message for record in caplog.records if "if they were new" in record.message]
     assert said == [
-        f"task `questions`: 3 of the 8 test questions are also {where}. Accuracies count them as if they were new."
+        f"task `questions`: 3 of the 8 test questions are also {where}. The result counts them as if they were new."
     ]

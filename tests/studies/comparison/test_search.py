@@ -9,7 +9,7 @@ import pytest
 from mola import MolaError
 from mola.studies.comparison.compare import CompareOptions
 from mola.studies.comparison.record import BASE
-from mola.studies.comparison.tables import _edges
+from mola.studies.comparison.search import _edges
 from mola.training.callbacks import MetricsFile
 from tests.grids import slow
 from tests.studies.comparison.comparisons import RECIPES, read

@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -14,15 +15,15 @@ from transformers import PretrainedConfig
 from mola.data.encode import data_fingerprint
 from mola.data.examples import distinct_questions
 from mola.errors import MolaError
-from mola.evaluation.evaluate import EvaluateOptions
+from mola.evaluation.evaluate import EvaluateOptions, check_evaluation
 from mola.files.digests import weights_sha256
 from mola.files.reading import read_json
-from mola.models.base_model import weights_identity
+from mola.models.base_model import max_positions, weights_identity
 from mola.studies.comparison.options import Key
 from mola.studies.overlaps import Questions, check_training, is_subset, warn_of_shared
-from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, check_questions, evaluation_of
+from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, evaluation_of
 from mola.training.checks import check_steps
-from mola.training.data import prepare_data
+from mola.training.data import TrainingData, prepare_data
 from mola.training.fields import ADAPTER_DEFAULTS
 from mola.training.model import base_config, check_model_options, load_tokenizer_for
 
@@ -48,10 +49,11 @@ class Run:
         settings: the training options that differ from their defaults. A result is kept only if they are unchanged.
         test: options of the evaluation; adapter and output file are filled in later.
         fingerprints: sha256 of the training, evaluation and test examples and of a starting adapter, by part.
-        num_questions: number of test questions.
+        num_questions: number of test questions or rows.
+        is_scored: whether the test measures the accuracy of answers; if not, the loss of free text.
         base_model: identity of the base weights, see `weights_identity` of `mola.models.base_model`.
         dtype: dtype of the base model.
-        rule: sha256 of the task's template and of its rule for reading answers.
+        rule: sha256 of the task's template and of its rule for reading answers; for free text the template.
         questions: the test questions, see `mola.studies.overlaps`.
     """
 
@@ -61,6 +63,7 @@ class Run:
     test: EvaluateOptions
     fingerprints: dict[str, str]
     num_questions: int
+    is_scored: bool
     base_model: str
     dtype: str
     rule: str
@@ -76,11 +79,16 @@ class Run:
     def base_identity(self) -> dict[str, dict[str, Any]]:
         """By part, the values that must be unchanged to keep the base model's test on the run's task."""
         settings = {name: value for name, value in asdict(self.test).items() if name not in _NOT_OF_A_TEST}
+        settings["template"] = self.options.template  # the one that was given, as in records of earlier versions
         return {**self.identity, "setting": settings, "data": {"test": self.fingerprints["test"]}}
 
 
-def check_runs(runs_options: Mapping[Key, TrainAndTestOptions]) -> list[Run]:
+def check_runs(runs_options: Mapping[Key, TrainAndTestOptions], fits_lengths: bool = False) -> list[Run]:
     """Check all runs without loading weights.
+
+    Args:
+        runs_options: the options of each run.
+        fits_lengths: raise a `cutoff_len` that has its default value to the length of the longest sample.
 
     Raises:
         MolaError: a run is wrong (the message names task and recipe), or recipes have different test questions.
@@ -90,14 +98,16 @@ def check_runs(runs_options: Mapping[Key, TrainAndTestOptions]) -> list[Run]:
     runs = []
     for key, options in runs_options.items():
         try:
-            runs.append(_check_run(key, options, checked, data_of))
+            runs.append(_check_run(key, options, checked, data_of, fits_lengths))
         except MolaError as error:
             raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
     _check_same_questions(runs)
     return runs
 
 
-def _check_run(key: Key, options: TrainAndTestOptions, checked: set[str], data_of: dict[str, dict[str, Any]]) -> Run:
+def _check_run(
+    key: Key, options: TrainAndTestOptions, checked: set[str], data_of: dict[str, dict[str, Any]], fits_lengths: bool
+) -> Run:
     """Check one run. A check is not repeated for runs that differ only in options that the check does not read."""
     values = {name: value for name, value in options.to_dict().items() if name not in NOT_COMPARED or name == "adapter"}
     if not options.validation_size:  # with a `validation_size`, the seed chooses the evaluation rows
@@ -109,31 +119,64 @@ def _check_run(key: Key, options: TrainAndTestOptions, checked: set[str], data_o
         check_model_options(options, base)
         if data_options not in data_of:
             logger.info("Checking %s on %s.", key.recipe, key.task)
-            data_of[data_options] = _check_data(key, options, base)
+            data_of[data_options] = _check_data(key, options, base, fits_lengths)
         checked.add(all_options)
-    run = Run(key, options, _non_default_settings(options), **data_of[data_options])
+    found = data_of[data_options]
+    options = copy.copy(options)
+    options.cutoff_len = found["cutoff_len"]
+    values_of_run = {name: value for name, value in found.items() if name != "cutoff_len"}
+    run = Run(key, options, _non_default_settings(options), **values_of_run)
     if options.adapter:
         run.fingerprints = {**run.fingerprints, "adapter": weights_sha256(options.adapter) or ""}
     return run
 
 
-def _check_data(key: Key, options: TrainAndTestOptions, base: PretrainedConfig) -> dict[str, Any]:
-    """Check training and test data, and the number of steps; the values of a `Run` that follow from them."""
-    test = evaluation_of(options)
-    task, examples = check_questions(test)
-    data = prepare_data(copy.copy(options), load_tokenizer_for(options, base), base)
+def _check_data(key: Key, options: TrainAndTestOptions, base: PretrainedConfig, fits_lengths: bool) -> dict[str, Any]:
+    """Check training and test data, and the number of steps; `cutoff_len`, and the values of a `Run` that follow."""
+    data, cutoff_len = _training_data(options, base, fits_lengths)
     check_steps(options, data)
-    questions = distinct_questions(examples)
+    test = evaluation_of(options)
+    if options.task is None:
+        test.template = data.template  # the base model has no training, whose template it could use
+    checked = check_evaluation(test)
+    questions = distinct_questions(checked.examples)
     check_training(key.task, questions, test, options, data, is_search=bool(key.candidate))
+    end = "" if options.add_eos_token else ", no end token"
     return {
+        "cutoff_len": cutoff_len,
         "test": test,
-        "fingerprints": {**data.fingerprints, "test": data_fingerprint(examples)},
-        "num_questions": len(examples),
+        "fingerprints": {**data.fingerprints, "test": data_fingerprint(checked.examples)},
+        "num_questions": len(checked.examples),
+        "is_scored": checked.task is not None,
         "base_model": weights_identity(options.base_model or ""),
         "dtype": options.base_dtype,
-        "rule": task.fingerprint(),
+        "rule": f"loss, template {data.template}{end}" if checked.task is None else checked.task.fingerprint(),
         "questions": questions,
     }
+
+
+def _training_data(
+    options: TrainAndTestOptions, base: PretrainedConfig, fits_lengths: bool
+) -> tuple[TrainingData, int]:
+    """The training data, and the `cutoff_len` of the run."""
+    trial, longest_of_model = copy.copy(options), max_positions(base) or sys.maxsize
+    is_free = fits_lengths and options.truncation == "error" and options.cutoff_len == TrainAndTestOptions.cutoff_len
+    if is_free:  # nothing is cut if no sample is longer than the model can read, and otherwise it is an error
+        trial.cutoff_len, trial.truncation = longest_of_model, "right"
+    data = prepare_data(trial, load_tokenizer_for(options, base), base)
+    longest = max(report.longest for report in data.reports.values())
+    if not is_free:
+        return data, options.cutoff_len
+    if longest > longest_of_model:
+        raise MolaError(
+            f"`data` must have samples of at most {longest_of_model} tokens, the longest sequence that the base model "
+            f"can read: one has {longest}. Shorten it, leave it out, or set `cutoff_len` and `truncation`."
+        )
+    if longest > options.cutoff_len:
+        logger.info(
+            "The longest sample has %d tokens: `cutoff_len` is raised to it from %d.", longest, options.cutoff_len
+        )
+    return data, max(longest, options.cutoff_len)
 
 
 def _non_default_settings(options: TrainAndTestOptions) -> dict[str, Any]:
@@ -165,6 +208,12 @@ def _check_same_questions(runs: Sequence[Run]) -> None:
                 f"task `{run.key.task}`: the recipes {first.key.recipe!r} and {run.key.recipe!r} must have the same "
                 f"test questions, got {first.num_questions} and {run.num_questions}. Set the options that choose "
                 "questions (`filters`, `task`, `test_limit`...) in `tasks`."
+            )
+        if not run.is_scored and run.rule != first.rule:
+            raise MolaError(
+                f"task `{run.key.task}`: the recipes {first.key.recipe!r} and {run.key.recipe!r} must have the same "
+                f"`template` and `add_eos_token`, so that they are measured on the same tokens, got {first.rule!r} and "
+                f"{run.rule!r}. Set these options in `tasks`."
             )
 
 

@@ -1,5 +1,8 @@
 """`mola compare`: recipes x tasks x seeds, trained, tested and compared on the same questions.
 
+    mola compare --base_model my-model --data mine.jsonl
+    mola compare --config study.yaml
+
 - Every run does the work of `mola train`, then of `mola evaluate`.
 - With `tune`, options are chosen first, in the same way for each recipe, with seeds and questions that the comparison
   does not use.
@@ -14,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -23,23 +27,17 @@ from rich.table import Table
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text, check_writable
 from mola.files.terminal import make_table_console
+from mola.reporting.formatting import duration
 from mola.studies.comparison.checks import Run, check_runs, check_search
+from mola.studies.comparison.conclusion import conclusion
+from mola.studies.comparison.drawn_rows import draw_test_rows
 from mola.studies.comparison.options import CompareOptions, Key
+from mola.studies.comparison.outcomes import ACCURACY, LOSS
+from mola.studies.comparison.picture import check_matplotlib, draw_differences
 from mola.studies.comparison.record import BASE, FORMAT, Result, check_same, read_results
 from mola.studies.comparison.runs import evaluate_base_model, remove_weights, train_and_test
-from mola.studies.comparison.tables import (
-    Found,
-    Row,
-    check_matplotlib,
-    comma_separated,
-    draw_differences,
-    markdown,
-    notes,
-    search_results,
-    search_table,
-    summarize,
-    terminal_table,
-)
+from mola.studies.comparison.search import Found, search_results, search_table
+from mola.studies.comparison.tables import Row, comma_separated, markdown, notes, summarize, terminal_tables
 from mola.studies.train_and_test import recorded, sigterm_as_interrupt
 from mola.training.run_folder import without_token
 
@@ -79,8 +77,10 @@ def compare(options: CompareOptions) -> CompareResult:
     path = Path(options.record or Path(options.output_dir or "") / RECORD_FILE)
     _check_files(options, is_new=not path.exists())
     read_results(path)  # a damaged record fails before the data are read
-    searched, runs = check_runs(options.tuning_runs), check_runs(options.runs)
+    draw_test_rows(options)
+    searched, runs = (check_runs(each, options.is_short) for each in (options.tuning_runs, options.runs))
     check_search(searched, runs)
+    _log_plan(options, searched, runs)
     with sigterm_as_interrupt():
         return _Comparison(options, searched, runs, path).run()
 
@@ -96,10 +96,12 @@ def main(options: CompareOptions) -> int:
             table.add_row(*map(escape, line))
         console.print(table)
     reference = str(options.reference)
-    if result.rows:
-        console.print(terminal_table(result.rows, reference))
+    for table in terminal_tables(result.rows, reference):
+        console.print(table)
     for note in notes(result.rows, reference, result.results):
         console.print(escape(note))
+    for text in ("", *conclusion(options, result.rows, result.results)):
+        console.print(escape(text), highlight=False, soft_wrap=True)
     print(f"{result.status}, {result.open} runs left; all numbers are in {result.record}", file=sys.stderr)
     if result.status == "interrupted":
         print("Resume with the same command.", file=sys.stderr)
@@ -122,6 +124,20 @@ def _check_files(options: CompareOptions, is_new: bool) -> None:
         check_matplotlib()
 
 
+def _log_plan(options: CompareOptions, searched: Sequence[Run], runs: Sequence[Run]) -> None:
+    tests = {run.key.task: run for run in runs}
+    logger.info(
+        "%d runs: %s x seeds %s%s. Test: %s.",
+        len(searched) + len(runs),
+        ", ".join(options.recipes or {}),
+        ", ".join(map(str, options.seeds or [])),
+        f", and {len(searched)} runs of the search" if searched else "",
+        ", ".join(
+            f"{run.num_questions} {'questions' if run.is_scored else 'rows'} of {task}" for task, run in tests.items()
+        ),
+    )
+
+
 def _paths(names: str | None) -> list[Path]:
     return [Path(name.strip()) for name in (names or "").split(",") if name.strip()]
 
@@ -137,6 +153,7 @@ class _Comparison:
         self.folder = Path(options.output_dir or "")
         self.results: list[Result] = []
         self.found: list[Found] = []
+        self.seconds: dict[str, list[float]] = {}  # recipe -> wall times of the runs that this process has done
         self._read_record()
 
     def run(self) -> CompareResult:
@@ -166,7 +183,7 @@ class _Comparison:
         if self.searched:
             self.found = search_results(self.options, self.results)
             chosen = {(each.task, each.recipe): each.chosen for each in self.found}
-            self.runs = check_runs(self.options.tuned_runs(chosen))
+            self.runs = check_runs(self.options.tuned_runs(chosen), self.options.is_short)
             self._read_record()
         return self._do_runs(self.runs)
 
@@ -196,18 +213,32 @@ class _Comparison:
                         continue
                     is_idle = False
                     logger.info("Run %d of %d: %s.", 1 + runs.index(run), len(runs), run.key)
+                    start = time.perf_counter()
                     result = train_and_test(run)
                     if result is None:
                         return False
                     if result.diverged_at is not None:
-                        logger.warning("The training of %s diverged: all its answers count as wrong.", run.key)
+                        what = (ACCURACY if run.is_scored else LOSS).diverged
+                        logger.warning("The training of %s diverged: %s.", run.key, what)
                     self._add(result)
+                    self._log_time_left(run, time.perf_counter() - start)
                     if not self.options.keep_adapters:
                         remove_weights(run)
             if is_idle:
                 time.sleep(_POLL_SECONDS)
                 self._read_record()
         return True
+
+    def _log_time_left(self, run: Run, seconds: float) -> None:
+        """Log how long the runs that are left may take: as long as runs of the same recipe, or of any."""
+        self.seconds.setdefault(run.key.plain_recipe, []).append(seconds)
+        mean = fmean(each for times in self.seconds.values() for each in times)
+        open_runs = [*self._left(self.searched), *self._left(self.runs)]
+        left = [self.seconds.get(each.key.plain_recipe, [mean]) for each in open_runs]
+        if left:
+            total = duration(sum(map(fmean, left)))
+            runs = "1 run that is left takes" if len(left) == 1 else f"{len(left)} runs that are left take"
+            logger.info("%s took %s. The %s about %s.", run.key, duration(seconds), runs, total)
 
     def _left(self, runs: Sequence[Run]) -> list[Run]:
         done = {result.key for result in self.results}

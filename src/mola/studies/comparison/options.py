@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from mola.errors import MolaError
 from mola.options.fields import parse_mapping, parse_named_mappings
 from mola.options.parsing import convert
+from mola.studies.comparison.default_recipes import default_recipes
 from mola.studies.fields import CompareFields
 from mola.studies.train_and_test import TrainAndTestOptions
 
@@ -45,12 +46,15 @@ class Key(NamedTuple):
 class CompareOptions(CompareFields, TrainAndTestOptions):
     """Options of `mola compare`: those of `CompareFields`, and every option of `mola train` as the default of all runs.
 
+    Without `tasks` there is one task, on `data`. Without `recipes` they are those of `default_recipes`.
+
     The options of the runs are made from the values given here. Changing a field afterwards has no effect on them.
 
     Attributes:
         runs: options of each run, in the order of training: all runs with one seed before the next seed. With `tune`
             they have the first value of each list; see `tuned_runs`.
         tuning_runs: options of each run of the search; empty without `tune`.
+        is_short: whether `recipes` are the default ones.
         candidates: the combinations of `tune`, by the text that follows a recipe's name.
 
     Raises:
@@ -60,8 +64,17 @@ class CompareOptions(CompareFields, TrainAndTestOptions):
     def __post_init__(self) -> None:
         # The runs get the values that the user gave: TrainingArguments replaces some of them below.
         self._given = {item.name: getattr(self, item.name) for item in fields(TrainAndTestOptions) if item.init}
-        super().__post_init__()
+        if self.tasks is None:
+            self.tasks = {_name_of(self.task or self.data or "data"): {}}
         self.tasks = parse_named_mappings("tasks", self.tasks, _TASKS_EXAMPLE)
+        self.is_short = self.recipes is None
+        if self.output_dir is None and self.is_short:
+            self.output_dir = f"runs/compare-{next(iter(self.tasks))}"
+        super().__post_init__()
+        if self.seeds is None:
+            self.seeds = [0, 1] if self.is_short else [0, 1, 2]
+        if self.recipes is None:
+            self.recipes = default_recipes(self)
         self.recipes = parse_named_mappings("recipes", self.recipes, _RECIPES_EXAMPLE)
         if self.reference is None:
             self.reference = next(iter(self.recipes))
@@ -72,14 +85,29 @@ class CompareOptions(CompareFields, TrainAndTestOptions):
             for kind, parts in (("tasks", self.tasks), ("recipes", self.recipes))
             for name, values in parts.items()
         }
+        self._data_of: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # by task, see `use_data`
+        self._make_runs()
+
+    def _make_runs(self) -> None:
         # Until the search has chosen (`tuned_runs`), all runs have the values of the first candidate.
         first_candidate = next(iter(self.candidates.values()), {})
-        self.runs = {key: self._run_options(key, first_candidate) for key in self._keys(self.seeds)}
+        self.runs = {key: self._run_options(key, first_candidate) for key in self._keys(self.seeds or [])}
         self.tuning_runs: dict[Key, TrainAndTestOptions] = {}
         for key in self._keys(self.tuning_seeds):
             for name, values in self.candidates.items():
                 tuning_key = key._replace(recipe=key.recipe + name)
                 self.tuning_runs[tuning_key] = self._run_options(tuning_key, values)
+
+    def use_data(self, task: str, changes: dict[str, Any], for_search: dict[str, Any]) -> None:
+        """Make all runs of a task anew with other data.
+
+        Args:
+            task: name of the task.
+            changes: option -> value for all runs, such as `data` and `test_data`.
+            for_search: the same for the test of the search's runs; `changes` hold for them, too.
+        """
+        self._data_of[task] = changes, for_search
+        self._make_runs()
 
     def tuned_runs(self, chosen: Mapping[tuple[str, str], str]) -> dict[Key, TrainAndTestOptions]:
         """`runs` with what the search has chosen: (task, recipe) -> one of `candidates`."""
@@ -134,11 +162,20 @@ class CompareOptions(CompareFields, TrainAndTestOptions):
         changes = {name: value for values in parts.values() for name, value in values.items()}
         if key.candidate:  # the search is tested on questions of its own
             changes |= {"test_split": self.tuning_split, "test_data": None}
+        if key.task in self._data_of:
+            drawn, for_search = self._data_of[key.task]
+            changes |= {"test_split": TrainAndTestOptions.test_split, **drawn, **(for_search if key.candidate else {})}
         seed_and_folder = {"seed": key.seed, "output_dir": str(Path(self.output_dir or "") / str(key))}
         try:
             return TrainAndTestOptions(**{**self._given, **changes, **seed_and_folder})
         except (ValueError, TypeError, ImportError) as error:  # MolaError, and TrainingArguments' own checks
             raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
+
+
+def _name_of(source: str) -> str:
+    """A name for the folder of a task or of data: the file's name without its endings, letters and digits only."""
+    stem = source.rstrip("/").rpartition("/")[2].partition(".")[0].partition(":")[0]
+    return "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in stem).strip("_") or "data"
 
 
 def _candidates(tune: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

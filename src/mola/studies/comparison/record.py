@@ -1,6 +1,7 @@
-"""The record of a comparison: every finished run with a mark for every answer, in one JSON file.
+"""The record of a comparison: every finished run with the mark of each answer or the loss of each row.
 
-The file alone is enough to resume: run folders may be missing, and a different machine may continue.
+The record is one JSON file. The file alone is enough to resume: run folders may be missing, and a different machine may
+continue.
 """
 
 import json
@@ -28,11 +29,12 @@ class Result:
     task: str
     recipe: str
     seed: int
-    accuracy: float  # share of correct answers
-    correct: int  # number of correct answers
-    total: int  # number of questions
-    unanswered: int  # questions without an answer
-    marks: str  # 1 for a correct answer and 0 for any other, in the order of the test data
+    # Of questions; None for free text, which has the fields `loss`, `losses` and `tokens` below.
+    accuracy: float | None  # share of correct answers
+    correct: int | None  # number of correct answers
+    total: int  # number of questions, or of rows of free text
+    unanswered: int | None  # questions without an answer
+    marks: str | None  # 1 for a correct answer and 0 for any other, in the order of the test data
     trainable_parameters: int
     num_experts: list[int]  # by layer
     eval_loss: float | None  # on the evaluation data; None without them
@@ -47,13 +49,22 @@ class Result:
     dtype: str = ""  # dtype of the base model
     rule: str = ""  # rule of the task, see `mola.studies.comparison.checks.Run`
     steps: int = 0  # of the training
-    diverged_at: int | None = None  # step after which loss or weights were not finite; all answers count as wrong
+    diverged_at: int | None = None  # step after which loss or weights were not finite: all answers count as wrong
     curve: list[Any] = field(default_factory=list)  # tests during the training, which earlier versions made
+    # Of free text; None after a training that diverged.
+    loss: float | None = None  # nats per token
+    losses: list[float] | None = None  # nats of each row, in the order of the test data
+    tokens: list[int] | None = None  # tokens that contribute to the loss of each row
 
     @property
     def key(self) -> Key:
         """Task, recipe and seed of the run."""
         return Key(self.task, self.recipe, self.seed)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the outcome is the accuracy of answers; if not, it is the loss of free text."""
+        return self.marks is not None
 
 
 def read_results(path: Path) -> list[Result]:
@@ -71,8 +82,11 @@ def read_results(path: Path) -> list[Result]:
             raise ValueError(f"its `format` is {content['format']!r}, not {FORMAT}")
         results = [Result(**entry) for entry in content["runs"]]
         for result in results:
-            if len(result.marks) != result.total or result.marks.count("1") != result.correct:
+            marks = result.marks
+            if marks is not None and (len(marks) != result.total or marks.count("1") != result.correct):
                 raise ValueError(f"`marks` of {result.key} do not fit `correct` and `total`")
+            if any(len(values) != result.total for values in (result.losses, result.tokens) if values is not None):
+                raise ValueError(f"`losses` and `tokens` of {result.key} do not fit `total`")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MolaError(
             f"`record` must be a new file or the record of a comparison: {str(path)!r} cannot be read ({error}). "

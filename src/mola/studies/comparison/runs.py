@@ -22,7 +22,7 @@ _LARGE_FILES = (WEIGHTS_FILE, "tokenizer.json")
 def train_and_test(run: Run) -> Result | None:
     """Train and test a run, or finish it if it was begun. None if a signal stopped the training.
 
-    A training that diverges also gives a result: all answers count as wrong.
+    A training that diverges also gives a result: all answers count as wrong, and on free text there is no loss.
     """
     folder = Path(run.options.output_dir or "")
     begin_or_resume(folder, run.identity)
@@ -42,7 +42,7 @@ def train_and_test(run: Run) -> Result | None:
     experts = config.get("num_experts", record.get("num_experts", 1))  # LoRA has no such field
     return Result(
         *run.key,
-        **_answers(run, tested),
+        **_outcome(run, tested),
         trainable_parameters=record["trainable_parameters"],
         num_experts=experts if isinstance(experts, list) else [experts] * record["allocation"].get("num_layers", 1),
         eval_loss=None if tested is None else record["metrics"].get("eval_loss"),
@@ -61,7 +61,7 @@ def evaluate_base_model(run: Run, path: Path) -> Result:
         run.key.task,
         BASE,
         0,
-        **_answers(run, tested),
+        **_outcome(run, tested),
         trainable_parameters=0,
         num_experts=[],
         eval_loss=None,
@@ -79,15 +79,11 @@ def remove_weights(run: Run) -> None:
         shutil.rmtree(checkpoint)
 
 
-def _answers(run: Run, tested: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The fields of a `Result` about its test. If `tested` is None, all answers count as wrong."""
-    total = run.num_questions
-    counted = {"accuracy": 0.0, "correct": 0, "total": total, "unanswered": total, "marks": "0" * total}
-    if tested is not None:
-        counted = {name: tested[name] for name in ("accuracy", "correct", "total", "unanswered")}
-        counted["marks"] = "".join("1" if sample["correct"] else "0" for sample in tested["samples"])
+def _outcome(run: Run, tested: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fields of a `Result` about its test. `tested` is None after a training that diverged."""
     return {
-        **counted,
+        **(_answers(run.num_questions, tested) if run.is_scored else _losses(tested)),
+        "total": run.num_questions,
         "seconds_testing": 0.0 if tested is None else round(tested["seconds"], 1),
         "fingerprints": run.fingerprints,
         "base_model": run.base_model,
@@ -96,3 +92,20 @@ def _answers(run: Run, tested: Mapping[str, Any] | None) -> dict[str, Any]:
         "versions": software_versions(),
         "machine": machine_description(),
     }
+
+
+def _answers(total: int, tested: Mapping[str, Any] | None) -> dict[str, Any]:
+    """If `tested` is None, all answers count as wrong."""
+    if tested is None:
+        return {"accuracy": 0.0, "correct": 0, "unanswered": total, "marks": "0" * total}
+    marks = "".join("1" if sample["correct"] else "0" for sample in tested["samples"])
+    return {**{name: tested[name] for name in ("accuracy", "correct", "unanswered")}, "marks": marks}
+
+
+def _losses(tested: Mapping[str, Any] | None) -> dict[str, Any]:
+    """If `tested` is None, there is no loss."""
+    no_answers = dict.fromkeys(("accuracy", "correct", "unanswered", "marks"))
+    if tested is None:
+        return no_answers
+    losses, tokens = ([sample[name] for sample in tested["samples"]] for name in ("loss", "tokens"))
+    return {**no_answers, "loss": tested["loss"], "losses": losses, "tokens": tokens}

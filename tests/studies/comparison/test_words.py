@@ -1,0 +1,122 @@
+"""Tables and words of comparisons on free text, where a lower loss is better."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mola.studies.comparison.conclusion import conclusion
+from mola.studies.comparison.options import CompareOptions
+from mola.studies.comparison.record import BASE, Result
+from mola.studies.comparison.tables import ALL_TASKS, comma_separated, markdown, summarize
+from tests.studies.comparison.comparisons import RECIPES
+
+TOKENS = [5, 10, 20, 40] * 10
+
+
+def result(recipe, seed, loss, task="notes", noise=0.01):
+    """A run on free text, with this loss per token."""
+    spread = np.random.default_rng([seed, *recipe.encode()]).normal(size=len(TOKENS)) * TOKENS
+    losses = [float(each) for each in np.multiply(TOKENS, loss) + noise * (spread - spread.mean())]
+    return Result(
+        task,
+        recipe,
+        seed,
+        accuracy=None,
+        correct=None,
+        total=len(TOKENS),
+        unanswered=None,
+        marks=None,
+        trainable_parameters=100,
+        num_experts=[1],
+        eval_loss=None,
+        seconds_training=1.0,
+        seconds_testing=1.0,
+        settings={},
+        fingerprints={},
+        versions={},
+        machine={"cpu": "a cpu", "gpu": None, "threads": 1},
+        loss=sum(losses) / sum(TOKENS),
+        losses=losses,
+        tokens=TOKENS,
+    )
+
+
+def results(lora, mixture, task="notes"):
+    runs = [result(name, seed, loss, task) for seed in range(3) for name, loss in (("lora", lora), ("2468", mixture))]
+    return [result(BASE, 0, 4.0, task, noise=0), *runs]
+
+
+def rows_of(found, tasks=("notes",)):
+    return summarize(found, ["lora", "2468"], tasks, "lora")
+
+
+@pytest.fixture
+def words(tiny_model_dir, tmp_path):
+    def say(found):
+        options = CompareOptions(
+            base_model=str(tiny_model_dir), data="notes.jsonl", output_dir=str(tmp_path), recipes=RECIPES
+        )
+        return "\n".join(conclusion(options, rows_of(found), found))
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("mixture", "verdict", "said", "kept"),
+    [
+        (
+            1.5,
+            "better",
+            "is 0.500 nats per token lower than that of lora (joint 95 % interval: 0.50",
+            "2468 is better.",
+        ),
+        (2.5, "worse", "is 0.500 nats per token higher than that of lora (joint 95 % interval: 0.49", "2468 is worse."),
+    ],
+)
+def test_a_lower_loss_is_better_in_table_and_words(mixture, verdict, said, kept, words):
+    found = results(2.0, mixture)
+    table = markdown(rows_of(found), [], "lora", found, 0)
+    sign = "−" if mixture < 2 else "+"
+    (line,) = [line for line in table.splitlines() if line.startswith("| notes | 2468 |")]
+    assert "| loss | perplexity | difference | 95 % | verdict |" in table
+    assert f"| {sign}0.500 | {sign}0." in line
+    assert line.endswith(f"| {verdict} |")
+    text = words(found)
+    assert said in text
+    assert f"{verdict}." in text
+    assert kept in text
+    assert (
+        "Keep 2468: it is better than lora." if mixture < 2 else "Keep lora: no recipe is shown to be better."
+    ) in text
+
+
+def test_what_is_not_shown_to_differ_has_a_bound(words):
+    text = words(results(2.0, 2.0))
+    assert "lower to 0.0" in text  # the interval has 0 inside
+    assert ": not shown to differ, no difference above 0.0" in text
+    assert "Keep lora: no recipe is shown to be better." in text
+
+
+def test_a_training_that_did_not_help_is_named(words):
+    found = [replace(each, loss=1.0) if each.recipe == BASE else each for each in results(2.0, 1.5)]
+    assert "But the training has not helped: loss of the base model alone and of 2468: 1.000 and 1.500." in words(found)
+
+
+def test_a_seed_that_diverged_leaves_its_recipe_without_a_verdict(words):
+    found = results(2.0, 1.5)
+    lost = {"loss": None, "losses": None, "tokens": None, "diverged_at": 3}
+    found = [replace(each, **lost) if (each.recipe, each.seed) == ("2468", 1) else each for each in found]
+    rows = rows_of(found)
+    text = markdown(rows, [], "lora", found, 0)
+    assert "| – | – |  |  | diverged: no verdict |" in text
+    assert "2468 on notes diverged with seed 1: it has no loss, and its recipe no verdict." in text
+    assert comma_separated(rows).splitlines()[2].split(",")[5:8] == ["", "", ""]
+    assert words(found) == ""
+
+
+def test_losses_of_tasks_are_not_averaged():
+    found = results(2.0, 1.5) + results(1.0, 0.9, task="mails")
+    rows = rows_of(found, ("notes", "mails"))
+    assert ALL_TASKS not in {row.task for row in rows}
+    assert [row.loss for row in rows if row.recipe == "lora"] == pytest.approx([2.0, 1.0], abs=0.01)
