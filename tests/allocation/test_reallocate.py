@@ -200,15 +200,15 @@ def test_depth_of_an_adapter_of_some_layers_only(tiny_model_dir, no_weights_dir,
     some = save_adapter(tiny_model_dir, tmp_path / "some", MolaConfig(num_experts=2, layers_to_transform=[0, 1], r=2))
     path = some / "adapter_config.json"
     settings = json.loads(path.read_text())
-    moved(some, "24", tmp_path / "new")  # by the base model that it names
+    moved(some, "2-4", tmp_path / "new")  # by the base model that it names
     assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["num_experts"] == [2, 2, 4, 4]
     path.write_text(json.dumps({**settings, "base_model_name_or_path": "someone/model"}))
     with pytest.raises(MolaError, match="`base_model` is needed to know which layers"):
-        moved(some, "24", tmp_path / "other")
+        moved(some, "2-4", tmp_path / "other")
     assert not (tmp_path / "other").exists()
     for number, (numbers, more, experts) in enumerate(
         [
-            ("24", {"base_model": str(no_weights_dir)}, [2, 2, 4, 4]),
+            ("2-4", {"base_model": str(no_weights_dir)}, [2, 2, 4, 4]),
             ("3,1,5,5", {}, [3, 1, 5, 5]),
             ("3,", {}, 3),
         ]

@@ -46,8 +46,9 @@ def test_resolve_notations_of_every_field(value, expected, name):
     [
         ("2468", 32, QUARTERS),
         ("2468", 30, [2] * 7 + [4] * 7 + [6] * 8 + [8] * 8),
-        ("24", 5, [2, 2, 4, 4, 4]),
-        ("16", 4, [1, 1, 6, 6]),
+        ("2-4", 5, [2, 2, 4, 4, 4]),
+        ("8-16-12", 4, [8, 16, 12, 12]),
+        ("123", 4, [1, 2, 3, 3]),
         ("1234", 4, [1, 2, 3, 4]),
         ("inverted_triangle", 32, QUARTERS),
         ("inverted-triangle", 32, QUARTERS),
@@ -85,7 +86,9 @@ def test_resolve_reads_a_file_without_json_ending(tmp_path):
 @given(digits=st.lists(st.integers(1, 9), min_size=2, unique=True), extra=st.integers(0, 100))
 def test_groups_keep_order_and_differ_by_one_layer(digits, extra):
     num_layers = len(digits) + extra
-    result = resolve_per_layer("".join(map(str, digits)), num_layers, "num_experts")
+    result = resolve_per_layer("-".join(map(str, digits)), num_layers, "num_experts")
+    if len(digits) > 2:
+        assert result == resolve_per_layer("".join(map(str, digits)), num_layers, "num_experts")
     groups = [(digit, len(list(members))) for digit, members in groupby(result)]
     sizes = [size for _, size in groups]
     assert len(result) == num_layers
@@ -154,7 +157,12 @@ def test_wrong_notation(value, message, name):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("10", "'10,' is ten experts everywhere"),
+        ("10", "'10,' .with the comma. is 10 experts in every layer"),
+        (
+            "16",
+            "'16,' .with the comma. is 16 experts in every layer; '1-6' is 1 in the lower half .* 6 in the upper",
+        ),
+        ("2-0", "entry 1 is 0"),
         ("2068", "got '2068'"),
         (2468, "got 2468. If you meant a shape of digits, quote it as a string: '2468'"),
         ("dimond", "got 'dimond'. Known shapes: inverted_triangle .2468., triangle .8642."),
@@ -172,7 +180,7 @@ def test_shapes_are_for_num_experts_only():
 
 def test_more_groups_than_layers():
     check_notation("24682", "num_experts")
-    with pytest.raises(MolaError, match=r"5 digits \('24682'\), the model has 4 layers"):
+    with pytest.raises(MolaError, match=r"5 groups \('2-4-6-8-2'\), the model has 4 layers"):
         resolve_per_layer("24682", 4, "num_experts")
 
 

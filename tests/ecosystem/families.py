@@ -146,7 +146,7 @@ def build(family):
 
 def adapt(base, family, **options):
     """The model with an adapter that already changes it: two experts in the lower layers, four in the upper ones."""
-    defaults = {"num_experts": "24", "r": 4, "init_lora_weights": False, "task_type": FAMILIES[family].task}
+    defaults = {"num_experts": "2-4", "r": 4, "init_lora_weights": False, "task_type": FAMILIES[family].task}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return get_peft_model(base, MolaConfig(**{**defaults, **options}))

@@ -73,7 +73,7 @@ def test_tied_embeddings_count_once(tmp_path):
 
 def test_other_architectures(tmp_path):
     GPT2Config(vocab_size=64, n_embd=16, n_layer=5, n_head=2).save_pretrained(tmp_path)
-    result = plan(PlanOptions(str(tmp_path), num_experts="24", r="4"))
+    result = plan(PlanOptions(str(tmp_path), num_experts="2-4", r="4"))
     assert [layer.num_experts for layer in result.layers] == [2, 2, 4, 4, 4]
     assert result.expert_parameters == 16 * 4 * (16 + 48)
 

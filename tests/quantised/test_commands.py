@@ -42,7 +42,7 @@ def train(base, data, output, *flags, **options):
         "per_device_train_batch_size": 4,
         "learning_rate": 0.01,
         "cutoff_len": 1024,
-        "num_experts": "24",
+        "num_experts": "2-4",
         "dtype": "float32",
         "logging_steps": 1,
         "report_to": "none",

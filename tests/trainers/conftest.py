@@ -39,7 +39,7 @@ def assistant(text):
 
 def config(**options):
     """Experts that matter from the start."""
-    return MolaConfig(**{"num_experts": "24", "r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM", **options})
+    return MolaConfig(**{"num_experts": "2-4", "r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM", **options})
 
 
 @pytest.fixture

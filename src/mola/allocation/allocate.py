@@ -169,7 +169,7 @@ def _shape_scores(digits: str, base: Base) -> LayerScores:
             f"`method` {digits} has more digits than {base.name!r} has decoder layers ({base.num_layers}). Pass at "
             "most one digit per layer."
         )
-    shape = resolve_per_layer(digits, base.num_layers, "num_experts")
+    shape = resolve_per_layer("-".join(digits), base.num_layers, "num_experts")
     return [float(digit) if is_adapted else None for digit, is_adapted in zip(shape, base.is_adapted, strict=True)]
 
 

@@ -1,6 +1,6 @@
 """One integer per decoder layer, from any notation. Pure functions, no torch.
 
-- Notations: one integer, a list, "2,2,4,4", "2468" (groups of layers), the name of a shape, a JSON file.
+- Notations: one integer, a list, "2,2,4,4", "2468" or "2-4-6-8" (groups of layers), the name of a shape, a JSON file.
 - `resolve_per_layer` needs the depth of the model, `check_notation` does not.
 - `default_num_experts`: the experts per layer if the user sets nothing.
 - `pattern_with`: numbers for single modules, which a JSON file may hold beside the numbers of the layers.
@@ -34,7 +34,9 @@ Notation: TypeAlias = int | str | Sequence[int]
 _NUM_EXPERTS = "num_experts"  # the only field that may be digits or a shape
 _PATTERN = "num_experts_pattern"  # a JSON file for `num_experts` may also hold this field
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-_DIGITS = re.compile(r"[0-9]{2,}")
+_DIGITS = re.compile(r"[0-9]{3,}")
+_TWO_DIGITS = re.compile(r"[1-9][0-9]")  # as a number of experts plausible, too
+_GROUPS = re.compile(r"[0-9]{1,18}(-[0-9]{1,18})+")
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ def resolve_per_layer(value: Notation, num_layers: int, name: str) -> list[int]:
     Every field may be an integer (for all layers), a list of `num_layers` integers, "2,2,4,4", "16," (16 for all
     layers) or the path of a JSON file that holds a list of integers, bare or under the key `name`.
 
-    "num_experts" may also be digits such as "2468", one per group of layers, or a name in `SHAPES`. With `L` layers and
-    `G` groups every group has `L // G` layers, and the last `L % G` groups have one more: 30 layers in 4 groups are
-    7, 7, 8, 8. In other fields digits are one number: "16" is 16.
+    "num_experts" may also be three or more digits such as "2468", one per group of layers, integers between hyphens
+    such as "8-16", or a name in `SHAPES`. With `L` layers and `G` groups every group has `L // G` layers, and the last
+    `L % G` groups have one more: 30 layers in 4 groups are 7, 7, 8, 8. Two digits such as "16" are refused, because
+    they could be one number or two groups. In other fields digits are one number: "16" is 16.
 
     Args:
         value: the notation.
@@ -65,7 +68,8 @@ def resolve_per_layer(value: Notation, num_layers: int, name: str) -> list[int]:
         `num_layers` integers, each at least 1.
 
     Raises:
-        MolaError: the notation is unknown, a number is below 1, or the entries are not as many as the layers.
+        MolaError: the notation is unknown or ambiguous, a number is below 1, or the entries are not as many as the
+            layers.
     """
     if num_layers < 1:
         raise MolaError(f"`{name}` needs a model with decoder layers: this one has {num_layers}.")
@@ -109,8 +113,8 @@ def check_notation(value: Notation, name: str) -> None:
     """Check a notation of the field `name` without knowing the depth of the model.
 
     Raises:
-        MolaError: the value is of the wrong kind, has a number below 1 or a digit 0, or names an unknown shape or an
-            unreadable JSON file.
+        MolaError: the value is of the wrong kind or ambiguous, has a number below 1 or a digit 0, or names an unknown
+            shape or an unreadable JSON file.
     """
     _parse(value, name)
 
@@ -136,6 +140,12 @@ def pattern_with(num_experts: Notation, given: Mapping[str, int] | None) -> Mapp
     return found or given
 
 
+def unambiguous(num_experts: Any) -> Any:
+    """A `num_experts` as it is written today: earlier versions read the two digits "24" as the groups "2-4"."""
+    is_old = isinstance(num_experts, str) and _TWO_DIGITS.fullmatch(num_experts) and "0" not in num_experts
+    return "-".join(num_experts) if is_old else num_experts
+
+
 def _parse(value: Any, name: str) -> _Parsed:
     if isinstance(value, bool) or not isinstance(value, (Integral, str, list, tuple)):
         raise MolaError(
@@ -150,14 +160,19 @@ def _parse(value: Any, name: str) -> _Parsed:
 
 
 def _parse_text(text: str, name: str) -> _Parsed:
-    """Parse a string: the path of a JSON file, integers between commas, digits, a shape, or one integer."""
+    """Parse a string: a JSON file's path, integers between commas or hyphens, digits, a shape, or one integer."""
     if text.lower().endswith(".json"):
         return _read_file(text, name)
     if "," in text:
         return _parse_commas(text, name)
     shape = text.lower().replace("-", "_")
-    if name == _NUM_EXPERTS and (shape in SHAPES or _DIGITS.fullmatch(text)):
-        return _Parsed(_parse_digits(SHAPES.get(shape, text)), "groups")
+    if name == _NUM_EXPERTS:
+        if _TWO_DIGITS.fullmatch(text):
+            raise _two_digits_error(text)
+        if shape in SHAPES or _DIGITS.fullmatch(text):
+            return _Parsed(_parse_digits(SHAPES.get(shape, text)), "groups")
+        if _GROUPS.fullmatch(text):
+            return _Parsed(_checked_entries([int(item) for item in text.split("-")], name), "groups")
     if _INTEGER.fullmatch(text):
         return _Parsed((_checked_integer(int(text), name),), "same")
     if os.path.isfile(text):
@@ -168,6 +183,17 @@ def _parse_text(text: str, name: str) -> _Parsed:
     raise MolaError(
         f"`{name}` must be an integer, integers between commas, digits, a JSON file or a known shape, "
         f"got {text!r}. Known shapes: {known}."
+    )
+
+
+def _two_digits_error(text: str) -> MolaError:
+    first, second = text[0], text[1]
+    everywhere = f"'{text},' (with the comma) is {text} experts in every layer"
+    if second == "0":
+        return MolaError(f"`{_NUM_EXPERTS}` {text!r} must be written with a comma: {everywhere}.")
+    return MolaError(
+        f"`{_NUM_EXPERTS}` {text!r} has two meanings. Write one of them: {everywhere}; '{first}-{second}' is "
+        f"{first} in the lower half of the layers and {second} in the upper half."
     )
 
 
@@ -247,9 +273,9 @@ def _checked_integer(value: int, name: str) -> int:
 def _spread_groups(digits: Sequence[int], num_layers: int) -> list[int]:
     if len(digits) > num_layers:
         raise MolaError(
-            f"`{_NUM_EXPERTS}` has more groups than there are decoder layers: {len(digits)} digits "
-            f"({''.join(map(str, digits))!r}), the model has {_number_of(num_layers, 'layer')}. "
-            f"Pass at most {num_layers} digits, or one integer."
+            f"`{_NUM_EXPERTS}` has more groups than there are decoder layers: {len(digits)} groups "
+            f"({'-'.join(map(str, digits))!r}), the model has {_number_of(num_layers, 'layer')}. "
+            f"Pass at most {_number_of(num_layers, 'group')}, or one integer."
         )
     sizes = _shares(num_layers, len(digits))
     return [digit for digit, size in zip(digits, sizes, strict=True) for _ in range(size)]

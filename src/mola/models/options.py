@@ -81,7 +81,7 @@ class PlanOptions:
     )
     num_experts: str | None = option(
         None,
-        "Experts per module: an integer and a comma ('8,'), one digit per group of layers ('2468', lowest layers "
+        "Experts per module: an integer and a comma ('8,'), one per group of layers ('2468' or '2-4', lowest layers "
         "first), integers between commas, a shape's name or a JSON file. Default 2468.",
     )
     r: str = option("8", "Rank of each expert: an integer, or one per layer between commas.")

@@ -302,6 +302,6 @@ def _flag_text(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, list):
         text = ",".join(map(_flag_text, value))
-        # The comma marks a list: `16` alone would be read as the digits 1 and 6.
+        # The comma marks a list: `16` alone would be refused.
         return f"{text}," if len(value) == 1 and text.isdecimal() else text
     return str(value)

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mola.architecture.notation import unambiguous
 from mola.errors import MolaError
 from mola.files.digests import CONFIG_FILE, WEIGHTS_FILE
 from mola.files.reading import read_json_object
@@ -184,6 +185,9 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
         names.append("fp16")  # the checkpoint holds the loss scale of float16
     elif old.get("bf16") != new.get("bf16"):
         logger.warning("The run continues with `bf16` %s, it began with %s.", new.get("bf16"), old.get("bf16"))
+    adapter = before.get("adapter_settings") or {}
+    if "num_experts" in adapter:
+        before = {**before, "adapter_settings": {**adapter, "num_experts": unambiguous(adapter["num_experts"])}}
     parts: list[tuple[str, Any, Any, list[str] | None]] = [("settings", old, new, names)]
     parts += [(name, before.get(name) or {}, record.get(name) or {}, None) for name in _SAME_PARTS]
     if before.get("template") and record.get("template"):

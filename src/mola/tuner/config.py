@@ -78,8 +78,8 @@ class MolaConfig(PeftConfig):
         r (`int | list[int] | str`): rank of each expert: one integer, a list with one entry per decoder layer, a
             string such as "8,8,16,16", or a JSON file. Default: 8. In an encoder-decoder, every per-layer list has one
             entry per encoder layer, then one per decoder layer.
-        num_experts (`int | list[int] | str`): experts per adapted module: like `r`, or a string of digits for
-            groups of layers of nearly equal size ("2468", lowest layers first), or one of the paper's shapes
+        num_experts (`int | list[int] | str`): experts per adapted module: like `r`, or a string with one number per
+            group of layers of nearly equal size ("2468" or "2-4", lowest layers first), or one of the paper's shapes
             ("inverted_triangle", "triangle", "hourglass", "rectangle", "diamond"). A layer with one expert is plain
             LoRA and has no router. Default: "2468"; models with one, two or three layers get 5, [3, 7] or [2, 4, 7],
             respectively.

@@ -204,7 +204,7 @@ print([backend.name for backend in BACKENDS])
 torch.manual_seed(0)
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
-config = mola.MolaConfig(num_experts="24", lora_dropout=0.1, init_lora_weights=False, task_type="CAUSAL_LM")
+config = mola.MolaConfig(num_experts="2-4", lora_dropout=0.1, init_lora_weights=False, task_type="CAUSAL_LM")
 model = get_peft_model(base, config)
 ids = torch.arange(10).view(1, 10)
 loss = model.train()(input_ids=ids, labels=ids).loss
