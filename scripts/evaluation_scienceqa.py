@@ -10,5 +10,9 @@ from mola.cli import run_script
 
 if __name__ == "__main__":
     sys.exit(
-        run_script("research_code.evaluation", "ResearchEvaluateOptions", "accuracy on prepared ScienceQA questions")
+        run_script(
+            "research_code.evaluation",
+            "research_code.evaluation.ResearchEvaluateOptions",
+            "accuracy on prepared ScienceQA questions",
+        )
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib
 import inspect
 import itertools
 import sys
@@ -18,7 +17,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from mola.cli import COMMANDS
+from mola.cli import COMMANDS, find
 from mola.files.atomic import atomic_write_text
 from mola.options.fields import group_options, is_required
 
@@ -46,9 +45,9 @@ def render() -> str:
 
 def _section(name: str) -> str:
     command = COMMANDS[name]
-    options = getattr(importlib.import_module(command.module), command.options)
+    options = find(command.options)
     summary = command.summary[0].upper() + command.summary[1:]
-    intro = f"{summary}. In Python: `{command.module}.{command.options}`."
+    intro = f"{summary}. In Python: `{command.options}`."
     if command.positional:
         intro += f" The first word after the command may be the {command.positional}, without a flag."
     lines = [f"## mola {name}", "", intro]
@@ -74,7 +73,7 @@ def _section(name: str) -> str:
 @functools.cache
 def _documented() -> dict[Any, str]:
     """Map the options class of every command to the command's name."""
-    return {getattr(importlib.import_module(c.module), c.options): name for name, c in COMMANDS.items()}
+    return {find(c.options): name for name, c in COMMANDS.items()}
 
 
 def _own(options: Any) -> tuple[set[str], Any]:

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     sys.exit(
         run_script(
             "research_code.training",
-            "ResearchTrainOptions",
+            "research_code.training_options.ResearchTrainOptions",
             "fine-tune a mixture of LoRA experts on a prepared task",
             accept_noflag=True,
         )

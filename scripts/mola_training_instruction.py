@@ -12,7 +12,7 @@ if __name__ == "__main__":
     sys.exit(
         run_script(
             "research_code.training",
-            "ResearchInstructionOptions",
+            "research_code.training_options.ResearchInstructionOptions",
             "fine-tune a mixture of LoRA experts on plain text",
             accept_noflag=True,
         )

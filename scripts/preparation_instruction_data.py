@@ -12,7 +12,7 @@ if __name__ == "__main__":
     sys.exit(
         run_script(
             "research_code.preparation",
-            "InstructionOptions",
+            "research_code.preparation.InstructionOptions",
             "draw instruction data, written as plain text",
         )
     )

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     sys.exit(
         run_script(
             "research_code.preparation",
-            "ScienceQAOptions",
+            "research_code.preparation.ScienceQAOptions",
             "prepare ScienceQA, questions without an image",
         )
     )

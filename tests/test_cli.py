@@ -1,6 +1,5 @@
 """The `mola` command: flags, recipes, wrong input, exit codes; every command once on tiny data."""
 
-import importlib
 import json
 import re
 import shlex
@@ -11,7 +10,7 @@ import pytest
 import yaml
 
 from mola import TrainOptions, __version__
-from mola.cli import COMMANDS, main, run
+from mola.cli import COMMANDS, find, main, run
 from mola.errors import MolaError
 from mola.exporting.options import ConvertOptions
 from mola.generation.generate import GenerateOptions
@@ -61,7 +60,7 @@ def command(**options) -> list[str]:
 
 
 def options_of(name: str):
-    return getattr(importlib.import_module(COMMANDS[name].module), COMMANDS[name].options)
+    return find(COMMANDS[name].options)
 
 
 # ---------------------------------------------------------------------- wrong input of `mola train`

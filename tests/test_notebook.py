@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import io
 import re
 import shlex
@@ -121,5 +120,4 @@ def test_commands_in_the_notebook_exist():
     (line,) = re.findall(r"^mola .*$", text, re.M)
     _, name, *arguments = shlex.split(line)
     command = cli.COMMANDS[name]
-    module = importlib.import_module(command.module)
-    parse(getattr(module, command.options), arguments, prog=name, positional=command.positional)
+    parse(cli.find(command.options), arguments, prog=name, positional=command.positional)

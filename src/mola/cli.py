@@ -7,13 +7,15 @@ with code 130, a closed pipe with 141. Any other exception keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mola._version import __version__
 from mola.errors import MolaError
@@ -30,75 +32,115 @@ class Command(NamedTuple):
     """Where the code of a command is, and how the help text describes the command."""
 
     module: str  # its function `main` runs the command
-    options: str  # name of the options dataclass in the module
+    options: str  # path of the options dataclass
     summary: str  # one line for the help text
     positional: str | None = None  # the option that the first positional argument sets
+    # Path of the class with mola's own options, for a command that has those of `TrainingArguments` too.
+    own_options: str | None = None
 
 
 COMMANDS = {
-    "prepare": Command("mola.data.prepare", "PrepareOptions", "convert a data set to instructions and answers", "task"),
-    "train": Command("mola.training.train", "TrainOptions", "fine-tune a mixture of LoRA experts"),
+    "prepare": Command(
+        "mola.data.prepare",
+        "mola.data.options.PrepareOptions",
+        "convert a data set to instructions and answers",
+        "task",
+    ),
+    "train": Command(
+        "mola.training.train",
+        "mola.training.options.TrainOptions",
+        "fine-tune a mixture of LoRA experts",
+        own_options="mola.training.fields.TrainFields",
+    ),
     "continual": Command(
         "mola.studies.continual_learning.continual",
-        "ContinualOptions",
+        "mola.studies.continual_learning.stages.ContinualOptions",
         "train on one task after another, and measure forgetting",
+        own_options="mola.studies.fields.ContinualFields",
     ),
     "evaluate": Command(
-        "mola.evaluation.evaluate", "EvaluateOptions", "measure the accuracy on a test file", "adapter"
+        "mola.evaluation.evaluate",
+        "mola.evaluation.options.EvaluateOptions",
+        "measure the accuracy on a test file",
+        "adapter",
     ),
     "lm-eval": Command(
-        "mola.evaluation.lm_eval", "LmEvalOptions", "run a model on tasks of the LM Evaluation Harness", "adapter"
+        "mola.evaluation.lm_eval",
+        "mola.evaluation.options.LmEvalOptions",
+        "run a model on tasks of the LM Evaluation Harness",
+        "adapter",
     ),
     "generate": Command(
-        "mola.generation.generate", "GenerateOptions", "answer one prompt, or every line of standard input", "adapter"
+        "mola.generation.generate",
+        "mola.generation.options.GenerateOptions",
+        "answer one prompt, or every line of standard input",
+        "adapter",
     ),
     "serve": Command(
-        "mola.serving.serve", "ServeOptions", "answer over HTTP, with an OpenAI-compatible API", "adapter"
+        "mola.serving.serve",
+        "mola.serving.options.ServeOptions",
+        "answer over HTTP, with an OpenAI-compatible API",
+        "adapter",
     ),
     "plan": Command(
-        "mola.models.plan", "PlanOptions", "show parameters and cost of an allocation, without loading weights"
+        "mola.models.plan",
+        "mola.models.options.PlanOptions",
+        "show parameters and cost of an allocation, without loading weights",
     ),
     "compare": Command(
         "mola.studies.comparison.compare",
-        "CompareOptions",
+        "mola.studies.comparison.options.CompareOptions",
         "compare recipes: train each on tasks with several seeds, and test which differences are significant",
+        own_options="mola.studies.fields.CompareFields",
     ),
     "allocate": Command(
-        "mola.allocation.allocate", "AllocateOptions", "choose how many experts each layer gets, for a given total"
+        "mola.allocation.allocate",
+        "mola.allocation.options.AllocateOptions",
+        "choose how many experts each layer gets, for a given total",
     ),
     "reallocate": Command(
         "mola.allocation.reallocate",
-        "ReallocateOptions",
+        "mola.allocation.options.ReallocateOptions",
         "change how many experts each layer of a trained adapter has",
         "adapter",
     ),
     "convert": Command(
         "mola.exporting.convert",
-        "ConvertOptions",
+        "mola.exporting.options.ConvertOptions",
         "convert between mixtures, LoRAs and adapters of other code bases",
         "source",
     ),
     "merge": Command(
-        "mola.exporting.merge", "MergeOptions", "merge a LoRA into its base model and write the result", "adapter"
+        "mola.exporting.merge",
+        "mola.exporting.options.MergeOptions",
+        "merge a LoRA into its base model and write the result",
+        "adapter",
     ),
     "inspect": Command(
         "mola.reporting.inspect",
-        "InspectOptions",
+        "mola.reporting.options.InspectOptions",
         "show which experts process which tokens, and how similar the experts are",
         "adapter",
     ),
-    "report": Command("mola.reporting.report", "ReportOptions", "write one HTML page about a run", "run_dir"),
+    "report": Command(
+        "mola.reporting.report", "mola.reporting.options.ReportOptions", "write one HTML page about a run", "run_dir"
+    ),
     "doctor": Command(
-        "mola.reporting.doctor", "DoctorOptions", "find what is wrong with a run, and what to change", "run_dir"
+        "mola.reporting.doctor",
+        "mola.reporting.options.DoctorOptions",
+        "find what is wrong with a run, and what to change",
+        "run_dir",
     ),
     "demo": Command(
         "mola.serving.demonstration.demo",
-        "DemoOptions",
+        "mola.serving.options.DemoOptions",
         "open a web page that compares answers with and without an adapter, and shows its experts",
         "adapter",
     ),
     "quickstart": Command(
-        "mola.studies.quickstart", "QuickstartOptions", "run prepare, train, evaluate and report on a small model"
+        "mola.studies.quickstart",
+        "mola.studies.fields.QuickstartOptions",
+        "run prepare, train, evaluate and report on a small model",
     ),
 }
 
@@ -131,8 +173,8 @@ def run_script(module: str, options: str, summary: str, *, accept_noflag: bool =
     """Run a script as a command that is named after its file.
 
     Args:
-        module: holds the options and `main`.
-        options: name of the options dataclass.
+        module: holds `main`.
+        options: path of the options dataclass.
         summary: one line for the help text.
         accept_noflag: accept `--noNAME` for `--NAME=false`, like Python Fire.
 
@@ -160,25 +202,63 @@ def _run_and_report(name: str, work: Callable[[], int]) -> int:
 
 
 def _run(command: Command, arguments: Sequence[str], name: str, *, accept_noflag: bool = False) -> int:
-    from mola.options.parsing import parse  # imported late: `mola --help` does not need Transformers
+    from mola.options.parsing import parse, read_recipe  # imported late: `mola --help` does not need it
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("mola").setLevel(logging.INFO)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as Python does for stderr
     # PEFT reads a property of Transformers by its old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    module = importlib.import_module(command.module)
-    options = parse(
-        getattr(module, command.options),
-        arguments,
+    parse_as = functools.partial(
+        parse,
+        arguments=arguments,
         prog=name,
         summary=command.summary,
         positional=command.positional,
         accept_noflag=accept_noflag,
+        read=functools.cache(read_recipe),  # a recipe may come from a pipe, which can be read once
     )
+    options = None
+    if command.own_options is None:
+        options = parse_as(find(command.options))
+        _check_paths(options)
+    elif "all" not in arguments:  # `--help all` needs the texts of TrainingArguments
+        from mola.training.trainer_names import with_trainer_names
+
+        quick_class = with_trainer_names(find(command.own_options))
+        if quick_class is not None:
+            _check_paths(parse_as(quick_class))
+    main = find(f"{command.module}.main")  # from here on torch and Transformers may be imported
+    if options is None:
+        options = parse_as(find(command.options))
     with explain_out_of_memory(_LESS_MEMORY):
-        code: int = module.main(options)
+        code: int = main(options)
     return code
+
+
+def find(path: str) -> Any:
+    """The object of a module that a path such as `mola.cli.main` names."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _check_paths(options: Any) -> None:
+    """Check that base model, adapters and data exist, before anything is imported that takes seconds."""
+    from mola.checkpoints.adapter_settings import adapter_settings
+    from mola.data import read
+    from mola.exporting.options import check_sources
+    from mola.models import base_folder
+
+    values = {name: getattr(options, name, None) for name in ("base_model", "adapter", "data")}
+    if values["base_model"]:
+        base_folder.check_exists(values["base_model"])
+    is_resumed = getattr(options, "resume_from_checkpoint", None) is not None  # the checkpoint has the adapter
+    if isinstance(values["adapter"], str) and not os.path.isdir(values["adapter"]) and not is_resumed:
+        adapter_settings(values["adapter"])  # raises
+    check_sources(getattr(options, "source", []))
+    for data in [values["data"]] if isinstance(values["data"], str) else values["data"] or []:
+        if "=" not in data:  # `mola prepare` accepts train=A,validation=B
+            read.check_exists(data)
 
 
 def _run_with(arguments: Sequence[str]) -> int:

@@ -1,6 +1,5 @@
 """`--help` of the commands: groups, what a newcomer sets first, nothing of mola's own left out, `--help all`."""
 
-import importlib
 import inspect
 import re
 from dataclasses import fields
@@ -12,7 +11,7 @@ from transformers import TrainingArguments
 
 from mola import TrainOptions
 from mola._compat import has_activation_checkpointing
-from mola.cli import COMMANDS, main
+from mola.cli import COMMANDS, find, main
 from mola.options.fields import group_options, is_required
 from tests.versions import needs
 
@@ -46,7 +45,7 @@ def help_of(monkeypatch, capsys):
 
 
 def options_class(command):
-    return getattr(importlib.import_module(COMMANDS[command].module), COMMANDS[command].options)
+    return find(COMMANDS[command].options)
 
 
 def own_options(cls):

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from mola import MolaConfig
-from mola.cli import COMMANDS, main
+from mola.cli import COMMANDS, find, main
 from mola.data.prepare import PrepareOptions, prepare
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions
@@ -297,8 +297,7 @@ def check_command(text):
     program, name, *arguments = shlex.split(text)
     assert program == "mola"
     command = COMMANDS[name]
-    module = __import__(command.module, fromlist=[command.options])
-    parse(getattr(module, command.options), arguments, prog=name, positional=command.positional)
+    parse(find(command.options), arguments, prog=name, positional=command.positional)
 
 
 def test_a_run_with_only_its_record(run_dir):

@@ -164,6 +164,12 @@ def source_splits(data: str) -> dict[str, Source]:
     return {name: Source(data, name) for name in split_names(data)} or {"train": Source(data)}
 
 
+def check_exists(path: str | Path) -> None:
+    """Raise if a data source can only be a path, and there is nothing at this path."""
+    if not os.path.exists(os.path.expanduser(path)) and not is_hub_name(str(path)):
+        raise _missing(str(path))
+
+
 def _missing(source: str) -> MolaError:
     return MolaError(
         f"`data` must be an existing file or folder, or a Hub name such as owner/name: `{source}` does not "

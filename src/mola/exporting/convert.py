@@ -11,15 +11,13 @@ The output folder appears complete, in one step. A folder that holds files is re
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from mola.errors import MolaError
 from mola.exporting.from_lora import MixtureReport, convert_from_lora
 from mola.exporting.measuring import ExportReport
-from mola.exporting.options import ConvertOptions, check_direction
+from mola.exporting.options import ConvertOptions, check_direction, check_sources
 from mola.exporting.other_formats import ConvertReport, convert_to_mola, convert_to_published
 from mola.exporting.to_lora import convert_to_lora
 from mola.files.atomic import check_new_folder
@@ -52,9 +50,7 @@ def convert(options: ConvertOptions) -> ConvertReport | ExportReport | MixtureRe
     """
     lists = {name: [value] for name in ("source", "data") if isinstance(value := getattr(options, name), str)}
     options = replace(options, **lists)  # type: ignore[arg-type]
-    for source in options.source:
-        if not os.path.isdir(os.path.expanduser(source)):
-            raise MolaError(f"`source` must be the folder of an adapter, there is none at {source!r}.")
+    check_sources(options.source)
     direction = check_direction(options)
     return _CONVERTERS[direction](options, check_new_folder("output", options.output))
 

@@ -104,6 +104,13 @@ class ConvertOptions:
         convert_paths(self)
 
 
+def check_sources(sources: list[str]) -> None:
+    """Raise if one of the adapters to convert is no folder."""
+    for source in sources:
+        if not os.path.isdir(os.path.expanduser(source)):
+            raise MolaError(f"`source` must be the folder of an adapter, there is none at {source!r}.")
+
+
 _DATA = ("data", "task", "template", "split", "limit", "memory_gb", "dtype", "device", "trust_remote_code")
 # Direction -> the options that it requires, and the options that it reads if they are given.
 _DIRECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

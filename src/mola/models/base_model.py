@@ -13,49 +13,11 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from mola.checkpoints.recorded_base import is_hub_id
 from mola.errors import MolaError
 from mola.files.digests import file_sha256
+from mola.models.base_folder import check_base_model
 
 _WEIGHTS_ENDINGS = (".safetensors", ".bin", ".gguf")
-
-
-def check_base_model(base_model: str | os.PathLike[str], gguf_file: str | None = None) -> None:
-    """Check that a folder holds a base model: `config.json`, or the GGUF file if there is one. A hub id passes.
-
-    Raises:
-        MolaError: the path does not exist, is a file, or is a folder without `config.json` or the GGUF file.
-    """
-    name = os.fspath(base_model)
-    if not name.strip():
-        raise MolaError("`base_model` must name a model: got an empty text. Pass a folder or a hub id.")
-    path = Path(name)
-    if os.path.isdir(path):
-        _check_folder(path, gguf_file)
-    elif os.path.exists(path):
-        raise MolaError(f"`base_model` must be a folder or a hub id: {name!r} is a file. Pass its folder.")
-    elif not is_hub_id(name):
-        raise MolaError(f"`base_model` names a folder that does not exist: {name!r}. Check the path.")
-
-
-def _check_folder(folder: Path, gguf_file: str | None) -> None:
-    gguf_files = sorted(file.name for file in folder.glob("*.gguf"))
-    if gguf_file is not None:
-        if not os.path.isfile(folder / gguf_file):
-            raise MolaError(
-                f"`gguf_file` must be a file in `base_model`: {gguf_file!r} is not in {str(folder)!r}. "
-                f"GGUF files in this folder: {', '.join(gguf_files) or 'none'}."
-            )
-    elif not (folder / "config.json").is_file():
-        cure = "Pass a folder written by save_pretrained or a hub id."
-        if gguf_files:
-            cure = (
-                f"It has GGUF files: {', '.join(gguf_files)}. Pass one of them as well: --gguf_file {gguf_files[0]}. "
-                "Commands without this option need a model that was saved as safetensors."
-            )
-        elif (folder / "adapter_config.json").is_file():
-            cure = "It holds an adapter: pass it as `adapter`, and its base model as `base_model`."
-        raise MolaError(f"`base_model` must hold a model: folder {str(folder)!r} has no config.json. {cure}")
 
 
 def read_config(base_model: str, trust_remote_code: bool = False, gguf_file: str | None = None) -> PretrainedConfig:

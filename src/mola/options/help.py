@@ -3,11 +3,10 @@
 import shutil
 import textwrap
 from argparse import Action
-from typing import Any, get_args, get_origin, get_type_hints
-
-from transformers import HfArgumentParser
+from typing import Any, get_args, get_origin
 
 from mola.options.fields import group_options
+from mola.options.parser import OptionsParser
 
 _INDENT = " " * 37
 _VALUE_NAMES = {int: "INT", float: "FLOAT", bool: "BOOL", dict: "JSON"}
@@ -22,9 +21,9 @@ class ShowHelp(Action):
         parser.exit()
 
 
-def _help_text(parser: HfArgumentParser, is_complete: bool) -> str:
-    (options_class,) = parser.dataclass_types
-    kinds: dict[str, Any] = {"config": str, "help": str, **get_type_hints(options_class)}
+def _help_text(parser: OptionsParser, is_complete: bool) -> str:
+    options_class = parser.options_class
+    kinds: dict[str, Any] = {"config": str, "help": str, **parser.kinds}
     actions = {action.dest: action for action in reversed(parser._actions)}  # --no_x follows --x and has the same dest
     groups = {heading: [each.name for each in group] for heading, group in group_options(options_class).items()}
     rest = groups.pop("", []) if len(groups) > 1 else []

@@ -8,19 +8,18 @@ import difflib
 import json
 import os
 import re
-from argparse import Action, ArgumentParser
-from collections.abc import Mapping, Sequence
+from argparse import Action
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, get_origin, get_type_hints
+from typing import Any, get_args
 
 import yaml
-from transformers import HfArgumentParser
 
 from mola.errors import MolaError
 from mola.files.reading import parse_yaml
-from mola.options.fields import parse_mapping
 from mola.options.help import ShowHelp
+from mola.options.parser import OptionsParser, RaisingParser
 
 _FLAG = re.compile(r"--[\w-]+(=|$)")
 _HOME = re.compile(r"(?:^|(?<=[=,]))~(?=/)")  # a `~` at the start of a value, after `=` (NAME=PATH) or after a comma
@@ -57,6 +56,7 @@ def parse(
     summary: str = "",
     positional: str | None = None,
     accept_noflag: bool = False,
+    read: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> Any:
     """Options from flags and, with `--config`, a YAML recipe.
 
@@ -68,20 +68,22 @@ def parse(
         positional: option that the first word sets if it has no dashes; a list option gets all words before the first
             flag.
         accept_noflag: accept `--noflag` for `--flag=false`.
+        read: reads the recipe; default: `read_recipe`.
 
     Raises:
         MolaError: a flag or its value is wrong, the recipe is unreadable or has unknown keys, or
             options contradict each other.
         SystemExit: after `--help`.
     """
-    arguments, types = list(arguments), get_type_hints(options_class)
+    arguments, parser = list(arguments), OptionsParser(options_class, prog, summary)
+    flags = parser.flags
     if accept_noflag:
-        spelled = {f"--no{name}": f"--{name}=false" for name, kind in types.items() if kind is bool}
+        spelled = {f"--no{name}": f"--{name}=false" for name, kind in parser.kinds.items() if kind is bool}
         arguments = [spelled.get(word, word) for word in arguments]
-    parser, flags = _make_parser(options_class, prog, summary)
     parser.usage = _usage(prog, flags[f"--{positional}"] if positional else None)
-    config = parser.add_argument("--config", metavar="RECIPE.yaml", help="Read options from a YAML file; flags win.")
-    flags |= {"--config": config}
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="Read options from a YAML file; flags win.")
+    text = "Show this help; all: every option."
+    parser.add_argument("-h", "--help", action=ShowHelp, nargs="?", choices=["all"], metavar="[all]", help=text)
     if positional and arguments and not arguments[0].startswith("-"):
         action = flags[f"--{positional}"]
         is_word = [not word.startswith("-") for word in arguments]
@@ -92,20 +94,14 @@ def parse(
     _check_words(arguments, flags)
     recipe = _find_recipe(arguments)
     if recipe is not None:
-        arguments = _flags_of_mapping(read_recipe(recipe), recipe, parser, flags, types) + arguments
-    arguments = _expand_home(arguments)
-    _, stray = parser.parse_known_args(arguments)
+        arguments = _flags_of_mapping((read or read_recipe)(recipe), recipe, parser) + arguments
+    values, stray = parser.parse_known_args(_expand_home(arguments))
     if stray:
         raise MolaError(_unknown(stray[0], flags))
     try:
-        options, *_ = parser.parse_args_into_dataclasses(
-            args=arguments, look_for_args_file=False, return_remaining_strings=True
-        )
-    except json.JSONDecodeError as error:
-        raise MolaError(f"an option with a mapping as its value needs JSON, got {error.doc!r}: {error}.") from error
+        return parser.options_of(values)
     except (ValueError, TypeError, ImportError) as error:  # raised by TrainingArguments
         raise error if isinstance(error, MolaError) else MolaError(str(error)) from error
-    return options
 
 
 def convert(options_class: Any, values: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -122,10 +118,10 @@ def convert(options_class: Any, values: Mapping[str, Any], source: str) -> dict[
     Raises:
         MolaError: a name is unknown or a value does not fit.
     """
-    parser, flags, types = _converter(options_class)
-    words = _flags_of_mapping(values, source, parser, flags, types)
+    parser = _converter(options_class)
+    words = _flags_of_mapping(values, source, parser)
     options = parser.parse_args(_expand_home(words))
-    names = [flags[f"--{key}"].dest for key in values]
+    names = [parser.flags[f"--{key}"].dest for key in values]
     return {name: getattr(options, name) for name in names}
 
 
@@ -161,8 +157,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _find_recipe(arguments: Sequence[str]) -> str | None:
     """The path after `--config`, or None."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = _raise_error  # type: ignore[method-assign]
+    parser = RaisingParser()
     parser.add_argument("--config", action="append", default=[])
     recipes = parser.parse_known_args(arguments)[0].config
     if len(recipes) > 1:
@@ -170,23 +165,9 @@ def _find_recipe(arguments: Sequence[str]) -> str | None:
     return os.path.expanduser(recipes[0]) if recipes else None
 
 
-def _make_parser(
-    options_class: Any, prog: str | None = None, summary: str | None = None
-) -> tuple[HfArgumentParser, dict[str, Action]]:
-    """A parser that raises `MolaError` instead of exiting, and its flags (flag -> action)."""
-    parser = HfArgumentParser(options_class, prog=prog, description=summary, allow_abbrev=False, add_help=False)
-    parser.error = _raise_error  # type: ignore[method-assign]
-    for action in parser._actions:
-        if get_origin(action.type) is dict:  # argparse cannot call dict[str, bool] with a string
-            action.type = _json_mapping
-    text = "Show this help; all: every option."
-    parser.add_argument("-h", "--help", action=ShowHelp, nargs="?", choices=["all"], metavar="[all]", help=text)
-    return parser, {option: action for action in parser._actions for option in action.option_strings}
-
-
 @cache  # `mola compare` converts options many times, and making several hundred flags takes 10 ms
-def _converter(options_class: Any) -> tuple[HfArgumentParser, dict[str, Action], dict[str, Any]]:
-    return *_make_parser(options_class), get_type_hints(options_class)
+def _converter(options_class: Any) -> OptionsParser:
+    return OptionsParser(options_class)
 
 
 def _usage(prog: str, positional: Action | None) -> str:
@@ -195,17 +176,6 @@ def _usage(prog: str, positional: Action | None) -> str:
         word = positional.dest.removesuffix("_dir").upper() + " ..." * (positional.nargs == "+")
         words.append(word if positional.required else f"[{word}]")
     return " ".join([*words, "[--config RECIPE.yaml]", "[--flag value ...]"])
-
-
-def _json_mapping(text: str) -> dict[str, Any]:
-    return parse_mapping("", text)
-
-
-_json_mapping.__name__ = "JSON mapping"  # argparse shows the name in messages
-
-
-def _raise_error(message: str) -> NoReturn:
-    raise MolaError(f"{message.rstrip('.')}. Run the command with --help for the list of options.")
 
 
 def _check_words(arguments: Sequence[str], flags: Mapping[str, Action]) -> None:
@@ -262,16 +232,11 @@ def _expand_home(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def _flags_of_mapping(
-    values: Mapping[str, Any],
-    source: str,
-    parser: ArgumentParser,
-    flags: Mapping[str, Action],
-    types: Mapping[str, Any],
-) -> list[str]:
+def _flags_of_mapping(values: Mapping[str, Any], source: str, parser: OptionsParser) -> list[str]:
     """The values of a recipe as flags, so that argparse checks and converts both in the same way."""
     arguments: list[str] = []
     given: set[str] = set()
+    flags = parser.flags
     for key, value in values.items():
         flag = f"--{key}"
         if flag not in flags or key in ("config", "help"):
@@ -284,7 +249,7 @@ def _flags_of_mapping(
             raise MolaError(f"`{key}` is in {source} twice, with dashes and with underscores. Remove one of the two.")
         given.add(action.dest)
         if value is None:
-            if type(None) not in getattr(types.get(action.dest), "__args__", ()):
+            if type(None) not in get_args(parser.kinds.get(action.dest)):
                 raise MolaError(f"`{key}` in {source} needs a value: it is empty. Fill it in or remove the line.")
             parser.set_defaults(**{action.dest: None})
         elif isinstance(value, list) and action.nargs == "+":
