@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from mola.allocation.allocate import AllocateOptions, allocate
 from mola.allocation.base import read_base
 from mola.allocation.measured import layer_scores
-from mola.allocation.on_data import activation_scores, gradient_scores, load_for_scores, read_samples
+from mola.allocation.on_data import activation_scores, encoded_samples, gradient_scores, load_for_scores
 from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
 from mola.errors import MolaError
@@ -31,7 +31,11 @@ def base(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def samples(base, data):
-    return read_samples(base, data, "sample", None, "train", 4)
+    return encoded_samples(base, data, "sample", None, "train", 4)
+
+
+def test_samples_need_no_task(base, data, samples):
+    assert list(encoded_samples(base, data, None, "alpaca_short", "train", 4)) == list(samples)
 
 
 def weight_gradients(model, base, samples):
@@ -85,7 +89,7 @@ def test_linears_that_run_several_times_count_all_calls_with_gradients(base, sam
 
 
 def test_samples_use_the_chosen_template(base, samples, data, tiny_tokenizer):
-    asked = read_samples(base, data, "sample", "alpaca", "train", 4)
+    asked = encoded_samples(base, data, "sample", "alpaca", "train", 4)
     for short, long in zip(samples, asked, strict=True):
         texts = [tiny_tokenizer.decode(each["input_ids"]) for each in (short, long)]
         assert ["Below is an instruction" in text for text in texts] == [False, True]
@@ -94,7 +98,7 @@ def test_samples_use_the_chosen_template(base, samples, data, tiny_tokenizer):
 @pytest.mark.parametrize(("count", "length"), [(8, None), (1, 20)], ids=["many tokens", "few tokens"])
 def test_activations_count_the_strongest_directions(count, length, base, data):
     """Of the first 1,024 tokens, and of fewer tokens than there are features."""
-    samples = read_samples(base, data, "sample", None, "train", count)
+    samples = encoded_samples(base, data, "sample", None, "train", count)
     samples = [{name: sample[name][:length] for name in ("input_ids", "labels")} for sample in samples]
     model = load_for_scores(base, "cpu")
     seen = {linear.name: [] for linear in base.linears}
@@ -147,7 +151,7 @@ def test_the_command_measures_the_chosen_samples(tiny_model_dir, base, data, tmp
     model = load_for_scores(base, "cpu")
 
     def scores(**changes):
-        samples = read_samples(base, data, "sample", **{**asked, **changes})
+        samples = encoded_samples(base, data, "sample", **{**asked, **changes})
         return layer_scores(gradient_scores(base, samples, model), base.num_layers)
 
     assert found == scores()
@@ -158,7 +162,7 @@ def test_the_command_measures_the_chosen_samples(tiny_model_dir, base, data, tmp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"method": "gradient"}, "`method` gradient needs samples: pass --data FILE --task TASK"),
+        ({"method": "gradient"}, "`method` gradient needs samples: pass --data FILE"),
         ({"method": "gradient", "data": "x.json", "task": "sample", "limit": 0}, "`limit` must be at least 1: got 0"),
         ({"method": "2468", "data": "x.json"}, "`data` \\('x.json'\\) has no effect with `method` '2468'"),
         ({"method": "gradient", "data": "missing.json", "task": "sample"}, "missing.json"),

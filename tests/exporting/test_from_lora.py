@@ -134,14 +134,15 @@ def test_routers_are_fitted_in_the_prompts_of_the_adapters(tiny_model_dir, lora,
     path.write_text(json.dumps([{"id": str(number), **row} for number in range(4)]))
     sources = [lora("a", r=2), lora("b", r=2, seed=1)]
     seen = []
-    monkeypatch.setattr("mola.exporting.calibration.template_for", lambda *how: seen.append(how) or template_for(*how))
+    monkeypatch.setattr("mola.models.sample_data.template_for", lambda *how: seen.append(how) or template_for(*how))
     more = ["--num_experts", "3,", "--data", path, path, "--task", "sample", "--split", "train", "--dtype", "float32"]
     for trained, expected in ((("meta", "meta"), "meta"), (("meta", "vigogne"), "alpaca_short")):
         for source, template in zip(sources, trained, strict=True):
             (Path(source) / "prompts.json").write_text(json.dumps({"template": template}))
         seen.clear()
         run("convert", *sources, *flags(tiny_model_dir, tmp_path / expected, *more))
-        assert [(name, source) for name, _, source in seen] == [(expected, source) for source in sources]
+        used = sources if expected == "meta" else [None, None]  # the folders whose own chat template would be used
+        assert [(name, source) for name, _, source in seen] == [(expected, source) for source in used]
         assert ("were trained with different prompt" in caplog.text) is (expected == "alpaca_short")
 
 
@@ -173,8 +174,8 @@ def test_solved_router_is_least_squares_with_the_wanted_margin():
         (["--num_experts", "2,", "--noise", "-1"], "`noise` must be at least 0"),
         (["--num_experts", "2,", "--noise", "0.3"], "`noise` (0.3) is for copies"),
         (["--num_experts", "2,", "--rank", "4"], "`rank` is only for --to lora, got 4"),
-        (["--num_experts", "2,", "--data", "x.json"], "`task` must be given with `data`"),
-        (["--num_experts", "2,", "--data", "x.json", "--task", "sample"], "one file for each of at least two adapters"),
+        (["--num_experts", "2,", "--task", "sample"], "`task` has no effect without `data`: got 'sample'"),
+        (["--num_experts", "2,", "--data", "x.json"], "one file for each of at least two adapters"),
     ],
 )
 def test_wrong_options(no_weights_dir, lora, tmp_path, refusal, more, message):

@@ -11,10 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaForCausalLM
 
 from mola import MolaConfig, MolaError, load_tokenizer
-from mola.exporting.calibration import read_task
-from mola.exporting.options import ConvertOptions
 from mola.generation.generate import GenerateOptions, _choose_template
-from mola.models.prompts import template_for
+from mola.models.prompts import default_template, template_for, warn_of_other_template
 from tests.damage import change_tensors
 from tests.exporting.conftest import base, load, logits, saved
 from tests.grids import slow
@@ -203,6 +201,6 @@ def test_tokens_of_chats_that_the_base_does_not_have_are_named(tiny_model_dir, t
     (tmp_path / "chat_template.jinja").write_text("<|im_start|>{{ messages[0].content }}</s>", encoding="utf-8")
     template_for("chat", tokenizer, tmp_path)
     assert "writes chats with <|im_start|>, <|im_end|>, which the base model's tokenizer does not have" in caplog.text
-    options = ConvertOptions([str(tmp_path)], "out", target_format="lora", data=["x"], task="sample")
-    assert read_task(options).template == "alpaca_short"
+    assert default_template(None, tmp_path) == "chat"
+    warn_of_other_template(tmp_path, "alpaca_short")
     assert "does not name its prompt template but has a chat template" in caplog.text

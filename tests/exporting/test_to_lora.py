@@ -97,6 +97,20 @@ def test_measured_rows_that_are_also_fitted_are_noted(tiny_model_dir, mixture, q
     assert report_of(tmp_path / "mean")["notes"] == []
 
 
+def test_free_text_needs_no_task(tiny_model_dir, mixture, tmp_path, run, refusal):
+    words = ["Iron.", "Salt water", "Ice", "Wool and a fern"]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps({"instruction": "Name one.", "output": word}) + "\n" for word in words))
+    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
+    flags += ["--data", data, "--test", data, "--output", tmp_path / "lora"]
+    assert "is for questions with answers" in refusal("convert", mixture, *flags, "--scoring", "generate")
+    run("convert", mixture, *flags)
+    report = report_of(tmp_path / "lora")
+    assert report["rows"] == {"answer": {"fitted": 3, "held_out": 1}, "test answer": {"fitted": 0, "held_out": 4}}
+    assert set(report["loss"]["test answer"]) == {"base", "mixture", "lora"}
+    assert report["accuracy"] == {}
+
+
 @pytest.mark.slow
 def test_data_are_read_in_the_prompts_of_the_training(tiny_model_dir, mixture, questions, tmp_path, run):
     flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
@@ -343,7 +357,7 @@ def test_usage_weights_come_from_the_training(tiny_model_dir, mixture, tmp_path,
         ([], "`rank` must be given with --to lora"),
         (["--rank", "2", "--method", "regression"], "`method` regression needs `data` or `text`"),
         (["--rank", "2", "--method", "svd"], "`method` must be one of regression, mean, usage: got 'svd'"),
-        (["--rank", "2", "--task", "sample"], "`task` must be given with `data` or `test`"),
+        (["--rank", "2", "--task", "sample"], "`task` has no effect without `data` or `test`: got 'sample'"),
         (["--rank", "2", "--text", "none.txt"], "`text` cannot be read"),
         (["--rank", "2", "--text", "x", "--fit_passes", "0"], "`fit_passes` must be at least 1: got 0"),
         (["--rank", "2", "--text", "x", "--answer_weight", "0"], "`answer_weight` must be above 0, got 0.0"),

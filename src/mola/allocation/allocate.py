@@ -24,7 +24,7 @@ from mola.allocation.measured import (
     redundancy_scores,
     usage_scores,
 )
-from mola.allocation.on_data import activation_scores, gradient_scores, load_for_scores, read_samples
+from mola.allocation.on_data import activation_scores, encoded_samples, gradient_scores, load_for_scores
 from mola.allocation.options import AllocateOptions, check_options, method_name
 from mola.allocation.probe import check_mixture
 from mola.allocation.rounding import (
@@ -184,8 +184,7 @@ def _measured_scores(options: AllocateOptions, base: Base) -> list[ModuleScore]:
     if method == "alphalora":
         return alphalora_scores(base, options.device)
     check_split("split", options.split, AllocateOptions.split, str(options.data))
-    data, task = str(options.data), str(options.task)
-    samples = read_samples(base, data, task, options.template, options.split, options.limit)
+    samples = encoded_samples(base, str(options.data), options.task, options.template, options.split, options.limit)
     compute = gradient_scores if method == "gradient" else activation_scores
     return compute(base, samples, load_for_scores(base, options.device))
 

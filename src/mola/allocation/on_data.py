@@ -11,35 +11,33 @@ from torch import nn
 
 from mola.allocation.base import Base
 from mola.allocation.measured import ModuleScore, relative_scores, scores_by_name
-from mola.data.encode import encode_untruncated
-from mola.data.examples import load_examples
 from mola.data.tasks import load_task
-from mola.data.templates import get_template
 from mola.errors import MolaError
 from mola.files.terminal import show_progress
 from mola.insight.redundancy import in_float64
 from mola.models.base_model import load_config, max_positions
 from mola.models.loading import load_model
+from mola.models.sample_data import encode_samples, read_samples
 from mola.models.tokenizer import load_tokenizer
 
 _RANK = 8  # components of a linear's input that count, on average
 _TOKENS = 1024  # number of tokens for the spectrum of an input
 
 
-def read_samples(
-    base: Base, data: str, task: str, template: str | None, split: str, limit: int
+def encoded_samples(
+    base: Base, data: str, task: str | None, template: str | None, split: str, limit: int
 ) -> Sequence[Mapping[str, Any]]:
-    """Read the first `limit` samples of a data file as `input_ids` and `labels`; `template` None means the task's own.
+    """Read the first `limit` samples of a data file as `input_ids` and `labels`.
 
     Raises:
-        MolaError: the data do not fit the task, or a sample is longer than the model's positions.
+        MolaError: the data are of no known format or do not fit the task, or a sample is longer than the model's
+            positions.
     """
-    read_as = load_task(task)
-    examples = load_examples(data, read_as, split, limit=limit)
     tokenizer = load_tokenizer(base.name, "right", base.trust_remote_code, base.gguf_file)
+    read_as = None if task is None else load_task(task)
+    samples = read_samples(data, read_as, tokenizer, split=split, limit=limit, template=template)
     positions = max_positions(load_config(base.name, base.trust_remote_code, base.gguf_file))
-    prompts = get_template(template or read_as.template, tokenizer)
-    return encode_untruncated(examples, tokenizer, prompts, positions, bool(prompts.ending(tokenizer)))
+    return encode_samples(samples, tokenizer, positions)
 
 
 def gradient_scores(base: Base, samples: Sequence[Mapping[str, Any]], model: Any) -> list[ModuleScore]:

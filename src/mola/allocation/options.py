@@ -44,9 +44,9 @@ class AllocateOptions:
         None, "For usage: file of `mola inspect --json` on the probe. Default: the `routing.jsonl` of `adapter`."
     )
     data: str | None = option(None, "Data for gradient and activation: a file or a saved dataset.")
-    task: str | None = option(None, "Task of `data`: its name or a YAML file.")
+    task: str | None = option(None, "Task of `data`: its name or a YAML file. Free text needs none.")
     template: str | None = option(
-        None, "Prompt template of `data`; chat is the base model's chat template. Default: the task's own."
+        None, "Prompt template of `data`; chat is the base model's chat template. Default: the task's own, else alpaca."
     )
     split: str = option("train", "Split to read if `data` has several.")
     limit: int = option(
@@ -113,8 +113,8 @@ def check_options(options: AllocateOptions) -> tuple[str | None, float | None]:
             raise MolaError(
                 f"`gguf_file` cannot be used with `method` {name}. Convert the file to a model folder first."
             )
-        if options.data is None or options.task is None:
-            raise MolaError(f"`method` {name} needs samples: pass --data FILE --task TASK.")
+        if options.data is None:
+            raise MolaError(f"`method` {name} needs samples: pass --data FILE.")
         if options.limit < 1:
             raise MolaError(f"`limit` must be at least 1: got {options.limit}.")
     if name in _ON_PROBE:

@@ -17,8 +17,6 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from mola.data.encode import encode_untruncated
-from mola.data.examples import load_examples
 from mola.data.read import check_split
 from mola.data.tasks import Task, load_task
 from mola.data.templates import Template
@@ -33,7 +31,8 @@ from mola.files.terminal import make_table_console
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.from_options import check_model, model_for, tokenizer_for
-from mola.models.prompts import default_template, template_for, trains_end_token, warn_of_other_template
+from mola.models.prompts import trains_end_token
+from mola.models.sample_data import encode_samples, read_samples
 from mola.options.command_line import command_line, next_steps
 from mola.options.fields import check_positive, parse_mapping
 
@@ -148,18 +147,25 @@ def check_evaluation(options: EvaluateOptions) -> CheckedEvaluation:
     task = None if options.task is None else load_task(options.task)
     check_split("split", options.split, EvaluateOptions.split, options.data)
     filters = parse_mapping("filters", options.filters)
-    examples = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options)
+    samples = read_samples(
+        options.data,
+        task,
+        tokenizer,
+        split=options.split,
+        limit=options.limit,
+        filters=filters,
+        template=options.template,
+        adapter=options.adapter,
+    )
     limit = max_positions(config)
-    name = options.template or default_template(task, options.adapter)
-    warn_of_other_template(options.adapter, name)
-    template = template_for(name, tokenizer, options.adapter)
-    if task is None or task.answer is None:
+    if samples.task is None:
         _check_no_option_is_ignored(options)
-        encode_untruncated(examples, tokenizer, template, limit, trains_end_token(options.adapter))
-        return CheckedEvaluation(None, examples, tokenizer, template)
-    checked_questions(tokenizer, task, examples, template, options.scoring, options.max_new_tokens, limit)
-    return CheckedEvaluation(task, examples, tokenizer, template)
+        encode_samples(samples, tokenizer, limit, options.adapter)
+    else:
+        arguments = samples.template, options.scoring, options.max_new_tokens, limit
+        checked_questions(tokenizer, samples.task, samples.examples, *arguments)
+    return CheckedEvaluation(samples.task, samples.examples, tokenizer, samples.template)
 
 
 def _check_no_option_is_ignored(options: EvaluateOptions) -> None:

@@ -18,6 +18,7 @@ from mola.evaluation.core import process_batches, why_one_by_one
 from mola.files.environment import machine_description, software_versions
 from mola.generation import predicting
 from mola.generation.likelihood import label_losses
+from mola.models.sample_data import example_numbers
 from mola.options.fields import check_positive
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def evaluate_loss(
         batch_size: rows per batch.
         finished_records: records of an earlier, interrupted evaluation, in the form in which `on_batch` gets them.
         on_batch: called after every batch with its records `{"index", "seconds", "sample"}`, see `evaluate_examples`;
-            a sample is an entry of `LossResult.samples`.
+            a sample has the `id`, `loss` and `tokens` of an encoded row. Some chats are encoded as several.
         show_progress: show a progress bar on stderr.
 
     Returns:
@@ -110,7 +111,7 @@ def evaluate_loss(
     check_positive(batch_size=batch_size)
     layout = template if isinstance(template, Template) else get_template(template, tokenizer)
     dataset = encode_untruncated(examples, tokenizer, layout, predicting.positions_left(model), add_eos_token)
-    lengths = list(dataset["length"])
+    owners, lengths = example_numbers(dataset), list(dataset["length"])
     if batch_size > 1 and (reason := why_one_by_one(model, max(lengths))) is not None:
         logger.warning("Rows are processed one at a time: %s.", reason)
         batch_size = 1
@@ -118,12 +119,12 @@ def evaluate_loss(
     def measure(indices: list[int]) -> list[dict[str, Any]]:
         rows = dataset[indices]
         losses = label_losses(model, tokenizer, rows["input_ids"], rows["labels"])
-        return [_sample(examples[index], *row) for index, row in zip(indices, losses, strict=True)]
+        return [_sample(examples[owners[index]], *row) for index, row in zip(indices, losses, strict=True)]
 
     title = "Loss, batches" if show_progress else None
     records = process_batches(model, measure, lengths, batch_size, finished_records, on_batch, title)
     settings = {"template": layout.name, "batch_size": batch_size}
-    samples = [dict(record["sample"]) for record in records]
+    samples = _sum_by_example(examples, owners, [record["sample"] for record in records])
     return LossResult(
         **summarize_losses(samples),
         samples=samples,
@@ -136,12 +137,23 @@ def evaluate_loss(
 
 
 def _sample(example: Mapping[str, Any], loss: float, tokens: int) -> dict[str, Any]:
+    """The loss of one encoded sample; a chat may have several."""
     if not math.isfinite(loss):
         raise NotFiniteError(
             f"the loss of sample {example['id']!r} is {loss}. Pass --dtype float32 or bfloat16, and check that the "
             "weights of `base_model` are finite."
         )
-    return {"id": example["id"], "loss": loss, "tokens": tokens, "bytes": trained_bytes(example)}
+    return {"id": example["id"], "loss": loss, "tokens": tokens}
+
+
+def _sum_by_example(
+    examples: Sequence[Mapping[str, Any]], owners: Sequence[int], parts: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    samples = [{"id": each["id"], "loss": 0.0, "tokens": 0, "bytes": trained_bytes(each)} for each in examples]
+    for owner, part in zip(owners, parts, strict=True):
+        samples[owner]["loss"] += part["loss"]
+        samples[owner]["tokens"] += part["tokens"]
+    return samples
 
 
 def summarize_losses(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -5,23 +5,22 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
 
 from mola.data.encode import encode_examples
-from mola.data.examples import load_examples
 from mola.data.read import check_split
-from mola.data.tasks import Task, load_task
-from mola.data.templates import check_template
+from mola.data.tasks import load_task
 from mola.data.tokenized import IGNORED
 from mola.errors import MolaError
 from mola.exporting.options import ConvertOptions
 from mola.models.base_model import load_config, max_positions
-from mola.models.prompts import template_for, trained_template, warn_of_other_template
+from mola.models.prompts import template_of, trains_end_token
+from mola.models.sample_data import Samples, read_samples
 from mola.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -49,66 +48,67 @@ class Calibration(NamedTuple):
     too_long: int = 0  # number of rows left out because they are longer than the model's positions
 
 
-def read_task(options: ConvertOptions) -> Task | None:
-    """Read the task of `data` and `test`, with `template` or else the template that the adapters were trained with.
-
-    Returns:
-        The task; None if neither `data` nor `test` is given.
-
-    Raises:
-        MolaError: `task` is missing with `data` or `test`, is given without them, or is wrong.
-    """
-    if (options.data is None and options.test is None) != (options.task is None):
-        raise MolaError(
-            f"`task` must be given with `data` or `test`, and only with these: got task {options.task!r}, data "
-            f"{options.data!r}, test {options.test!r}."
-        )
-    if options.task is None:
-        return None
-    task = load_task(options.task)
-    trained = {trained_template(source) for source in options.source}
-    common = next(iter(trained)) if len(trained) == 1 else None
-    name = options.template or common or task.template
-    check_template(name)
-    if len(trained) == 1:
-        warn_of_other_template(options.source[0], name)
-    elif options.template is None:
-        logger.warning(
-            "The adapters were trained with different prompt templates: `data` are read with the template %s.", name
-        )
-    return replace(task, template=name)
-
-
-def read_data(options: ConvertOptions, path: str, task: Task, source: str) -> Calibration:
-    """Read the rows of a data file in the prompts of `task`, for the adapter `source`.
+def read_data(options: ConvertOptions, path: str, source: str) -> Calibration:
+    """Read the rows of a data file, in the prompts of the training of the adapter `source`.
 
     Raises:
         MolaError: the file is unreadable, or fewer than two of its rows fit the model.
     """
     check_split("split", options.split, ConvertOptions.split, path)
-    return _hold_out(*_read_rows(options, path, task, source, options.split, options.limit), path)
+    samples, tokenizer = read_samples_of(options, path, source, options.split, options.limit + 1)
+    samples = samples._replace(examples=_first(samples.examples, options.limit, f"samples of {path}"))
+    return _hold_out(*_encode(options, samples, tokenizer, source), path)
 
 
-def read_test(options: ConvertOptions, task: Task) -> Calibration:
-    """Read the rows of the test file, which are all held out.
-
-    Raises:
-        MolaError: the file is unreadable.
-    """
-    rows, too_long = _read_rows(options, str(options.test), task, options.source[0], "test", None)
+def test_rows(options: ConvertOptions, samples: Samples, tokenizer: PreTrainedTokenizerBase) -> Calibration:
+    """The rows of the test file, which are all held out."""
+    rows, too_long = _encode(options, samples, tokenizer, options.source[0])
     return Calibration([], rows, too_long)
 
 
-def _read_rows(
-    options: ConvertOptions, path: str, task: Task, source: str, split: str, limit: int | None
-) -> tuple[list[Row], int]:
-    """The rows of a data file that fit the model, at most `limit`, and the number of rows that are too long."""
+def read_samples_of(
+    options: ConvertOptions, path: str, source: str, split: str, limit: int | None = None
+) -> tuple[Samples, PreTrainedTokenizerBase]:
+    """Read a data file for the adapter `source`; returns its samples and the tokenizer.
+
+    Without `template`, adapters that were trained with different templates have their data read in the same prompts.
+
+    Raises:
+        MolaError: the file is unreadable, or there is no such task or template.
+    """
+    task = None if options.task is None else load_task(options.task)
+    has_one_template = options.template is not None or len({template_of(each) for each in options.source}) == 1
     tokenizer = load_tokenizer(str(options.base_model), "right", options.trust_remote_code)
-    examples = load_examples(path, task, split, limit=None if limit is None else limit + 1)
-    if limit is not None:
-        examples = _first(examples, limit, f"samples of {path}")
-    template = template_for(task.template, tokenizer, source)
-    dataset, report = encode_examples(examples, tokenizer, template, cutoff_len=_max_length(options), truncation="drop")
+    samples = read_samples(
+        path,
+        task,
+        tokenizer,
+        split=split,
+        limit=limit,
+        template=options.template,
+        adapter=source if has_one_template else None,
+    )
+    if not has_one_template:
+        logger.warning(
+            "The adapters were trained with different prompt templates: %s is read with the template %s.",
+            path,
+            samples.template.name,
+        )
+    return samples, tokenizer
+
+
+def _encode(
+    options: ConvertOptions, samples: Samples, tokenizer: PreTrainedTokenizerBase, source: str
+) -> tuple[list[Row], int]:
+    """The rows that fit the model, and the number of rows that are too long."""
+    dataset, report = encode_examples(
+        samples.examples,
+        tokenizer,
+        samples.template,
+        cutoff_len=_max_length(options),
+        add_eos_token=trains_end_token(source) and bool(samples.template.ending(tokenizer)),
+        truncation="drop",
+    )
     return [Row(row["input_ids"], row["labels"]) for row in dataset], report.dropped
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from mola.checkpoints.adapter_settings import read_settings
 from mola.errors import MolaError
-from mola.exporting.calibration import note_overlaps, read_data, read_task
+from mola.exporting.calibration import note_overlaps, read_data
 from mola.exporting.lora_files import Factors, choose_target_names, read_lora
 from mola.exporting.mixtures import mola_layers
 from mola.exporting.options import ConvertOptions
@@ -191,15 +191,14 @@ def _fit_routers(
     options: ConvertOptions, sources: Sequence[str], modules: Iterable[str], notes: list[str]
 ) -> Routers | None:
     """Fit routers to `data`, and add notes about rows that are left out. Return None without data."""
-    task = read_task(options)
-    if options.data is None or task is None:
+    if options.data is None:
         return None
     if len(options.data) != len(sources) or len(sources) < 2:
         raise MolaError(
             f"`data` must name one file for each of at least two adapters: got {len(options.data)} for {len(sources)}. "
             "Routers are fitted to tell the adapters' inputs apart; leave `data` out for fresh routers."
         )
-    data = [read_data(options, path, task, source) for path, source in zip(options.data, sources, strict=True)]
+    data = [read_data(options, path, source) for path, source in zip(options.data, sources, strict=True)]
     by_path = dict(zip(options.data, data, strict=True))
     notes += [f"{each.too_long} rows of {path} left out: too long" for path, each in by_path.items() if each.too_long]
     notes += note_overlaps(by_path)

@@ -66,7 +66,9 @@ class ConvertOptions:
         "regression: weight of the tokens that predict a token of an answer or of `text`; other tokens have weight 1.",
     )
     test: str | None = option(
-        None, "Test file of `task`: measures the accuracy of base, mixture and LoRA, and their differences."
+        None,
+        "Test file: measures the loss of base, mixture and LoRA, and with a `task` that has answers their accuracy and "
+        "its differences.",
     )
     test_text: str | None = option(None, "Text file to measure the LoRA on; the LoRA is not fitted to it.")
     scoring: str = option("likelihood", "How `test` is scored: likelihood or generate, as in `mola evaluate`.")
@@ -85,10 +87,11 @@ class ConvertOptions:
         "Data like the adapter's training data: a JSON, JSON lines or CSV file, or a saved dataset. With --from lora "
         "one for each adapter, in the same order: routers are fitted to tell the adapters' inputs apart.",
     )
-    task: str | None = option(None, "Task of `data` and `test`: a name or a task file (YAML).")
+    task: str | None = option(None, "Task of `data` and `test`: a name or a task file (YAML). Free text needs none.")
     template: str | None = option(
         None,
-        "Prompt template of `data` and `test`. Default: the template used in the adapter's training, else the task's.",
+        "Prompt template of `data` and `test`. Default: the template used in the adapter's training, else the task's, "
+        "else alpaca.",
     )
     split: str = option("train", "Split to read if `data` has several; of `test`, the split test is read.")
     text: str | None = option(None, "File of general text, to keep the LoRA near the mixture on such text as well.")
@@ -130,7 +133,7 @@ _NEEDS_ONE_OF = {
     "limit": ("data", "text", "test_text"),
     **dict.fromkeys(("dtype", "device"), ("data", "text", "test", "test_text")),
     "split": ("data",),
-    "template": ("task",),
+    **dict.fromkeys(("task", "template"), ("data", "test")),
     "scoring": ("test",),
 }
 _CURES = {

@@ -17,11 +17,17 @@ from peft import LoraConfig
 from mola.allocation.probe import check_mixture, read_routing_records
 from mola.checkpoints.adapter_folder import read_tensors
 from mola.checkpoints.adapter_settings import read_settings
-from mola.data.examples import load_examples
 from mola.data.tasks import Task
 from mola.errors import MolaError
 from mola.evaluation.questions import checked_questions
-from mola.exporting.calibration import Calibration, note_overlaps, read_data, read_general_text, read_task, read_test
+from mola.exporting.calibration import (
+    Calibration,
+    note_overlaps,
+    read_data,
+    read_general_text,
+    read_samples_of,
+    test_rows,
+)
 from mola.exporting.lora_files import check_peft_places_lora, make_lora_config, stacked_lora_tensors, write_lora
 from mola.exporting.measuring import (
     REPORT_FILE,
@@ -38,7 +44,8 @@ from mola.models.adapters import check_fits, warn_other_base
 from mola.models.base_model import load_config, max_positions
 from mola.models.loading import load_model
 from mola.models.meta import model_on_meta
-from mola.models.prompts import hand_on_prompts, template_for
+from mola.models.prompts import hand_on_prompts
+from mola.models.sample_data import Samples
 from mola.models.tokenizer import load_tokenizer
 from mola.options.fields import check_positive
 from mola.tuner import MolaConfig
@@ -57,11 +64,10 @@ def convert_to_lora(options: ConvertOptions, output: Path) -> ExportReport:
     """Run `mola convert --to lora`; see `mola.exporting.convert.convert`."""
     # Everything that needs no weights of the base model is read and checked first.
     source, base_model, rank = os.path.expanduser(options.source[0]), str(options.base_model), int(options.rank or 0)
-    method, task = _choose_method(options), read_task(options)
+    method = _choose_method(options)
     adapter = _read_adapter(options, source, rank)
     experts = adapter.experts
-    test = {} if options.test is None or task is None else _read_test(options, task)
-    data = _read_rows(options, task)
+    data, test = _read_rows(options)
     gates = _read_gates(source, experts) if method == "usage" else {}
 
     is_fitted = method == "regression"
@@ -154,33 +160,40 @@ def _read_adapter(options: ConvertOptions, source: str, rank: int) -> _Adapter:
     return _Adapter(experts, lora, {key: each for key, each in tensors.items() if ".mola_" not in key} | stacked)
 
 
-def _read_test(options: ConvertOptions, task: Task) -> dict[str, Any]:
+def _read_rows(options: ConvertOptions) -> tuple[dict[str, Calibration], dict[str, Any]]:
+    """The rows of all data, and the arguments of `evaluate_examples` if the test file has answers."""
+    found, questions = {}, {}
+    if options.data is not None:
+        found["answer"] = read_data(options, options.data[0], options.source[0])
+    if options.text is not None:
+        found["text"] = read_general_text(options, "text")
+    if options.test is not None:
+        samples, tokenizer = read_samples_of(options, options.test, options.source[0], "test")
+        if samples.task is not None:
+            questions = _questions(options, samples, samples.task)
+        elif options.scoring != ConvertOptions.scoring:
+            raise MolaError(
+                f"`scoring` ({options.scoring!r}) is for questions with answers, but `test` is free text. Leave it "
+                "out, or pass the `task` that says where the answers are."
+            )
+        found["test answer"] = test_rows(options, samples, tokenizer)
+    if options.test_text is not None:
+        found["other text"] = read_general_text(options, "test_text")
+    return found, questions
+
+
+def _questions(options: ConvertOptions, samples: Samples, task: Task) -> dict[str, Any]:
     """The arguments of `evaluate_examples` that measure the accuracy on the test file, checked without the model."""
-    examples = load_examples(str(options.test), task, "test")
     tokenizer = load_tokenizer(str(options.base_model), trust_remote_code=options.trust_remote_code)
-    template = template_for(task.template, tokenizer, options.source[0])
     limit = max_positions(load_config(str(options.base_model), options.trust_remote_code))
-    checked_questions(tokenizer, task, examples, template, options.scoring, limit=limit)
+    checked_questions(tokenizer, task, samples.examples, samples.template, options.scoring, limit=limit)
     return {
         "tokenizer": tokenizer,
         "task": task,
-        "examples": examples,
-        "template": template,
+        "examples": samples.examples,
+        "template": samples.template,
         "scoring": options.scoring,
     }
-
-
-def _read_rows(options: ConvertOptions, task: Task | None) -> dict[str, Calibration]:
-    found = {}
-    if options.data is not None and task is not None:
-        found["answer"] = read_data(options, options.data[0], task, options.source[0])
-    if options.text is not None:
-        found["text"] = read_general_text(options, "text")
-    if options.test is not None and task is not None:
-        found["test answer"] = read_test(options, task)
-    if options.test_text is not None:
-        found["other text"] = read_general_text(options, "test_text")
-    return found
 
 
 def _read_gates(source: str, experts: Mapping[str, Mixture]) -> dict[str, torch.Tensor]:

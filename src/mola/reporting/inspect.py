@@ -14,11 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from mola.checkpoints.adapter_folder import read_tensors
-from mola.data.encode import encode_untruncated
-from mola.data.examples import load_examples
 from mola.data.read import check_split
-from mola.data.tasks import Task, load_task, template_name
-from mola.data.templates import check_template
+from mola.data.tasks import Task, load_task
+from mola.data.templates import Template
+from mola.data.tokenized import IGNORED
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
 from mola.files.environment import software_versions
@@ -28,7 +27,8 @@ from mola.insight.inspection import TokenTypes, measure_redundancy, measure_rout
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.from_options import check_model, model_for, tokenizer_for
-from mola.models.prompts import template_for, trained_settings, warn_of_other_template
+from mola.models.prompts import trained_settings
+from mola.models.sample_data import encode_samples, example_numbers, read_samples
 from mola.options.fields import check_positive, parse_mapping
 from mola.reporting.adapter_weights import read_adapter_weights
 from mola.reporting.document import Section, render
@@ -135,27 +135,35 @@ def _load_samples(options: InspectOptions) -> tuple[list[dict[str, Any]], Any, A
         raise MolaError(
             f"`groups` of the task {task.name!r} must not have `token`, which names token types here. Rename it."
         )
-    prompts = template_name(options.template, task)
-    check_template(prompts)
-    warn_of_other_template(options.adapter, prompts)
     check_split("split", options.split, InspectOptions.split, options.data)
-    filters = parse_mapping("filters", options.filters)
-    rows = load_examples(options.data, task, options.split, limit=options.limit, filters=filters)
     tokenizer = tokenizer_for(options, "right")
-    template = template_for(prompts, tokenizer, options.adapter)
-    # Like in training, the end token is part of an answer only if the adapter was trained with it.
-    has_end_token = trained.get("add_eos_token") is not False
-    dataset = encode_untruncated(rows, tokenizer, template, max_positions(config), has_end_token)
-    samples = [
-        {
-            "id": str(row.get("id", number)),
-            "prompt": template.prompt(row["instruction"], row.get("input")),
-            "answer": row["output"],
-            "groups": {name: str(value) for name, value in task.group_values(row).items()} if task else {},
-        }
-        for number, row in enumerate(rows)
-    ]
-    return samples, dataset, tokenizer
+    samples = read_samples(
+        options.data,
+        task,
+        tokenizer,
+        split=options.split,
+        limit=options.limit,
+        filters=parse_mapping("filters", options.filters),
+        template=options.template,
+        adapter=options.adapter,
+    )
+    dataset = encode_samples(samples, tokenizer, max_positions(config), options.adapter)
+    described = []
+    for number, row in zip(example_numbers(dataset), dataset, strict=True):
+        example = samples.examples[number]
+        groups = {name: str(value) for name, value in task.group_values(example).items()} if task else {}
+        prompt, answer = _texts(example, row, samples.template, tokenizer)
+        described.append({"id": str(example["id"]), "prompt": prompt, "answer": answer, "groups": groups})
+    return described, dataset, tokenizer
+
+
+def _texts(example: Mapping[str, Any], row: Mapping[str, Any], template: Template, tokenizer: Any) -> tuple[str, str]:
+    """The text before the answer, and the answer. In a chat these are the first answer, and all answers together."""
+    if "messages" not in example:
+        return template.prompt(example["instruction"], example.get("input")), example["output"]
+    answers = [label for label in row["labels"] if label != IGNORED]
+    start = next(index for index, label in enumerate(row["labels"]) if label != IGNORED)
+    return tokenizer.decode(row["input_ids"][:start]), tokenizer.decode(answers)
 
 
 def _check_options(options: InspectOptions) -> None:

@@ -15,7 +15,7 @@ class InspectOptions(ModelOptions):
     adapter: str = required("Folder of an adapter.")
     data: str = required("Data: a JSON, JSON lines or CSV file, or a saved dataset.")
     task: str | None = option(
-        None, "Task: its name or a YAML file. Default: that of the adapter's training; not needed for prepared data."
+        None, "Task: its name or a YAML file. Default: that of the adapter's training, if there is one."
     )
 
     _data: ClassVar = Group("data")
@@ -24,7 +24,8 @@ class InspectOptions(ModelOptions):
     limit: int | None = option(200, "Number of samples to inspect, from the first on.")
     template: str | None = option(
         None,
-        "Prompt template; chat is the chat template of adapter or base model. Default: the task's own, else alpaca.",
+        "Prompt template; chat is the chat template of adapter or base model. Default: the one of the adapter's "
+        "training, else the task's own, else alpaca.",
     )
 
     _measured: ClassVar = Group("what is measured")

@@ -1,0 +1,83 @@
+"""Data for commands that measure a model: examples of any kind, the prompt template that fits, tokens and labels."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from mola.data.encode import encode_untruncated
+from mola.data.examples import load_examples
+from mola.data.tasks import Task
+from mola.data.templates import Template
+from mola.models.prompts import default_template, template_for, trains_end_token, warn_of_other_template
+
+
+class Samples(NamedTuple):
+    """The examples of a data source."""
+
+    examples: list[dict[str, Any]]  # see `load_examples`
+    task: Task | None  # the task that says where the answers are; None for free text
+    template: Template
+
+
+def read_samples(
+    path: str,
+    task: Task | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    split: str | None,
+    limit: int | None = None,
+    filters: Mapping[str, Any] | None = None,
+    template: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+) -> Samples:
+    """Read examples, and choose their prompt template.
+
+    Args:
+        path: data that `load_examples` reads.
+        task: how raw rows are turned into examples; None if the rows need no task.
+        tokenizer: the model's tokenizer.
+        split: split of a source that has several.
+        limit: number of examples to read, from the first on; None for all.
+        filters: column -> value, or list of values, that a row must have.
+        template: name of the template; None for the one of the adapter's training, else of the task or the rows.
+        adapter: folder of the adapter that is measured; None for a base model.
+
+    Raises:
+        MolaError: the data are unreadable or of no known format, or there is no such template.
+    """
+    examples = load_examples(path, task, split, limit=limit, filters=filters)
+    name = template or default_template(task, adapter)
+    warn_of_other_template(adapter, name)
+    has_answers = task is not None and task.answer is not None
+    return Samples(examples, task if has_answers else None, template_for(name, tokenizer, adapter))
+
+
+def encode_samples(
+    samples: Samples,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    adapter: str | os.PathLike[str] | None = None,
+) -> datasets.Dataset:
+    """Tokens and labels as in the adapter's training: without its end token, the end of an output has no label.
+
+    Args:
+        samples: see `read_samples`.
+        tokenizer: the model's tokenizer.
+        max_length: length of the longest sequence that the model can read, in tokens; None if unlimited.
+        adapter: folder of the adapter that is measured; None for a base model.
+
+    Returns:
+        `input_ids`, `labels` and `length` of each sample.
+
+    Raises:
+        MolaError: a sample is longer than `max_length`, or has nothing to train.
+    """
+    return encode_untruncated(samples.examples, tokenizer, samples.template, max_length, trains_end_token(adapter))
+
+
+def example_numbers(dataset: datasets.Dataset) -> list[int]:
+    """For each sample of an encoded dataset, the number of the example that it is made of."""
+    return list(dataset["example"]) if "example" in dataset.column_names else list(range(len(dataset)))
