@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Phi4MultimodalConfig
 
-from mola.architecture.layer_stacks import LayerStacks, module_kinds
+from mola.architecture.layer_names import module_kinds
+from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.targets import linear_shapes, resolve_target_modules
 
 SIDES = {"encoder": 2, "decoder": 3}

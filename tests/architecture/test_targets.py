@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from mola.architecture.layer_stacks import LayerStacks, count_layers, layer_index
+from mola.architecture.layer_names import count_layers, layer_index
+from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.linears import is_adaptable, is_read_without_call
 from mola.architecture.targets import (
     LLAMA_LINEARS,

@@ -35,7 +35,7 @@ from mola.allocation.rounding import (
     numbers_of_layers,
     numbers_of_modules,
 )
-from mola.architecture.layer_stacks import module_kinds
+from mola.architecture.layer_names import module_kinds
 from mola.architecture.notation import resolve_per_layer
 from mola.data.read import check_split
 from mola.errors import MolaError

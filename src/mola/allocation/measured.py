@@ -10,13 +10,12 @@ import torch
 
 from mola.allocation.base import Base, iterate_weights
 from mola.allocation.probe import read_probe, read_routing_records
-from mola.architecture.layer_stacks import module_kinds
+from mola.architecture.layer_names import PREFIX, module_kinds
 from mola.architecture.patterns import scaling_of
 from mola.errors import MolaError
 from mola.files.terminal import show_progress
 from mola.insight.redundancy import expert_distances, in_float64, mean_pairwise
 from mola.models.devices import resolve_device
-from mola.tuner.loading import PREFIX
 
 LayerScores = list[float | None]  # one per layer; None without an adapted linear
 

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from mola.allocation.base import Base
+from mola.architecture.layer_names import PREFIX
 from mola.checkpoints.adapter_folder import adapted_modules, read_tensors
 from mola.errors import MolaError
 from mola.files.reading import read_json, read_json_lines
-from mola.insight import ROUTING_FILE
-from mola.insight.usage import is_short_interval
+from mola.insight import ROUTING_FILE, is_short_interval
 from mola.models.adapters import check_adapter
-from mola.tuner.loading import PREFIX
 
 
 @dataclass(frozen=True)

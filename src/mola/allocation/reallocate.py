@@ -20,7 +20,8 @@ from mola.allocation.options import ReallocateOptions
 from mola.allocation.probe import check_mixture, read_routing_records
 from mola.allocation.resize import Experts, resize
 from mola.architecture.allocation import check_top_k, effective_top_k
-from mola.architecture.layer_stacks import LayerStacks, layer_index
+from mola.architecture.layer_names import PREFIX, layer_index
+from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.notation import (
     LARGEST_PLAIN_NUM_EXPERTS,
     list_length,
@@ -39,7 +40,6 @@ from mola.models.prompts import hand_on_prompts
 from mola.options.command_line import command_line, next_steps
 from mola.options.fields import check_seed
 from mola.tuner import MolaConfig
-from mola.tuner.loading import PREFIX
 
 _RUN_FILE = "run.json"  # in the folder of an adapter that `mola train` made
 _DATA_SETTINGS = (  # of a training: they decide which samples it reads, and how they become tokens

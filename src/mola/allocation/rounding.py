@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from mola.allocation.measured import LayerScores, ModuleScore
-from mola.architecture.layer_stacks import module_kinds
+from mola.architecture.layer_names import module_kinds
 from mola.errors import MolaError
 
 

@@ -1,14 +1,12 @@
 """Which layer a module belongs to, and how many layers a model has.
 
-- `layer_index`, `count_layers`: layer and depth, from module names and the model's config.
-- `LayerStacks`: the same for a whole model, which may have an encoder, or towers for images or sound.
-- `module_kinds`: names that modules of all layers share.
+`LayerStacks` finds them in a whole model, which may have an encoder, or towers for images or sound.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -16,61 +14,10 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from mola.architecture.layer_names import DEPTH_KEYS, count_layers, layer_index
 from mola.architecture.linears import is_adaptable
 
 Names = list[str] | set[str] | str
-
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
-
-
-def layer_index(module_name: str) -> int | None:
-    """Decoder layer of a module, 0 = nearest the input; None for modules outside the layers.
-
-    The layer is the first integer between dots in the name: 3 for "model.layers.3.mlp.experts.0.up_proj".
-    """
-    for part in module_name.split("."):
-        if re.fullmatch(r"[0-9]{1,5}", part):  # a longer number is not a layer
-            return int(part)
-    return None
-
-
-def count_layers(model_config: Mapping[str, Any], module_names: Iterable[str]) -> int | None:
-    """Number of decoder layers of a model.
-
-    Args:
-        model_config: a Transformers config as a dict, with `num_hidden_layers`, `n_layer` or `num_layers` in it or in
-            its `text_config`.
-        module_names: names of the model's modules; used if the config has none of these keys.
-
-    Returns:
-        The depth; None if neither the config nor the names show it.
-    """
-    for section in (model_config, model_config.get("text_config")):
-        if not isinstance(section, Mapping):
-            continue
-        for key in _DEPTH_KEYS:
-            depth = section.get(key)
-            if isinstance(depth, int) and not isinstance(depth, bool):
-                return depth
-    indices = [index for index in map(layer_index, module_names) if index is not None]
-    return max(indices) + 1 if indices else None
-
-
-def module_kinds(module_names: Iterable[str]) -> dict[str, str]:
-    """The kind of each module, which is the same in all layers: the last part of its name, such as `q_proj`.
-
-    If two kinds end alike, like GPT-2's `attn.c_proj` and `mlp.c_proj`, all kinds are whole names below the layer.
-    """
-    names = list(module_names)
-    below_layer = {name: _below_layer(name) for name in names}
-    last_part = {kind: kind.rpartition(".")[2] for kind in below_layer.values()}
-    is_unique = len(set(last_part.values())) == len(last_part)
-    return {name: last_part[kind] if is_unique else kind for name, kind in below_layer.items()}
-
-
-def _below_layer(name: str) -> str:
-    parts, index = name.split("."), layer_index(name)
-    return name if index is None else ".".join(parts[parts.index(str(index)) + 1 :]) or name
 
 
 @dataclass(frozen=True)
@@ -219,7 +166,7 @@ def _language_model(model: nn.Module, model_config: Mapping[str, Any]) -> str | 
         for module in model.modules():
             if module is not model and "text_config" in (config_of(module) or ()):
                 return _decoder_in(model, module)
-    if not any(key in part for part in parts.values() for key in _DEPTH_KEYS):
+    if not any(key in part for part in parts.values() for key in DEPTH_KEYS):
         return None
     # Phi-4-multimodal: the model is the language model, and holds the towers.
     depth = count_layers(model_config, ())

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mola.architecture.layer_names import PREFIX
 from mola.checkpoints.adapter_folder import read_tensors
 from mola.checkpoints.adapter_settings import read_settings
 from mola.checkpoints.experts import group_experts
 from mola.errors import MolaError
 from mola.tuner import MolaConfig
-from mola.tuner.loading import PREFIX
 
 _KEY = re.compile(
     r"(?P<module>mola\.layers\.(?:0|[1-9]\d{0,4})\.(?:self_attn|mlp)\.\w+)\."

@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 
-from mola.architecture.layer_stacks import layer_index
+from mola.architecture.layer_names import PREFIX, layer_index
 from mola.architecture.notation import resolve_per_layer
 from mola.checkpoints.adapter_folder import read_tensors
 from mola.checkpoints.adapter_settings import read_settings
 from mola.checkpoints.experts import ModuleExperts, group_experts
 from mola.errors import MolaError
 from mola.tuner import MolaConfig
-from mola.tuner.loading import PREFIX
 from mola.tuner.routing import DEFAULT_ROUTER
 
 _KEY = re.compile(

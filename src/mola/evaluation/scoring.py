@@ -4,8 +4,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scipy.stats import binomtest
-
 _MIN_SAMPLES = 20  # a model that discriminates hardly gives 20 samples the same answer by chance
 
 
@@ -21,6 +19,8 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     Returns:
         Lower and upper end, as fractions.
     """
+    from scipy.stats import binomtest  # takes a second
+
     interval = binomtest(correct, total).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
 

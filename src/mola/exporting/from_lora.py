@@ -15,6 +15,7 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
+from mola.architecture.layer_names import PREFIX
 from mola.checkpoints.adapter_settings import read_settings
 from mola.errors import MolaError
 from mola.exporting.calibration import note_overlaps, read_data
@@ -32,7 +33,6 @@ from mola.options.fields import check_seed
 from mola.tuner import MolaConfig
 from mola.tuner.initialization import initialize
 from mola.tuner.layer import MolaLinear
-from mola.tuner.loading import PREFIX
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from mola.architecture.layer_names import PREFIX
 from mola.checkpoints.adapter_folder import read_tensors
 from mola.checkpoints.adapter_settings import foreign_format, read_settings
 from mola.errors import MolaError
@@ -23,7 +24,6 @@ from mola.exporting.mixtures import NAME, Mixture
 from mola.files.digests import WEIGHTS_FILE
 from mola.models.adapters import check_shape, put_lora_into
 from mola.tuner import MolaConfig
-from mola.tuner.loading import PREFIX
 from mola.tuner.stacked import StackedParameters
 
 # Settings that a mixture and a LoRA share, besides the adapted linears.

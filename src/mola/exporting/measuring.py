@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from rich.markup import escape
 from rich.table import Table
 
-from mola.architecture.layer_stacks import module_kinds
+from mola.architecture.layer_names import module_kinds
 from mola.errors import MolaError
 from mola.evaluation.core import EvaluateResult, evaluate_examples
 from mola.evaluation.differences import interval_over_questions

@@ -7,6 +7,7 @@
 """
 
 import hashlib
+import math
 import os
 import re
 import zipfile
@@ -75,23 +76,31 @@ def check_finite(tensors: Mapping[str, Any], where: str) -> None:
     """Raise if one of the named tensors has NaN or infinite values, which would spoil every output.
 
     Args:
-        tensors: name -> `torch.Tensor`.
+        tensors: name -> `torch.Tensor` or numpy array.
         where: name of the file, for the message.
     """
-    import torch
-
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            continue
-        # torch has no `isfinite` for 8-bit floats.
-        is_finite = torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)
-        count = tensor.numel() - int(is_finite.sum())
+        count = _count_not_finite(tensor)
         if count:
             raise MolaError(
-                f"{where} must hold finite numbers: {count} of {tensor.numel()} values of {name!r} are not finite. The "
-                "training has diverged, or the file is damaged: use an earlier checkpoint, or train again with a "
-                "lower `learning_rate`."
+                f"{where} must hold finite numbers: {count} of {math.prod(tensor.shape)} values of {name!r} are not "
+                "finite. The training has diverged, or the file is damaged: use an earlier checkpoint, or train again "
+                "with a lower `learning_rate`."
             )
+
+
+def _count_not_finite(tensor: Any) -> int:
+    if not hasattr(tensor, "is_floating_point"):  # a numpy array of floats
+        import numpy as np
+
+        return int(tensor.size - np.isfinite(tensor).sum())
+    import torch
+
+    if not tensor.is_floating_point():
+        return 0
+    # torch has no `isfinite` for 8-bit floats.
+    is_finite = torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)
+    return tensor.numel() - int(is_finite.sum())
 
 
 def add_digest_line(text: str) -> str:

@@ -14,21 +14,11 @@ from mola.insight.ablation import LeftOut
 from mola.insight.agreement import AgreementCounter
 from mola.insight.recorder import ModuleGates, gates_of_tokens
 from mola.insight.redundancy import expert_distances, mean_pairwise, subspace_overlaps
+from mola.insight.saved_redundancy import ModuleRedundancy
 from mola.insight.usage import ModuleUsage, UsageCounter
 from mola.tuner.layer import MolaLinear
 
 # ---------------------------------------------------------------------- how alike the experts are
-
-
-@dataclass(frozen=True)
-class ModuleRedundancy:
-    """How alike the experts of one module are; means over pairs of experts."""
-
-    module: str  # its name in the model
-    layer_index: int | None  # its decoder layer, None outside the layers
-    distance: float  # Frobenius distance of the updates, see `mola.insight.redundancy.expert_distances`
-    input_overlap: float  # overlap of what experts read, from 0 to 1; NaN if a matrix is zero
-    output_overlap: float  # overlap of what experts write
 
 
 def measure_redundancy(model: torch.nn.Module) -> list[ModuleRedundancy]:

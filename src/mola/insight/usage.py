@@ -1,9 +1,8 @@
 """How the experts of a module are used, over any number of forward passes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -107,15 +106,3 @@ def _module_usage(
         (margin / tokens).item(),
         tuple(torch.nonzero(chosen == 0).flatten().tolist()),
     )
-
-
-def is_short_interval(last: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the last interval in a `routing.jsonl` has less than half the tokens of the interval before.
-
-    A short interval says little: the run ended soon after the interval began. Both arguments are the records of an
-    interval, one per module. False if a record lacks `num_tokens`, like those of earlier versions.
-    """
-    if not all("num_tokens" in record for record in (*last, *before)):
-        return False
-    tokens_last, tokens_before = (sum(record["num_tokens"] for record in records) for records in (last, before))
-    return bool(2 * tokens_last < tokens_before)

@@ -11,16 +11,15 @@ from typing import Any
 
 from safetensors import safe_open
 
-from mola.architecture.layer_stacks import layer_index
+from mola.architecture.layer_names import PREFIX, layer_index
 from mola.architecture.notation import resolve_per_layer
 from mola.architecture.patterns import scaling_of
-from mola.checkpoints.adapter_folder import read_tensors
+from mola.checkpoints.adapter_folder import read_arrays
 from mola.checkpoints.adapter_settings import read_settings
 from mola.files.digests import find_weights
-from mola.insight.inspection import ModuleRedundancy, module_redundancy
+from mola.insight.saved_redundancy import ModuleRedundancy, redundancy_of_arrays
 from mola.reporting.document import Table
 from mola.reporting.formatting import layer_order, layer_range
-from mola.tuner.loading import PREFIX
 
 _MAX_SHOWN_ENTRIES = 8  # entries of a pattern shown in a sentence
 _STACKED = re.compile(r"\.mola_[AB]_\w+$")  # the weights of one parameter of `target_parameters`
@@ -65,21 +64,21 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
     config = read_settings(folder)
     if config.get("peft_type") != "MOLA":
         return AdapterWeights(config, [], [])
-    tensors = read_tensors(folder)
+    tensors = read_arrays(folder)
     redundancy = []
     for name in sorted(tensors, key=lambda name: (layer_order(layer_index(name)), name)):
         if name.endswith("mola_A") and len(tensors[name]) > 1:
             module = name.removesuffix(".mola_A")
             experts_A, experts_B = tensors[name], tensors[f"{module}.mola_B"]
             scaling = scaling_of(config, module.removeprefix(PREFIX), experts_A.shape[1])
-            redundancy.append(module_redundancy(module, layer_index(name), experts_A, experts_B, scaling))
+            redundancy.append(redundancy_of_arrays(module, layer_index(name), experts_A, experts_B, scaling))
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     return AdapterWeights(config, layers_of(config, shapes), redundancy)
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
     """Shapes of the tensors in a safetensors file, without reading their values."""
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "np") as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from mola.architecture.layer_stacks import layer_index, module_kinds
+from mola.architecture.layer_names import layer_index, module_kinds
 from mola.insight import ROUTING_FILE
 from mola.reporting.adapter_weights import LayerExperts, layers_table, pattern_sentence, target_names
 from mola.reporting.charts import Axis, Column, Line, Range, shade, thinned, value_axis

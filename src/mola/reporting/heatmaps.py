@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mola.architecture.layer_stacks import module_kinds
+from mola.architecture.layer_names import module_kinds
 from mola.reporting.charts import shade
 from mola.reporting.formatting import NO_VALUE, layer_name, layer_order, percent
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from mola.files.reading import read_json_lines
-from mola.insight.usage import is_short_interval
+from mola.insight import is_short_interval
 from mola.reporting.formatting import layer_order
 
 VALUES = ("balance", "entropy", "drift")

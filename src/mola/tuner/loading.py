@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from mola.architecture.layer_names import PREFIX
 from mola.errors import MolaError
 from mola.files.digests import check_finite
 from mola.tuner.layer import MolaLinear
 from mola.tuner.stacked import StackedParameters
 
-PREFIX = "base_model.model."  # of names in a PeftModel
 _EXPERT_TENSOR = re.compile(r"\.mola_(?:[AB](?:_\w+)?|router)\.[^.]+$")
 _HOOK_ATTRIBUTE = "_mola_load_hook"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from mola.architecture.layer_stacks import module_kinds
+from mola.architecture.layer_names import module_kinds
 from mola.data.templates import template_names
 from mola.errors import MolaError
 from mola.insight.recorder import ModuleGates
