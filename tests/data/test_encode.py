@@ -179,7 +179,7 @@ def test_too_long_is_an_error_by_default(name):
     tokenizer = TOKENIZERS[name]
     examples = [example(number=0), example("w" * 500, number=1), example("w" * 600, number=2)]
     short, _, longest = lengths(tokenizer, examples)
-    message = f"2 of 3 samples would lose tokens. The longest has {longest}, but `cutoff_len` is {short}"
+    message = f"2 of 3 samples would lose tokens. The longest, `r2`, has {longest}, but `cutoff_len` is {short}"
     with pytest.raises(MolaError, match=message):
         encode(examples, tokenizer, cutoff_len=short)
     assert encode(examples, tokenizer, cutoff_len=longest)[1].kept == 3
@@ -317,7 +317,7 @@ def test_many_examples_are_encoded_in_parts(monkeypatch, truncation):
     assert parts.features == whole.features
     assert parts.to_list() == whole.to_list()
     with pytest.raises(
-        MolaError, match=r"of 250 samples would lose tokens. The longest has \d+, but `cutoff_len` is 125"
+        MolaError, match=r"of 250 samples would lose tokens. The longest, `r39`, has \d+, but `cutoff_len` is 125"
     ):
         encode(examples, **{**options, "truncation": "error"})
 

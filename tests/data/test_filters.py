@@ -90,26 +90,40 @@ def test_text_that_is_not_a_mapping_is_refused(value):
         parse_mapping("filters", value)
 
 
-def test_a_system_text_that_is_in_the_prompt_is_accepted(tmp_path):
+def test_a_system_text_joins_the_chat_unless_it_is_in_the_prompt(tmp_path):
     """As the rows of a task have it that puts it there."""
-    rows = [{"system": "Be brief.", "instruction": f"Be brief.\nQ{i}", "output": "x"} for i in range(2)]
+    rows = [
+        {"system": "Be brief.", "instruction": f"{start}Q{i}", "output": "x"}
+        for i, start in enumerate(["Be brief.", ""])
+    ]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
-    assert len(load_examples(path, None, None)) == 2
-    rows[1]["instruction"] = "Q1"
+    first, second = load_examples(path, None, None)
+    assert (first["instruction"], "messages" in first) == ("Be brief.Q0", False)
+    assert [(each["role"], each["content"]) for each in second["messages"]] == [
+        ("system", "Be brief."),
+        ("user", "Q1"),
+        ("assistant", "x"),
+    ]
+
+
+def test_turns_before_an_instruction_become_a_chat(tmp_path):
+    rows = [{"instruction": f"Q{i}", "input": "in", "output": "x", "history": ""} for i in range(3)]
+    rows[1]["history"] = [["before", "that"]]
+    path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
-    with pytest.raises(MolaError, match="a column `system` .* 1 of 2 rows .* row 1"):
-        load_examples(path, None, None)
+    examples = load_examples(path, None, None)
+    assert ["messages" in example for example in examples] == [False, True, False]
+    assert [each["content"] for each in examples[1]["messages"]] == ["before", "that", "Q1\n\nin", "x"]
 
 
-@pytest.mark.parametrize("name", ["system", "history", "messages", "conversations"])
-def test_columns_that_would_be_missing_in_the_prompt_are_refused(name, tmp_path):
-    """As other programs' rows have it; empty it says nothing."""
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_a_chat_among_instructions_is_refused(name, tmp_path):
     rows = [{"instruction": f"Q{i}", "output": "x", name: ""} for i in range(3)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
     assert len(load_examples(path, None, None)) == 3
-    rows[1][name] = [["before", "that"]]
+    rows[1][name] = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "x"}]
     path.write_text(json.dumps(rows), encoding="utf-8")
-    with pytest.raises(MolaError, match=f"a column `{name}` that would not be in the prompt: 1 of 3 rows .* row 1"):
+    with pytest.raises(MolaError, match=f"row 1 of .* it has a value in `{name}`"):
         load_examples(path, None, None)

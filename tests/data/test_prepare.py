@@ -73,8 +73,8 @@ def test_prepared_rows_are_taken_as_they_are(tmp_path):
     plain = {"instruction": "Do {it}\n", "input": "", "output": "Done", "num_choices": None}
     first, second = load_examples(path, None, None)
     assert first == {"id": "row-0", **plain, "answer": None}
-    assert second == {"id": "x", **plain, "answer": "B"}
-    assert load_examples(path, TASK, None)[1] == {**second, "num_choices": 2, "topic": "t"}
+    assert second == {"id": "x", **plain, "answer": None}
+    assert load_examples(path, TASK, None)[1] == {**second, "answer": "B", "num_choices": 2, "topic": "t"}
     assert load_examples(path, None, None, limit=1) == [first]
 
 
@@ -164,9 +164,9 @@ def test_missing_column_names_column_file_and_columns(tmp_path):
         load_examples(path, TASK, None)
 
 
-def test_raw_rows_need_a_task(tmp_path):
-    with pytest.raises(MolaError, match=r"`task` is needed.* no `instruction` .* question, choices, answer"):
-        load_examples(write(tmp_path, [question(1)]), None, None)
+def test_rows_of_no_known_format_need_a_task(tmp_path):
+    with pytest.raises(MolaError, match=r"no known format.* has ask, reply\. Rename .* `prompt` and `completion`"):
+        load_examples(write(tmp_path, [{"ask": "Why?", "reply": "So."}]), None, None)
 
 
 def test_duplicate_ids_are_an_error(tmp_path):

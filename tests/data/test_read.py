@@ -128,7 +128,7 @@ def test_unknown_split_lists_the_splits(tmp_path):
         ("a.json", b"[1]", "row 0 of .* is a int"),
         ("a.jsonl", b'{"a": 1}\n\n{"a": 2', "line 3: "),
         ("a.jsonl", b'{"a": 1}\n["a"]', "row 1 of .* is a list"),
-        ("a.jsonl", b'{"a": "\xff"}', "cannot be read"),
+        ("a.jsonl", b'{"a": "b"}\n{"a": "\xff"}', "must be text in UTF-8: line 2"),
         ("a.csv", b"x,y\n1,2\n1\n", "2 values in every line.* line 3"),
         ("a.csv", b"x,y\n1,2,3\n", "2 values in every line.* line 2"),
         ("a.csv", b"x,x\n1,2\n", "different column names: got x, x"),
@@ -151,11 +151,30 @@ def test_damaged_saved_dataset_is_explained(tmp_path):
         read_rows(folder, "train")
 
 
-def test_folder_that_is_no_dataset_lists_its_files(tmp_path):
-    write(tmp_path / "train.json", b"[]")
+def test_folder_without_data_lists_its_files(tmp_path):
+    write(tmp_path / "notes.txt", b"[]")
     for call in (read_rows, split_names):
-        with pytest.raises(MolaError, match="holds train.json. Pass one"):
+        with pytest.raises(MolaError, match="holds notes.txt. Pass one"):
             call(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["", "data"])
+def test_folder_of_files_has_the_splits_that_their_names_say(tmp_path, where):
+    (tmp_path / where).mkdir(exist_ok=True)
+    write(tmp_path / where / "train-0.jsonl", json_lines())
+    write(tmp_path / where / "train-1.jsonl", json_lines())
+    write(tmp_path / where / "validation.json", json.dumps(ROWS[:1]).encode())
+    write(tmp_path / "README.md", b"# Rows")
+    assert split_names(tmp_path) == ["train", "validation"]
+    assert read_rows(tmp_path, "train") == [*ROWS, *ROWS]
+    assert read_rows(tmp_path, "validation") == ROWS[:1]
+    with pytest.raises(MolaError, match="must be one of train, validation"):
+        read_rows(tmp_path)
+
+
+def test_folder_of_other_names_is_one_split(tmp_path):
+    write(tmp_path / "chats.jsonl", json_lines())
+    assert (split_names(tmp_path), read_rows(tmp_path)) == (["train"], ROWS)
 
 
 @pytest.mark.parametrize(
@@ -178,12 +197,16 @@ def test_hub_name_is_passed_to_datasets(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *names: [*names, "train"])
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["cola"])
     assert read_rows("owner/name-1.0", "train") == ROWS
     assert asked == [("owner/name-1.0", "train")]
     assert split_names("owner/name-1.0") == ["owner/name-1.0", "train"]
     assert read_rows("owner/name:cola", "train") == ROWS
     assert asked[1:] == [("owner/name", "cola", "train")]
     assert split_names("owner/name:cola") == ["owner/name", "cola", "train"]
+    for source, names in {"owner/name:test": ["owner/name"], "owner/name:cola:test": ["owner/name", "cola"]}.items():
+        assert (read_rows(source, "train"), split_names(source)) == (ROWS, [])
+        assert asked[-1] == (*names, "test")
     with pytest.raises(MolaError, match="must be one of train, test .* Choose one."):
         read_rows("owner/name-1.0")
 

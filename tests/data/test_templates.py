@@ -38,6 +38,7 @@ EXPECTED = {
         f"{LEAD_FR}\n\n### Instruction:\nAdd.\n\n### Réponse:\n",
         f"{LEAD_FR_INPUT}\n\n### Instruction:\nAdd.\n\n### Entrée:\n2 and 3\n\n### Réponse:\n",
     ),
+    "plain": ("Add.", "Add.\n\n2 and 3"),
     "meta": ("Add.\n\n", "Add.\n\n2 and 3\n\n"),
 }
 
@@ -61,7 +62,9 @@ def test_empty_name_means_alpaca():
 
 @pytest.mark.parametrize("name", ["alpacca", None, 3])
 def test_unknown_name_lists_the_names(name):
-    with pytest.raises(MolaError, match=f"alpaca, alpaca_legacy, alpaca_short, vigogne, meta, chat: got {name!r}"):
+    with pytest.raises(
+        MolaError, match=f"alpaca, alpaca_legacy, alpaca_short, vigogne, meta, plain, chat: got {name!r}"
+    ):
         get_template(name)
 
 

@@ -11,7 +11,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -88,8 +88,9 @@ def encode_examples(
             'right': cut the end, including the answer, and leave the sample out if no token to train on remains.
 
     Returns:
-        Dataset with `input_ids`, `attention_mask`, `labels` (each a list of integers) and `length`, and
-        the report.
+        Dataset with `input_ids`, `attention_mask`, `labels` (each a list of integers), `length` and `example` (the
+        position in `examples`), and the report. Each example is one sample, unless its chat template changes earlier
+        turns of a conversation: then each answer is a sample.
 
     Raises:
         MolaError: an option or an example is wrong, samples are too long (see `truncation`), or no
@@ -109,21 +110,23 @@ def encode_examples(
     samples = iter(tokenized(examples, tokenizer, template, template.ending(tokenizer) if add_eos_token else []))
     parts: list[datasets.Dataset] = []
     counts: Counter[str] = Counter()
-    longest = too_long = 0
+    total = longest = too_long = 0
+    longest_id = ""
     while chunk := list(itertools.islice(samples, _CHUNK)):
-        longest = max(longest, *(len(sample.ids) for sample in chunk))
+        total += len(chunk)
+        if len((most := max(chunk, key=lambda sample: len(sample.ids))).ids) > longest:
+            longest, longest_id = len(most.ids), most.row_id
         too_long += sum(len(sample.ids) > cutoff_len for sample in chunk)
         if too_long and truncation == "error":
             continue  # keep counting for the error message
         columns = _fit_samples(chunk, cutoff_len, train_on_inputs, truncation, counts)
         if columns["input_ids"]:
             parts.append(datasets.Dataset.from_dict(columns))
-    total = len(examples)
     if too_long and truncation == "error":
         raise MolaError(
-            f"`cutoff_len` is too small: {too_long} of {total} samples would lose tokens. The longest has "
-            f"{longest}, but `cutoff_len` is {cutoff_len}. Raise `cutoff_len` to {longest}, or set `truncation` to "
-            "'drop', 'left' or 'right'."
+            f"`cutoff_len` is too small: {too_long} of {total} samples would lose tokens. The longest, "
+            f"`{longest_id}`, has {longest}, but `cutoff_len` is {cutoff_len}. Raise `cutoff_len` to {longest}, or set "
+            "`truncation` to 'drop', 'left' or 'right'."
         )
     if not parts:
         raise MolaError(
@@ -166,7 +169,7 @@ def encode_untruncated(
     has_end = add_eos_token and bool(template.ending(tokenizer))
     dataset, report = encode_examples(examples, tokenizer, template, cutoff_len=sys.maxsize, add_eos_token=has_end)
     if max_length is not None and report.longest > max_length:
-        row_id = examples[list(dataset["length"]).index(report.longest)]["id"]
+        row_id = examples[dataset["example"][list(dataset["length"]).index(report.longest)]]["id"]
         raise MolaError(
             f"samples of `data` must have at most {max_length} tokens, the longest sequence that the model can read: "
             f"sample {row_id!r} has {report.longest}. Shorten it, or leave it out."
@@ -175,10 +178,11 @@ def encode_untruncated(
 
 
 def data_fingerprint(examples: Iterable[Mapping[str, Any]]) -> str:
-    """Sha256 (hex) of id, instruction, input and output of all examples, in their order."""
+    """Sha256 (hex) of id, instruction, input, output and messages of all examples, in their order."""
     digest = hashlib.sha256()
     for example in examples:
         row = [example.get(name) for name in ("id", "instruction", "input", "output")]
+        row += [example[name] for name in ("messages", "tools") if name in example]
         digest.update(json.dumps(row, separators=(",", ":")).encode("ascii") + b"\n")
     return digest.hexdigest()
 
@@ -187,7 +191,9 @@ def _fit_samples(
     samples: Iterable[Sample], cutoff_len: int, train_on_inputs: bool, truncation: str, counts: Counter[str]
 ) -> dict[str, list[Any]]:
     """Columns of the dataset, with the samples that are kept; adds to the report's `counts`."""
-    columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "attention_mask", "labels", "length")}
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("input_ids", "attention_mask", "labels", "length", "example")
+    }
     for sample in samples:
         fitted = _fit(sample, cutoff_len, truncation)
         if fitted is None or not _has_labels(fitted, train_on_inputs, truncation):
@@ -197,9 +203,10 @@ def _fit_samples(
         columns["attention_mask"].append([1] * len(fitted.ids))
         columns["labels"].append(labels)
         columns["length"].append(len(fitted.ids))
+        columns["example"].append(sample.example)
         counts["kept"] += 1
         counts["truncated"] += len(fitted.ids) < len(sample.ids)
-        counts["answer_cut"] += fitted.text_end - fitted.answer_start < sample.text_end - sample.answer_start
+        counts["answer_cut"] += fitted.num_answer_tokens < sample.num_answer_tokens
         counts["tokens"] += len(fitted.ids)
         counts["trained_tokens"] += len(labels) - labels.count(IGNORED)
     return columns
@@ -213,12 +220,7 @@ def _fit(sample: Sample, cutoff_len: int, truncation: str) -> Sample | None:
     if truncation == "drop":
         return None
     if truncation == "right":
-        return replace(
-            sample,
-            ids=sample.ids[:cutoff_len],
-            answer_start=min(sample.answer_start, cutoff_len),
-            text_end=min(sample.text_end, cutoff_len),
-        )
+        return sample.cut(sample.prefix, cutoff_len)
     # truncation is 'left'; `encode_examples` has raised for 'error'
     kept_prefix = max(sample.prefix, 1)  # the answer needs a token before it, from which it is predicted
     if kept_prefix + excess > sample.answer_start:
@@ -228,17 +230,12 @@ def _fit(sample: Sample, cutoff_len: int, truncation: str) -> Sample | None:
             f"without its prompt, but `cutoff_len` is {cutoff_len}. Raise it, or set "
             "`truncation` to 'drop', or to 'right', which cuts the answer."
         )
-    return replace(
-        sample,
-        ids=sample.ids[: sample.prefix] + sample.ids[sample.prefix + excess :],
-        answer_start=sample.answer_start - excess,
-        text_end=sample.text_end - excess,
-    )
+    return sample.cut(sample.prefix + excess, len(sample.ids))
 
 
 def _has_labels(sample: Sample, train_on_inputs: bool, truncation: str) -> bool:
     """Whether any token contributes to the loss; raises if none does and `truncation` does not allow dropping it."""
-    first_label = max(0 if train_on_inputs else sample.answer_start, 1)  # the first token is never predicted
+    first_label = max(0 if train_on_inputs else sample.spans[0][0], 1)  # the first token is never predicted
     if first_label < len(sample.ids):
         return True
     if truncation in ("error", "left"):

@@ -4,12 +4,15 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mola.data.encode import EncodeReport
+from mola.data.formats import find_format
 from mola.data.read import read_rows
 from mola.data.tasks import Task, example_id
 from mola.data.write import PROMPT_COLUMNS, columns_of, reads_prompts
@@ -18,13 +21,39 @@ from mola.errors import MolaError
 logger = logging.getLogger(__name__)
 
 _SHOWN_VALUES = 12  # in a message
-_TURNS = "Conversations of several turns are for TRL (docs/trainers.md)"
-# Columns that other programs put into a prompt, and advice on each of them.
-_PROMPT_COLUMNS_OF_OTHERS = {
-    "system": "Put it into `instruction`, or write a task that does",
-    **dict.fromkeys(("history", "messages", "conversations"), _TURNS),
-}
 _Rows = list[tuple[int, dict[str, Any]]]  # (position in the source, row); missing ids are made from positions
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """The examples of a data source, and what its rows are.
+
+    Attributes:
+        examples: see `load_examples`.
+        task: the given task, or the one that scores rows with choices; None for free text.
+        kind: what the examples are, in words such as "conversations".
+        template: the template that fits the rows by default; None: the chat template of the tokenizer, else alpaca.
+        path: the data source.
+    """
+
+    examples: list[dict[str, Any]]
+    task: Task | None
+    kind: str
+    template: str | None
+    path: str
+
+    def summary(self, template: str, report: EncodeReport | None = None) -> str:
+        """What was found, in one line for the log; `report` is about these examples, `template` describes theirs."""
+        parts = [f"{self.path}: {len(self.examples):,} {self.kind}"]
+        if chats := [example["messages"] for example in self.examples if "messages" in example]:
+            answers = sum(message["role"] == "assistant" for chat in chats for message in chat)
+            parts.append(f"{answers / len(chats):.1f} turns each")
+        if report is not None and report.total > len(self.examples):
+            parts.append(f"{report.total:,} samples (one for each answer: the chat template changes earlier turns)")
+        parts.append(f"template {template}")
+        if report is not None:
+            parts.append(f"{report.trained_tokens / report.tokens:.0%} of {report.tokens:,} tokens trained")
+        return ", ".join(parts)
 
 
 def load_examples(
@@ -34,49 +63,84 @@ def load_examples(
     limit: int | None = None,
     filters: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
+    """Examples of a data source, ready to be encoded or evaluated; see `load_data`."""
+    return load_data(path, task, split, limit, filters).examples
+
+
+def load_data(
+    path: str | Path,
+    task: Task | None,
+    split: str | None,
+    limit: int | None = None,
+    filters: Mapping[str, Any] | None = None,
+) -> LoadedData:
     """Examples of a data source, ready to be encoded or evaluated.
 
-    Prepared rows, which have `instruction` and `output`, are used as they are; raw rows go through the task. If
-    the task itself reads one of these columns, prepared rows must have `id` and `input` too, as `mola prepare` writes
-    them.
+    Without a task the columns of the first row say what the rows are; see `mola.data.formats`. With a task, prepared
+    rows, which have `instruction` and `output`, are used as they are; raw rows go through the task. If the task itself
+    reads one of these columns, prepared rows must have `id` and `input` too, as `mola prepare` writes them.
 
     Args:
         path: anything that `read_rows` reads.
-        task: how raw rows are turned into examples; None is enough for prepared rows.
+        task: how raw rows are turned into examples; None recognises the rows by their columns.
         split: split of a source that has several; also names the rows without an id.
         limit: keep only the first rows, after all filters.
         filters: column -> value, or list of values, that a row must have; on top of the task's own filters.
 
     Returns:
-        Dicts with `id`, `instruction`, `input`, `output`, `answer` and `num_choices` (both None if
-        unknown), and those of the task's group columns that the row has.
+        The examples and what they are. An example is a dict with `id`, `instruction`, `input`, `output`, `answer` and
+        `num_choices` (both None if unknown), and those of the task's group columns that the row has. A chat has
+        `messages`, and `tools` if there are any; its `instruction` is None and its `output` is the last message.
 
     Raises:
-        MolaError: a column is missing, a value does not fit, an id occurs twice, or no row is left.
+        MolaError: the columns are not known, a value does not fit, an id occurs twice, or no row is left.
     """
     if limit is not None and limit < 1:
         raise MolaError(f"`limit` must be a positive integer: got {limit!r}. Leave it out to keep all rows.")
     rows = _apply_filters(list(enumerate(read_rows(path, split))), filters or {}, path)
-    if all(_is_prepared(row, task) for _, row in rows):
-        if task is None:
-            _check_prompt_columns(rows[:limit], filters or {}, path)
-        elif reads_prompts(task):
-            _check_task_filters(rows, task, path)
-        examples = [_prepared_example(row, index, split, task) for index, row in rows[:limit]]
-    elif task is None:
-        raise _needs_task(rows, path)
+    if task is None:
+        data = _recognised_data(rows[:limit], split, path)
     else:
-        kept = [(index, row) for index, row in rows if task.keeps(row)]
-        if not kept:
-            raise MolaError(
-                f"`data` must have rows for the task `{task.name}`: its filters left out all {len(rows)} rows of "
-                f"`{path}`. Choose another source or split."
-            )
-        if len(kept) < len(rows):
-            logger.info("%s: filters of the task left out %d of %d rows", path, len(rows) - len(kept), len(rows))
-        examples = examples_of_rows(kept[:limit], task, split, path)
-    check_ids((example["id"] for example in examples), str(path))
-    return examples
+        examples = _task_examples(rows, task, split, limit, path)
+        data = LoadedData(examples, task, f"samples of the task {task.name}", task.template, str(path))
+    check_ids((example["id"] for example in data.examples), str(path))
+    return data
+
+
+def _recognised_data(rows: _Rows, split: str | None, path: str | Path) -> LoadedData:
+    """Examples of rows that are recognised by their columns."""
+    form = find_format(rows[0][1], str(path))
+    examples = []
+    for index, row in rows:
+        row_id = example_id(row, index, split)
+        try:
+            parts = form.example_parts(row)
+        except MolaError as error:
+            raise MolaError(f"row {index} of `{path}`: {error}") from error
+        examples.append({"input": "", "answer": None, "num_choices": None, **parts, "id": row_id})
+    is_prepared = {"id", *PROMPT_COLUMNS} <= rows[0][1].keys()
+    if not is_prepared and (unread := form.unread_columns([row for _, row in rows])):
+        logger.info("%s: %s are read, %s are not.", path, ", ".join(form.columns), ", ".join(unread))
+    return LoadedData(examples, form.task, form.name, form.template, str(path))
+
+
+def _task_examples(
+    rows: _Rows, task: Task, split: str | None, limit: int | None, path: str | Path
+) -> list[dict[str, Any]]:
+    """Examples of prepared rows, or of raw rows that go through the task."""
+    if all(_is_prepared(row, task) for _, row in rows):
+        if reads_prompts(task):
+            _check_task_filters(rows, task, path)
+        return [_prepared_example(row, index, split, task) for index, row in rows[:limit]]
+    kept = [(index, row) for index, row in rows if task.keeps(row)]
+    if not kept:
+        raise MolaError(
+            f"`data` must have rows for the task `{task.name}`: its filters left out all {len(rows)} rows of "
+            f"`{path}`. Choose another source or split."
+        )
+    if len(kept) < len(rows):
+        logger.info("%s: filters of the task left out %d of %d rows", path, len(rows) - len(kept), len(rows))
+    return examples_of_rows(kept[:limit], task, split, path)
 
 
 def examples_of_rows(rows: _Rows, task: Task, split: str | None, source: str | Path) -> list[dict[str, Any]]:
@@ -126,25 +190,9 @@ def _apply_filters(rows: _Rows, filters: Mapping[str, Any], path: str | Path) ->
     return rows
 
 
-def _is_prepared(row: Mapping[str, Any], task: Task | None) -> bool:
-    is_marked = task is None or not reads_prompts(task) or {"id", "input"} <= row.keys()
+def _is_prepared(row: Mapping[str, Any], task: Task) -> bool:
+    is_marked = not reads_prompts(task) or {"id", "input"} <= row.keys()
     return "instruction" in row and "output" in row and is_marked
-
-
-def _check_prompt_columns(rows: _Rows, filters: Mapping[str, Any], path: str | Path) -> None:
-    """Raise if a row has text that other programs put into the prompt, and its prompt does not contain the text."""
-    for name, cure in _PROMPT_COLUMNS_OF_OTHERS.items():
-        unread = [index for index, row in rows if row.get(name) and not _is_in_prompt(row, row[name])]
-        if unread and name not in filters:
-            raise MolaError(
-                f"`data` has a column `{name}` that would not be in the prompt: {len(unread)} of {len(rows)} rows of "
-                f"`{path}` have a value in it, the first is row {unread[0]}. {cure}; drop the column; or pass the "
-                "task that has prepared the rows."
-            )
-
-
-def _is_in_prompt(row: Mapping[str, Any], value: Any) -> bool:
-    return isinstance(value, str) and any(value in str(row.get(part) or "") for part in ("instruction", "input"))
 
 
 def _check_task_filters(rows: _Rows, task: Task, path: str | Path) -> None:
@@ -162,11 +210,11 @@ def _check_task_filters(rows: _Rows, task: Task, path: str | Path) -> None:
     logger.info("%s is taken as prepared: its rows have `id`, `input`, `instruction` and `output`", path)
 
 
-def _prepared_example(row: Mapping[str, Any], index: int, split: str | None, task: Task | None) -> dict[str, Any]:
+def _prepared_example(row: Mapping[str, Any], index: int, split: str | None, task: Task) -> dict[str, Any]:
     row_id = example_id(row, index, split)
     text = {"instruction": row["instruction"], "input": row.get("input"), "output": row["output"]}
     answer = row.get("answer")
-    if not isinstance(answer, str) and (task is None or task.answer is None):
+    if not isinstance(answer, str) and task.answer is None:
         answer = None  # the source has a column of this name, which is not used
     for name, value in {**text, "answer": answer}.items():
         if not isinstance(value, str) and (value is not None or name == "output"):
@@ -174,30 +222,15 @@ def _prepared_example(row: Mapping[str, Any], index: int, split: str | None, tas
                 f"row `{row_id}`: `{name}` must be text: got {value!r}. Correct it, or run `mola prepare` on "
                 "the raw data."
             )
-    choices = row.get(task.answer.choices) if task is not None and task.answer and task.answer.choices else None
+    choices = row.get(task.answer.choices) if task.answer and task.answer.choices else None
     return {
         "id": row_id,
         **text,
         "input": text["input"] or "",
         "answer": answer,
         "num_choices": len(choices) if isinstance(choices, (list, tuple)) else None,
-        **(task.group_values(row) if task is not None else {}),
+        **task.group_values(row),
     }
-
-
-def _needs_task(rows: _Rows, path: str | Path) -> MolaError:
-    missing = next(name for name in ("instruction", "output") if any(name not in row for _, row in rows))
-    columns = columns_of(row for _, row in rows)
-    turns = f"{_TURNS}. " if {"messages", "conversations"} & {*columns} else ""
-    return MolaError(
-        f"`task` is needed, since `{path}` has no `{missing}` in some row: the columns are "
-        f"{', '.join(columns)}. {turns}Name the task, or prepare the data with `mola prepare`."
-    )
-
-
-def trained_bytes(example: Mapping[str, Any]) -> int:
-    """Number of UTF-8 bytes of the text that is trained: the output."""
-    return len(example["output"].encode("utf-8", "surrogatepass"))
 
 
 def check_ids(ids: Iterable[str], source: str) -> None:
@@ -218,14 +251,26 @@ def hash_text(text: str) -> int:
 
 
 def hash_example(example: Mapping[str, Any]) -> int:
-    """A hash of instruction, input and output together, in 8 bytes."""
-    return hash_text(json.dumps([example["instruction"], example["input"], example["output"]]))
+    """A hash of all that an example trains, in 8 bytes."""
+    messages = [example["messages"]] if "messages" in example else []
+    return hash_text(json.dumps([example["instruction"], example["input"], example["output"], *messages]))
 
 
 def hash_instruction(example: Mapping[str, Any]) -> int:
-    """A hash of instruction and input together, in 8 bytes; 0 without an instruction."""
+    """A hash of what is asked, in 8 bytes: of a chat all before its last answer. 0 for text without a prompt."""
+    if "messages" in example:
+        answers = [index for index, message in enumerate(example["messages"]) if message["role"] == "assistant"]
+        return hash_text(json.dumps(example["messages"][: answers[-1]]))
     instruction = example["instruction"]
     return 0 if instruction is None else hash_text(json.dumps([instruction, example["input"]]))
+
+
+def trained_bytes(example: Mapping[str, Any]) -> int:
+    """Length in UTF-8 bytes of the text that training would train on: the output, or the answers of a chat."""
+    if "messages" not in example:
+        return len(example["output"].encode())
+    answers = (each for each in example["messages"] if each["role"] == "assistant" and each.get("weight") != 0)
+    return sum(len(each["content"].encode()) for each in answers)
 
 
 def distinct_questions(examples: Iterable[Mapping[str, Any]]) -> NDArray[np.uint64]:

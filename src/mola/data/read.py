@@ -5,6 +5,7 @@ a date and 007 in a CSV file into 7, and shifts the columns of a CSV line that h
 Parquet files, saved datasets and the Hub.
 """
 
+import contextlib
 import csv
 import gzip
 import json
@@ -19,7 +20,7 @@ from mola.errors import MolaError
 from mola.files.reading import first_repeated, read_json
 
 FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+){0,2}")
 _BATCH_SIZE = 1000
 csv.field_size_limit(1 << 30)  # bytes of one value; Python's limit of 128 KiB is too low for long texts
 
@@ -28,9 +29,9 @@ def read_rows(path: str | Path, split: str | None = None, *, may_be_empty: bool 
     """All rows of a data source.
 
     Args:
-        path: a ``.json`` (array), ``.jsonl``, ``.csv`` (each also with ``.gz``) or ``.parquet`` file, a
-            folder written by `save_to_disk` of Hugging Face datasets, or a Hub name ``owner/name``;
-            ``owner/name:configuration`` for a dataset with several configurations.
+        path: a ``.json`` (array), ``.jsonl``, ``.csv`` (each also with ``.gz``) or ``.parquet`` file; a folder of such
+            files, whose names say their splits, or one written by `save_to_disk` of Hugging Face datasets; or a Hub
+            name ``owner/name``, with a configuration or a split or both as ``owner/name:configuration:split``.
         split: the split of a folder or a Hub dataset; ignored for a file, which has no splits.
         may_be_empty: accept a source without rows.
 
@@ -107,8 +108,9 @@ def split_names(path: str | Path) -> list[str]:
     import datasets
 
     try:
-        return list(datasets.get_dataset_split_names(*hub_dataset(source)))
-    except Exception as error:  # as in `_iterate`
+        names, split = hub_dataset(source)
+        return [] if split is not None else list(datasets.get_dataset_split_names(*names))
+    except Exception as error:  # as in `stream_rows`
         raise _unreadable(source, error) from error
 
 
@@ -124,9 +126,14 @@ def is_hub_name(source: str) -> bool:
     return _HUB_NAME.fullmatch(source) is not None and not name.endswith((*FILE_ENDINGS, ".hf"))
 
 
-def hub_dataset(source: str) -> tuple[str, ...]:
-    """``owner/name``, and the configuration if the source names one."""
-    return tuple(source.split(":"))
+def hub_dataset(source: str) -> tuple[tuple[str, ...], str | None]:
+    """``owner/name`` with the configuration if the source names one; and the split if it names one."""
+    import datasets
+
+    name, *parts = source.split(":")
+    if len(parts) == 1 and parts[0] not in datasets.get_dataset_config_names(name):
+        return (name,), parts[0]
+    return (name, *parts[:1]), parts[1] if len(parts) == 2 else None
 
 
 @dataclass(frozen=True)
@@ -205,8 +212,23 @@ def _read_file(place: Path, columns: Collection[str] | None) -> Iterator[Any]:
         return
     read = {".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv}[ending]
     open_text: Any = gzip.open if is_compressed else open
-    with open_text(place, "rt", encoding="utf-8-sig", newline="") as file:
-        yield from read(file, place)
+    try:
+        with open_text(place, "rt", encoding="utf-8-sig", newline="") as file:
+            yield from read(file, place)
+    except UnicodeDecodeError as error:
+        with open_text(place, "rb") as file:
+            number = next(number for number, line in enumerate(file, start=1) if not _is_utf8(line))
+        raise MolaError(
+            f"`data` file `{place}` must be text in UTF-8: line {number} is not ({error.reason}). Save it in UTF-8."
+        ) from error
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _read_json(file: IO[str], place: Path) -> Iterator[Any]:
@@ -262,29 +284,63 @@ def _read_csv(file: IO[str], place: Path) -> Iterator[Any]:
 def _read_folder(place: Path, split: str | None, columns: Collection[str] | None) -> Iterator[Any]:
     import datasets
 
+    files = _files_of_folder(place)
+    if files:
+        for path in files[_choose_split(list(files), split, str(place))]:
+            yield from _read_file(path, columns)
+        return
     splits = _splits_of_folder(place)
     part = place if splits is None else place / _choose_split(splits, split, str(place))
-    return _rows_of(datasets.load_from_disk(str(part)), columns)
+    yield from _rows_of(datasets.load_from_disk(str(part)), columns)
 
 
 def _splits_of_folder(place: Path) -> list[str] | None:
-    """Splits in a folder written by `save_to_disk`; None if the folder is one dataset without splits."""
+    """Splits in a folder; None if the folder is one dataset without splits, written by `save_to_disk`."""
     if os.path.exists(index := place / "dataset_dict.json"):
         return list(read_json(index)["splits"])
     if os.path.exists(place / "state.json"):
         return None
+    if files := _files_of_folder(place):
+        return list(files)
     inside = ", ".join(sorted(os.listdir(place))[:8]) or "nothing"
     raise MolaError(
-        f"`data` must be a file or a folder written by `save_to_disk`: `{place}` holds {inside}. "
-        "Pass one of the files or folders inside."
+        f"`data` must be a file, a folder of {', '.join(FILE_ENDINGS)} files, or one written by `save_to_disk`: "
+        f"`{place}` holds {inside}. Pass one of the files or folders inside."
     )
+
+
+def _files_of_folder(place: Path) -> dict[str, list[Path]]:
+    """The data files of a folder by split; empty for a folder written by `save_to_disk`, and without data files.
+
+    As on the Hub, the names of files or folders say the split, such as train.jsonl; else all files are `train`.
+    """
+    if os.path.exists(place / "dataset_dict.json") or os.path.exists(place / "state.json"):
+        return {}
+    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
+
+    try:
+        patterns = get_data_patterns(str(place))
+    except EmptyDatasetError:
+        return {}
+    files: dict[str, list[Path]] = {}
+    for split, found in patterns.items():
+        paths: set[Path] = set()
+        for pattern in found:
+            with contextlib.suppress(FileNotFoundError):  # one of several ways to name a split
+                paths |= {Path(path) for path in resolve_pattern(pattern, str(place))}
+        data = sorted(path for path in paths if path.name.removesuffix(".gz").endswith(FILE_ENDINGS))
+        if data:
+            files[str(split)] = data
+    return files
 
 
 def _read_hub(source: str, split: str | None, columns: Collection[str] | None, is_stored: bool) -> Iterator[Any]:
     import datasets
 
     more: dict[str, Any] = {} if is_stored else {"streaming": True}
-    loaded = datasets.load_dataset(*hub_dataset(source), split=split, **more)
+    names, named_split = hub_dataset(source)
+    split = named_split or split
+    loaded = datasets.load_dataset(*names, split=split, **more)
     if isinstance(loaded, dict):  # without `split`, one dataset per split
         loaded = loaded[_choose_split(list(loaded), split, source)]
     return _rows_of(loaded, columns)

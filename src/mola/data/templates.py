@@ -1,15 +1,18 @@
 """Prompt templates: how an instruction and an optional input become the text before the answer."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, ClassVar
 
+from mola.data.chat_turns import Segment, alpaca_chat_template, trained_segments
 from mola.errors import MolaError
 
 logger = logging.getLogger(__name__)
 
 CHAT = "chat"  # the name that stands for the tokenizer's own template
+PLAIN = "plain"  # the answer continues the prompt as written
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,33 @@ class Template:
             return self.prompt_input.format(instruction=instruction, input=input)
         return self.prompt_no_input.format(instruction=instruction)
 
+    def segments(self, example: Mapping[str, Any]) -> list[list[Segment]]:
+        """The text of an example in segments, each with whether its tokens contribute to the loss.
+
+        Returns:
+            One list of segments for each sample. The last segment is trained, and lacks the ids of `ending`.
+
+        Raises:
+            MolaError: a part of the example is not text, or the template cannot write it.
+        """
+        instruction, input = example["instruction"], example.get("input")
+        if messages := example.get("messages"):
+            if [message["role"] for message in messages] != ["user", "assistant"]:
+                raise MolaError(
+                    f"the template `{self.name}` writes one question with its answer, not a conversation of "
+                    f"{len(messages)} messages with the roles {', '.join(each['role'] for each in messages)}. Pass the "
+                    f"template {CHAT}."
+                )
+            instruction, input = messages[0]["content"], None
+        if not isinstance(example["output"], str):
+            raise MolaError(f"`output` must be text: got {example['output']!r}. Correct it.")
+        return [[(self.prompt(instruction, input), False), (self.answer(example["output"]), True)]]
+
+    @property
+    def description(self) -> str:
+        """The name, for the log."""
+        return self.name
+
     @property
     def is_encoded_apart(self) -> bool:
         """Whether prompt and answer are tokenised separately."""
@@ -88,17 +118,39 @@ class ChatTemplate(Template):
     jinja: str | None = None
     end_token: str | None = None
 
+    @property
+    def description(self) -> str:
+        """Where the chat template is from, for the log."""
+        jinja = self.jinja or str(self.tokenizer.chat_template)
+        if jinja in (alpaca_chat_template(True), alpaca_chat_template(False)):
+            return "alpaca for conversations (the tokenizer has no chat template)"
+        return f"{self.name} ({'of the adapter' if self.jinja else 'of the tokenizer'})"
+
     @cached_property
     def is_encoded_apart(self) -> bool:
         """Whether a token would contain the border between prompt and answer.
 
         A model that generates an answer reads the tokens of the prompt alone, so training must use the same tokens.
         """
+        answered = self._conversation().removesuffix(self._after_answer)
         prompt_ids, all_ids = (
-            self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in (self.prompt(_QUESTION), self.prompt(_QUESTION) + self.lead + _ANSWER)
+            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (self.prompt(_QUESTION), answered)
         )
         return all_ids[: len(prompt_ids)] != prompt_ids
+
+    def segments(self, example: Mapping[str, Any]) -> list[list[Segment]]:
+        """As in `Template`; in a chat all answers are trained, see `mola.data.chat_turns`."""
+        if "messages" not in example:
+            return super().segments(example)
+        tools = {"tools": example["tools"]} if example.get("tools") else {}
+
+        def write(messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+            return self._write(messages, **tools, **options)
+
+        samples = trained_segments(example["messages"], write)
+        for segments in samples:
+            segments[-1] = (segments[-1][0].removesuffix(self._after_answer.rstrip()), True)
+        return samples
 
     def answer(self, output: str) -> str:
         """`lead` + output; only the output if it already begins with the lead, for example with a thought."""
@@ -135,20 +187,27 @@ class ChatTemplate(Template):
 
         Generation always stops at the end token, and at the end of a turn only if configured to.
         """
-        after = self._conversation().rpartition(_ANSWER)[2].lstrip()
+        after = self._after_answer.lstrip()
         first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after else []
         end_of_turn = [token for token in first if token in tokenizer.added_tokens_decoder]
         return list(dict.fromkeys([*end_of_turn, *super().ending(tokenizer)]))
+
+    @cached_property
+    def _after_answer(self) -> str:
+        """What the template writes after the last answer of a conversation, such as the end of the turn."""
+        return self._conversation().rpartition(_ANSWER)[2]
 
     def _conversation(self) -> str:
         """A question with its answer, written by the template."""
         return self._write([{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}])
 
-    def _write(self, messages: list[dict[str, str]], **options: Any) -> str:
+    def _write(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         if self.end_token is not None:
             options["eos_token"] = self.end_token
         try:
-            return self.tokenizer.apply_chat_template(messages, chat_template=self.jinja, tokenize=False, **options)
+            return self.tokenizer.apply_chat_template(
+                list(messages), chat_template=self.jinja, tokenize=False, **options
+            )
         except Exception as error:  # whatever the template raises
             raise MolaError(
                 f"the chat template of the tokenizer cannot write a conversation: {error}. Pass another `template`."
@@ -178,6 +237,7 @@ _TEMPLATES = {
             f"{_ASK_FR}. {_DO_FR}\n\n### Instruction:\n{{instruction}}\n\n### Réponse:\n",
         ),
         Template("meta", "{instruction}\n\n{input}\n\n", "{instruction}\n\n", has_headings=False),
+        Template(PLAIN, "{instruction}\n\n{input}", "{instruction}", has_headings=False),
     )
 }
 

@@ -18,7 +18,6 @@ from mola.evaluation.core import process_batches, why_one_by_one
 from mola.files.environment import machine_description, software_versions
 from mola.generation import predicting
 from mola.generation.likelihood import label_losses
-from mola.models.sample_data import example_numbers
 from mola.options.fields import check_positive
 
 logger = logging.getLogger(__name__)
@@ -111,7 +110,7 @@ def evaluate_loss(
     check_positive(batch_size=batch_size)
     layout = template if isinstance(template, Template) else get_template(template, tokenizer)
     dataset = encode_untruncated(examples, tokenizer, layout, predicting.positions_left(model), add_eos_token)
-    owners, lengths = example_numbers(dataset), list(dataset["length"])
+    owners, lengths = list(dataset["example"]), list(dataset["length"])
     if batch_size > 1 and (reason := why_one_by_one(model, max(lengths))) is not None:
         logger.warning("Rows are processed one at a time: %s.", reason)
         batch_size = 1

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from mola._compat import cache_argument, generation_reads_cache_keyword
 from mola.data.templates import Template
-from mola.data.tokenized import encode_with_border
+from mola.data.tokenized import encode_segments
 from mola.errors import MolaError, NotFiniteError
 from mola.models.base_model import max_positions
 
@@ -64,10 +64,10 @@ def encode_before_answer(
     # The prompt of a chat template has the same tokens in training as without an answer.
     if not tokenizer.is_fast or not _adds_special_tokens(template):
         return encoded
-    answered = encode_with_border(tokenizer, [(prompt, "A") for prompt in prompts], _adds_special_tokens(template))
+    answered = encode_segments(tokenizer, [(prompt, "A") for prompt in prompts], _adds_special_tokens(template))
     return [
         ids[:start] if start > prefix and not _loses_text(tokenizer, alone, ids[:start]) else alone
-        for alone, (ids, prefix, start) in zip(encoded, answered, strict=True)
+        for alone, (ids, prefix, (start,)) in zip(encoded, answered, strict=True)
     ]
 
 

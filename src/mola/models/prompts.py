@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mola.data.tasks import Task, template_name
+from mola.data.chat_turns import alpaca_chat_template
+from mola.data.examples import LoadedData
 from mola.data.templates import CHAT, Template, get_template
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json
@@ -61,11 +62,6 @@ def template_of(adapter: str | os.PathLike[str]) -> str | None:
     return trained_template(adapter) or (CHAT if own_chat(adapter) is not None else None)
 
 
-def default_template(task: Task | None, adapter: str | os.PathLike[str] | None = None) -> str:
-    """Name of the prompt template if none is given: the one of the adapter's training, else `template_name`."""
-    return (None if adapter is None else template_of(adapter)) or template_name(None, task)
-
-
 def trains_end_token(adapter: str | os.PathLike[str] | None) -> bool:
     """Whether the end token after an output counts in the loss of an adapter's training; True if unknown."""
     return adapter is None or trained_settings(adapter).get("add_eos_token") is not False
@@ -108,6 +104,36 @@ def template_for(name: str, tokenizer: Any, adapter: str | os.PathLike[str] | No
     if own is not None and adapter is not None:
         warn_of_unknown_tokens(adapter, own, tokenizer)
     return get_template(name, tokenizer, *(() if own is None else own))
+
+
+def choose_template(
+    given: str | None, data: LoadedData, tokenizer: Any, adapter: str | os.PathLike[str] | None = None
+) -> Template:
+    """The prompt template for some data.
+
+    It is the first of these: the given one; the one that the adapter was trained with, except for texts without a
+    prompt; the one of the task or of the format of the rows; the chat template of the tokenizer; alpaca. For chats,
+    alpaca is written as a chat template, which the tokenizer gets.
+
+    Args:
+        given: name of a template, or None.
+        data: the examples.
+        tokenizer: the base model's tokenizer.
+        adapter: folder of an adapter, or None.
+
+    Raises:
+        MolaError: no template has the given name, or it is chat and there is no chat template.
+    """
+    first = data.examples[0]
+    is_chat = "messages" in first
+    name = given
+    if name is None and adapter is not None and (is_chat or first["instruction"] is not None):
+        name = template_of(adapter)
+    name = name or data.template or (CHAT if is_chat or tokenizer.chat_template else "alpaca")
+    if name == CHAT and is_chat and not tokenizer.chat_template:
+        begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = alpaca_chat_template(begins)  # an adapter's own has precedence
+    return template_for(name, tokenizer, adapter)
 
 
 class Chat(NamedTuple):

@@ -1,5 +1,6 @@
 """Data for commands that measure a model: examples of any kind, the prompt template that fits, tokens and labels."""
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,16 +9,18 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from mola.data.encode import encode_untruncated
-from mola.data.examples import load_examples
+from mola.data.examples import load_data
 from mola.data.tasks import Task
 from mola.data.templates import Template
-from mola.models.prompts import default_template, template_for, trains_end_token, warn_of_other_template
+from mola.models.prompts import choose_template, trains_end_token, warn_of_other_template
+
+logger = logging.getLogger(__name__)
 
 
 class Samples(NamedTuple):
     """The examples of a data source."""
 
-    examples: list[dict[str, Any]]  # see `load_examples`
+    examples: list[dict[str, Any]]  # see `load_data`
     task: Task | None  # the task that says where the answers are; None for free text
     template: Template
 
@@ -36,8 +39,8 @@ def read_samples(
     """Read examples, and choose their prompt template.
 
     Args:
-        path: data that `load_examples` reads.
-        task: how raw rows are turned into examples; None if the rows need no task.
+        path: data that `load_data` reads.
+        task: how raw rows are turned into examples; None recognises the rows by their columns.
         tokenizer: the model's tokenizer.
         split: split of a source that has several.
         limit: number of examples to read, from the first on; None for all.
@@ -48,11 +51,12 @@ def read_samples(
     Raises:
         MolaError: the data are unreadable or of no known format, or there is no such template.
     """
-    examples = load_examples(path, task, split, limit=limit, filters=filters)
-    name = template or default_template(task, adapter)
-    warn_of_other_template(adapter, name)
-    has_answers = task is not None and task.answer is not None
-    return Samples(examples, task if has_answers else None, template_for(name, tokenizer, adapter))
+    data = load_data(path, task, split, limit=limit, filters=filters)
+    layout = choose_template(template, data, tokenizer, adapter)
+    warn_of_other_template(adapter, layout.name)
+    logger.info("%s", data.summary(layout.description))
+    has_answers = data.task is not None and data.task.answer is not None
+    return Samples(data.examples, data.task if has_answers else None, layout)
 
 
 def encode_samples(
@@ -70,14 +74,9 @@ def encode_samples(
         adapter: folder of the adapter that is measured; None for a base model.
 
     Returns:
-        `input_ids`, `labels` and `length` of each sample.
+        See `encode_examples`.
 
     Raises:
         MolaError: a sample is longer than `max_length`, or has nothing to train.
     """
     return encode_untruncated(samples.examples, tokenizer, samples.template, max_length, trains_end_token(adapter))
-
-
-def example_numbers(dataset: datasets.Dataset) -> list[int]:
-    """For each sample of an encoded dataset, the number of the example that it is made of."""
-    return list(dataset["example"]) if "example" in dataset.column_names else list(range(len(dataset)))

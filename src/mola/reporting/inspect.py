@@ -28,7 +28,7 @@ from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.from_options import check_model, model_for, tokenizer_for
 from mola.models.prompts import trained_settings
-from mola.models.sample_data import encode_samples, example_numbers, read_samples
+from mola.models.sample_data import encode_samples, read_samples
 from mola.options.fields import check_positive, parse_mapping
 from mola.reporting.adapter_weights import read_adapter_weights
 from mola.reporting.document import Section, render
@@ -149,7 +149,7 @@ def _load_samples(options: InspectOptions) -> tuple[list[dict[str, Any]], Any, A
     )
     dataset = encode_samples(samples, tokenizer, max_positions(config), options.adapter)
     described = []
-    for number, row in zip(example_numbers(dataset), dataset, strict=True):
+    for number, row in zip(dataset["example"], dataset, strict=True):
         example = samples.examples[number]
         groups = {name: str(value) for name, value in task.group_values(example).items()} if task else {}
         prompt, answer = _texts(example, row, samples.template, tokenizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from transformers import IntervalStrategy, PretrainedConfig, PreTrainedTokenizerBase
 
 from mola.data.encode import EncodeReport, data_fingerprint, encode_examples
-from mola.data.examples import distinct_questions, hash_example, load_examples
+from mola.data.examples import LoadedData, distinct_questions, hash_example, load_data
 from mola.data.read import check_split, has_rows
 from mola.data.read import split_names as data_splits
-from mola.data.tasks import Task, load_task, template_name
-from mola.data.templates import ChatTemplate
+from mola.data.tasks import Task, load_task
+from mola.data.templates import ChatTemplate, Template
 from mola.errors import MolaError
 from mola.models.base_model import max_positions, vocabulary_size
-from mola.models.prompts import Chat, template_for, use_chat, warn_of_other_template
+from mola.models.prompts import Chat, choose_template, use_chat, warn_of_other_template
 from mola.training.options import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -74,14 +74,14 @@ def prepare_data(
             f"{options.base_model} has {limit} positions. Lower `cutoff_len`."
         )
     task = load_task(options.task) if options.task is not None else None
-    name, template = _template_of(options, task, tokenizer, checkpoint)
-    samples = _load(options, task, data="data", split="train_split", limit=options.limit)
-    train, evaluation = _split_evaluation(options, task, samples)
+    data = _load(options, task, data="data", split="train_split", limit=options.limit)
+    template = _template_of(options, data, tokenizer, checkpoint)
+    train, evaluation = _split_evaluation(options, task, data.examples)
     _warn_of_overlap(train, evaluation)
     encoded, reports, fingerprints, questions = {}, {}, {}, {}
     for part, examples in (("train", train), ("evaluation", evaluation)):
         if examples:
-            encoded[part], reports[part] = encode_examples(
+            encoded[part], report = encode_examples(
                 examples,
                 tokenizer,
                 template,
@@ -91,29 +91,26 @@ def prepare_data(
                 truncation=options.truncation,
             )
             _check_vocabulary(encoded[part], config)
-            fingerprints[part] = data_fingerprint(examples)
+            reports[part], fingerprints[part] = report, data_fingerprint(examples)
             questions[part] = distinct_questions(examples)
-            logger.info("%s data: %s", part, reports[part].summary())
-    return TrainingData(encoded["train"], encoded.get("evaluation"), reports, fingerprints, questions, name)
+            found = replace(data, examples=examples, path=data.path if part == "train" else "evaluation data")
+            logger.info("%s", found.summary(template.description, report))
+            if report.dropped or report.truncated:
+                logger.info("%s data: %s", part, report.summary())
+    return TrainingData(encoded["train"], encoded.get("evaluation"), reports, fingerprints, questions, template.name)
 
 
 def _template_of(
-    options: TrainOptions, task: Task | None, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None
-) -> tuple[str, Any]:
-    """Name and template of the prompts. The tokenizer gets the adapter's chat template."""
-    name = template_name(options.template, task)
+    options: TrainOptions, data: LoadedData, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None
+) -> Template:
+    """The template of the prompts. The tokenizer gets the adapter's chat template."""
     adapter = options.adapter and str(checkpoint or options.adapter)
-    template = template_for(name, tokenizer, adapter)
+    # A task has its own template, also where an adapter learns several tasks one after another.
+    template = choose_template(options.template or (options.task and data.template), data, tokenizer, adapter)
     if isinstance(template, ChatTemplate) and template.jinja is not None:
         use_chat(tokenizer, Chat(template.jinja, template.end_token))
-    warn_of_other_template(adapter, name)
-    if options.template is None and task is None and tokenizer.chat_template:
-        logger.warning(
-            "Training uses the prompt template %s. Servers and `messages` will use the base model's chat template "
-            "instead: pass --template chat to train with it, or name another template.",
-            name,
-        )
-    return name, template
+    warn_of_other_template(adapter, template.name)
+    return template
 
 
 def _check_vocabulary(dataset: datasets.Dataset, config: PretrainedConfig) -> None:
@@ -138,13 +135,13 @@ def _warn_of_overlap(train: Examples, evaluation: Examples) -> None:
         )
 
 
-def _load(options: TrainOptions, task: Task | None, *, data: str, split: str, limit: int | None) -> Examples:
+def _load(options: TrainOptions, task: Task | None, *, data: str, split: str, limit: int | None) -> LoadedData:
     """Read the examples that the options called `data` and `split` name; errors name these two options."""
     source, wanted = getattr(options, data), getattr(options, split)
     check_split(split, wanted, getattr(TrainOptions, split), source)
     filters: Any = options.filters
     try:
-        return load_examples(source, task, wanted, limit=limit, filters=filters)
+        return load_data(source, task, wanted, limit=limit, filters=filters)
     except MolaError as error:
         raise MolaError(str(error).replace("`data`", f"`{data}`").replace("`split`", f"`{split}`")) from error
 
@@ -161,14 +158,14 @@ def _split_evaluation(options: TrainOptions, task: Task | None, samples: Example
                 logger.warning("`%s` is not used, since `eval_strategy` is no: all of `data` is trained on.", name)
         return samples, []
     if options.eval_data is not None:
-        return samples, _load(options, task, data="eval_data", split="eval_split", limit=options.eval_limit)
+        return samples, _load(options, task, data="eval_data", split="eval_split", limit=options.eval_limit).examples
     if options.validation_size:
         return _take_out(options, samples)
     data, split = options.data or "", options.eval_split
     splits, is_default = data_splits(data), split == TrainOptions.eval_split
     is_empty = is_default and split in splits and not has_rows(data, split)
     if split in splits and not is_empty:
-        return samples, _load(options, task, data="data", split="eval_split", limit=options.eval_limit)
+        return samples, _load(options, task, data="data", split="eval_split", limit=options.eval_limit).examples
     if not is_default:
         raise MolaError(
             f"`eval_split` must be a split of `{data}`: got {split!r}, it has {', '.join(splits) or 'none'}. Choose "

@@ -46,8 +46,8 @@ class TrainFields(Quantization):
 
     _start: ClassVar = START
     base_model: str | None = option(None, "Folder or hub id of the base. Default: that of `adapter`.")
-    task: str | None = option(None, "Task: its name or a YAML file; not needed for prepared data.")
-    data: str | None = option(None, "Training data: JSON, JSONL, CSV, parquet or a saved dataset.")
+    data: str | None = option(None, "Training data: a JSON, JSONL, CSV or parquet file, a folder, or a Hub id.")
+    task: str | None = option(None, "Task: its name or a YAML file; by default the columns say what the rows are.")
     output_dir: str | None = option(None, "Folder for the adapter and the run's files.")
     num_experts: str | None = option(
         None,
@@ -88,7 +88,9 @@ class TrainFields(Quantization):
     filters: dict[str, Any] | str | None = option(None, "Keep rows with these values: {column: value, or a list}.")
     limit: int | None = option(None, "Train on this many samples only, the first ones.")
     eval_limit: int | None = option(None, "Evaluate on this many samples only, the first ones.")
-    template: str | None = option(None, "Prompt template, or chat. Default: the task's, else alpaca.")
+    template: str | None = option(
+        None, "Prompt template. Default: the task's, else the tokenizer's chat template, else alpaca."
+    )
     truncation: str = option("error", "Longer samples: error, drop, left or right.")
     train_on_inputs: bool = option(False, "Train on the tokens of the prompt as well.")
     add_eos_token: bool = option(True, "End every sample with the end-of-sequence token.")
