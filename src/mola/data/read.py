@@ -108,7 +108,7 @@ def split_names(path: str | Path) -> list[str]:
     import datasets
 
     try:
-        names, split = hub_dataset(source)
+        names, split = _hub_dataset(source)
         return [] if split is not None else list(datasets.get_dataset_split_names(*names))
     except Exception as error:  # as in `stream_rows`
         raise _unreadable(source, error) from error
@@ -126,7 +126,7 @@ def is_hub_name(source: str) -> bool:
     return _HUB_NAME.fullmatch(source) is not None and not name.endswith((*FILE_ENDINGS, ".hf"))
 
 
-def hub_dataset(source: str) -> tuple[tuple[str, ...], str | None]:
+def _hub_dataset(source: str) -> tuple[tuple[str, ...], str | None]:
     """``owner/name`` with the configuration if the source names one; and the split if it names one."""
     import datasets
 
@@ -338,7 +338,7 @@ def _read_hub(source: str, split: str | None, columns: Collection[str] | None, i
     import datasets
 
     more: dict[str, Any] = {} if is_stored else {"streaming": True}
-    names, named_split = hub_dataset(source)
+    names, named_split = _hub_dataset(source)
     split = named_split or split
     loaded = datasets.load_dataset(*names, split=split, **more)
     if isinstance(loaded, dict):  # without `split`, one dataset per split

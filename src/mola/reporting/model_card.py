@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from mola.data.read import hub_dataset, is_hub_name
+from mola.data.read import is_hub_name
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_bytes, atomic_write_text
 from mola.files.digests import WEIGHTS_FILE, add_digest_line, is_own_file
@@ -125,7 +125,7 @@ def _front_matter(record: Mapping[str, Any]) -> ModelCardData:
     base, data = record["settings"]["base_model"], record["settings"]["data"]
     return ModelCardData(
         base_model=base if is_hub_name(base) and not Path(base).exists() else None,
-        datasets=[hub_dataset(data)[0]] if is_hub_name(data) and not Path(data).exists() else None,
+        datasets=[data.partition(":")[0]] if is_hub_name(data) and not Path(data).exists() else None,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["mola", "mixture-of-experts", "lora", "peft"],
