@@ -134,7 +134,7 @@ def test_routers_are_fitted_in_the_prompts_of_the_adapters(tiny_model_dir, lora,
     path.write_text(json.dumps([{"id": str(number), **row} for number in range(4)]))
     sources = [lora("a", r=2), lora("b", r=2, seed=1)]
     seen = []
-    monkeypatch.setattr("mola.models.sample_data.template_for", lambda *how: seen.append(how) or template_for(*how))
+    monkeypatch.setattr("mola.models.prompts.template_for", lambda *how: seen.append(how) or template_for(*how))
     more = ["--num_experts", "3,", "--data", path, path, "--task", "sample", "--split", "train", "--dtype", "float32"]
     for trained, expected in ((("meta", "meta"), "meta"), (("meta", "vigogne"), "alpaca_short")):
         for source, template in zip(sources, trained, strict=True):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from mola import MolaConfig, MolaError, load_tokenizer
 from mola.generation.generate import GenerateOptions, _choose_template
-from mola.models.prompts import default_template, template_for, warn_of_other_template
+from mola.models.prompts import template_for, template_of, warn_of_other_template
 from tests.damage import change_tensors
 from tests.exporting.conftest import base, load, logits, saved
 from tests.grids import slow
@@ -201,6 +201,6 @@ def test_tokens_of_chats_that_the_base_does_not_have_are_named(tiny_model_dir, t
     (tmp_path / "chat_template.jinja").write_text("<|im_start|>{{ messages[0].content }}</s>", encoding="utf-8")
     template_for("chat", tokenizer, tmp_path)
     assert "writes chats with <|im_start|>, <|im_end|>, which the base model's tokenizer does not have" in caplog.text
-    assert default_template(None, tmp_path) == "chat"
+    assert template_of(tmp_path) == "chat"
     warn_of_other_template(tmp_path, "alpaca_short")
     assert "does not name its prompt template but has a chat template" in caplog.text
