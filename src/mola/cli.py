@@ -90,7 +90,7 @@ COMMANDS = {
     "compare": Command(
         "mola.studies.comparison.compare",
         "mola.studies.comparison.options.CompareOptions",
-        "compare recipes: train each on tasks with several seeds, and test which differences are significant",
+        "find out whether a mixture beats a LoRA of its size on your data, or compare any recipes with several seeds",
         own_options="mola.studies.fields.CompareFields",
     ),
     "allocate": Command(

@@ -10,6 +10,7 @@ from mola import MolaError
 from mola.cli import main
 from mola.studies.comparison.checks import check_runs, check_search
 from mola.studies.comparison.compare import compare
+from mola.studies.comparison.default_recipes import default_recipes
 from mola.studies.comparison.drawn_rows import draw_test_rows
 from mola.studies.comparison.options import CompareOptions
 from mola.studies.comparison.record import BASE, read_results
@@ -33,7 +34,10 @@ def mine(tmp_path_factory):
 def options(tiny_model_dir, mine, tmp_path):
     def build(**changes):
         given = {"base_model": str(tiny_model_dir), "data": str(mine), "output_dir": str(tmp_path / "out"), **FEW_STEPS}
-        return CompareOptions(**given | changes)
+        made = CompareOptions(**given | changes)
+        if made.is_short:
+            made.use_recipes(default_recipes(made))
+        return made
 
     return build
 
@@ -68,8 +72,8 @@ def test_the_command_says_what_it_found_and_goes_on_with_nothing_left(finished, 
     )
     assert f"{found['value']:+.3f}".replace("-", "−") in printed
     assert "joint 95 % interval: " in printed
-    assert "With 5 seeds it would reach about " in printed
-    assert ", with 96 test rows about " in printed
+    assert " with 5 seeds and " in printed
+    assert " with 96 test rows." in printed
     assert "Fewer than 5 seeds say little" in printed
     assert f"mola serve --base_model {words[1].partition('=')[2]} --adapter {folder}/mine/" in printed
     assert "finished, 0 runs left" in errors

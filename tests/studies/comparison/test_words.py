@@ -8,6 +8,7 @@ import pytest
 from mola.studies.comparison.conclusion import conclusion
 from mola.studies.comparison.options import CompareOptions
 from mola.studies.comparison.record import BASE, Result
+from mola.studies.comparison.search import search_notes, search_results, search_table
 from mola.studies.comparison.tables import ALL_TASKS, comma_separated, markdown, summarize
 from tests.studies.comparison.comparisons import RECIPES
 
@@ -113,6 +114,30 @@ def test_a_seed_that_diverged_leaves_its_recipe_without_a_verdict(words):
     assert "2468 on notes diverged with seed 1: it has no loss, and its recipe no verdict." in text
     assert comma_separated(rows).splitlines()[2].split(",")[5:8] == ["", "", ""]
     assert words(found) == ""
+
+
+def test_a_search_takes_the_lowest_loss_of_trainings_that_did_not_diverge(tiny_model_dir, tmp_path):
+    options = CompareOptions(
+        base_model=str(tiny_model_dir),
+        data="notes.jsonl",
+        output_dir=str(tmp_path),
+        recipes={"lora": RECIPES["lora"]},
+        tune={"weight_decay": [0.0, 0.1, 0.2]},
+        tuning_seeds=[7, 8],
+    )
+    losses = {0.0: (2.0, 1.0), 0.1: (1.4, 1.4), 0.2: (1.0, None)}
+    found = []
+    for decay, of_seeds in losses.items():
+        for seed, loss in zip((7, 8), of_seeds, strict=True):
+            run = result(f"lora@weight_decay={decay}", seed, loss or 1.0)
+            lost = {"loss": None, "losses": None, "tokens": None, "diverged_at": 1}
+            found.append(run if loss else replace(run, **lost))
+    (chosen,) = search_results(options, found)
+    assert chosen.chosen == "@weight_decay=0.1"
+    assert chosen.losses["@weight_decay=0.0"] == pytest.approx(1.5)
+    _, ((*_, no_decay, _, diverged, best),) = search_table([chosen])
+    assert (no_decay, diverged, best) == ("1.500", "– (diverged)", "weight_decay=0.1")
+    assert [note.partition(" over")[0] for note in search_notes([chosen])] == ["Search: mean loss in nats per token"]
 
 
 def test_losses_of_tasks_are_not_averaged():

@@ -30,6 +30,7 @@ from mola.files.terminal import make_table_console
 from mola.reporting.formatting import duration
 from mola.studies.comparison.checks import Run, check_runs, check_search
 from mola.studies.comparison.conclusion import conclusion
+from mola.studies.comparison.default_recipes import default_recipes
 from mola.studies.comparison.drawn_rows import draw_test_rows
 from mola.studies.comparison.options import CompareOptions, Key
 from mola.studies.comparison.outcomes import ACCURACY, LOSS
@@ -77,6 +78,8 @@ def compare(options: CompareOptions) -> CompareResult:
     path = Path(options.record or Path(options.output_dir or "") / RECORD_FILE)
     _check_files(options, is_new=not path.exists())
     read_results(path)  # a damaged record fails before the data are read
+    if options.is_short:
+        options.use_recipes(default_recipes(options))
     draw_test_rows(options)
     searched, runs = (check_runs(each, options.is_short) for each in (options.tuning_runs, options.runs))
     check_search(searched, runs)

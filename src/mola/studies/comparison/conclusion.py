@@ -12,10 +12,14 @@ from mola.studies.comparison.outcomes import LOSS, Outcome
 from mola.studies.comparison.record import BASE, Result
 from mola.studies.comparison.tables import Row
 
+_NO_GAIN = 0.95  # of the width of an interval: a larger share is no gain
+
 
 def conclusion(options: CompareOptions, rows: Sequence[Row], results: Sequence[Result]) -> list[str]:
     """Sentences about each task; none for a task that has no difference yet."""
     lines, reference = [], str(options.reference)
+    is_untuned = options.is_short and not options.candidates
+    condition = " at this learning_rate" if is_untuned else ""
     for task in options.tasks or {}:
         of_task = [row for row in rows if row.task == task]
         compared = [(row, row.difference) for row in of_task if row.difference is not None]
@@ -23,18 +27,18 @@ def conclusion(options: CompareOptions, rows: Sequence[Row], results: Sequence[R
             continue
         questions = next(each.total for each in results if each.task == task)
         where = f"{task}: on" if len(options.tasks or {}) > 1 else "On"
-        lines += [f"{where} {_verdict(row, found, reference, questions)}" for row, found in compared]
+        lines += [f"{where} {_verdict(row, found, reference, questions, condition)}" for row, found in compared]
         lines.append(_what_more_would_show(compared, questions))
         lines += _what_to_keep(options, task, of_task)
-    if lines and options.is_short and not options.candidates:
+    if lines and is_untuned:
         lines.append(
-            f"All were trained with learning_rate {options.learning_rate:g}. A recipe may do better at a rate of its "
-            "own, which --tune '{\"learning_rate\": [0.0001, 0.0003, 0.001]}' searches for."
+            f"All were trained with learning_rate {options.learning_rate:g}, which may suit one recipe better than "
+            "another: --tune '{\"learning_rate\": [0.0003, 0.001, 0.003]}' gives each its own."
         )
     return lines
 
 
-def _verdict(row: Row, difference: Difference, reference: str, questions: int) -> str:
+def _verdict(row: Row, difference: Difference, reference: str, questions: int, condition: str) -> str:
     """One sentence: data, difference, interval and verdict."""
     outcome, found = row.outcome, difference.verdict
     noun, what, unit = ("rows", "loss", " nats per token") if outcome is LOSS else ("questions", "accuracy", " points")
@@ -49,7 +53,7 @@ def _verdict(row: Row, difference: Difference, reference: str, questions: int) -
     side = "" if _side(first) == _side(last) else f" {_side(first)}"
     text += f" (joint 95 % interval: {_size(first, outcome)}{side} to {_size(last, outcome)} {_side(last)}): "
     is_clear = found in ("better", "worse")
-    return f"{text}{row.recipe} is {found}." if is_clear else f"{text}not shown to differ, {found}."
+    return f"{text}{row.recipe} is {found}{condition}." if is_clear else f"{text}not shown to differ, {found}."
 
 
 def _size(value: float, outcome: Outcome) -> str:
@@ -70,11 +74,16 @@ def _what_more_would_show(compared: Sequence[tuple[Row, Difference]], questions:
     if not halves:
         return "There is no interval, and so no verdict, with one seed or one test row. Pass more --seeds."
     row, seeds, widths = halves[max(halves)]
-    now, with_seeds, with_questions = (_size(width, row.outcome) for width in widths)
     noun = "rows" if row.outcome is LOSS else "questions"
+    more = f"{more_seeds(seeds)} seeds", f"{MORE_QUESTIONS * questions} test {noun}"
+    # With few seeds that differ a lot, more questions lower the degrees of freedom: the interval would become wider.
+    expected = " and ".join(
+        f"about {_size(width, row.outcome)} with {data}" if width < _NO_GAIN * widths[0] else f"no less with {data}"
+        for width, data in zip(widths[1:], more, strict=True)
+    )
     return (
-        f"More data: the interval of {row.recipe} reaches {now} to each side. With {more_seeds(seeds)} seeds it would "
-        f"reach about {with_seeds}, with {MORE_QUESTIONS * questions} test {noun} about {with_questions}."
+        f"More data: the interval of {row.recipe} reaches {_size(widths[0], row.outcome)} to each side. It would reach "
+        f"{expected}."
     )
 
 

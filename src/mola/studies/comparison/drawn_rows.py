@@ -23,7 +23,7 @@ from mola.studies.train_and_test import TrainAndTestOptions
 logger = logging.getLogger(__name__)
 
 _SHARE, _FEWEST, _MOST = 0.2, 24, 500  # of the distinct questions; the last two are numbers of rows
-_OF_THE_DATA = ("data", "train_split", "task", "filters")
+_OF_THE_DATA = ("data", "train_split", "test_data", "test_split", "task", "filters")
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -36,7 +36,7 @@ def draw_test_rows(options: CompareOptions) -> None:
     has_drawn = False
     for task in options.tasks or {}:
         runs = [run for key, run in options.runs.items() if key.task == task]
-        if all(_lacks_test_rows(run) for run in runs) and len({_source(run) for run in runs}) == 1:
+        if len({_source(run) for run in runs}) == 1 and _lacks_test_rows(runs[0]):
             _draw(options, task, runs[0])
             has_drawn = True
     if options.test_size is not None and not has_drawn:

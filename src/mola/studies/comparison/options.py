@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from mola.errors import MolaError
 from mola.options.fields import parse_mapping, parse_named_mappings
 from mola.options.parsing import convert
-from mola.studies.comparison.default_recipes import default_recipes
 from mola.studies.fields import CompareFields
 from mola.studies.train_and_test import TrainAndTestOptions
 
@@ -46,7 +45,7 @@ class Key(NamedTuple):
 class CompareOptions(CompareFields, TrainAndTestOptions):
     """Options of `mola compare`: those of `CompareFields`, and every option of `mola train` as the default of all runs.
 
-    Without `tasks` there is one task, on `data`. Without `recipes` they are those of `default_recipes`.
+    Without `tasks` there is one task, on `data`. Without `recipes` the caller chooses them, with `use_recipes`.
 
     The options of the runs are made from the values given here. Changing a field afterwards has no effect on them.
 
@@ -54,7 +53,7 @@ class CompareOptions(CompareFields, TrainAndTestOptions):
         runs: options of each run, in the order of training: all runs with one seed before the next seed. With `tune`
             they have the first value of each list; see `tuned_runs`.
         tuning_runs: options of each run of the search; empty without `tune`.
-        is_short: whether `recipes` are the default ones.
+        is_short: whether no `recipes` were given.
         candidates: the combinations of `tune`, by the text that follows a recipe's name.
 
     Raises:
@@ -66,33 +65,46 @@ class CompareOptions(CompareFields, TrainAndTestOptions):
         self._given = {item.name: getattr(self, item.name) for item in fields(TrainAndTestOptions) if item.init}
         if self.tasks is None:
             self.tasks = {_name_of(self.task or self.data or "data"): {}}
-        self.tasks = parse_named_mappings("tasks", self.tasks, _TASKS_EXAMPLE)
+        self.tasks = self._tasks = parse_named_mappings("tasks", self.tasks, _TASKS_EXAMPLE)
         self.is_short = self.recipes is None
         if self.output_dir is None and self.is_short:
             self.output_dir = f"runs/compare-{next(iter(self.tasks))}"
         super().__post_init__()
         if self.seeds is None:
             self.seeds = [0, 1] if self.is_short else [0, 1, 2]
-        if self.recipes is None:
-            self.recipes = default_recipes(self)
-        self.recipes = parse_named_mappings("recipes", self.recipes, _RECIPES_EXAMPLE)
+        self.candidates = _candidates(parse_mapping("tune", self.tune))
+        self._data_of: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # by task, see `use_data`
+        self.runs: dict[Key, TrainAndTestOptions] = {}
+        self.tuning_runs: dict[Key, TrainAndTestOptions] = {}
+        self._check()
+        if not self.is_short:
+            self.use_recipes(self.recipes)
+
+    def use_recipes(self, recipes: Mapping[str, Any] | str | None) -> None:
+        """Set `recipes`, and make the runs.
+
+        Raises:
+            MolaError: a recipe is wrong, or contradicts other options.
+        """
+        self.recipes = parse_named_mappings("recipes", recipes, _RECIPES_EXAMPLE)
         if self.reference is None:
             self.reference = next(iter(self.recipes))
-        self.candidates = _candidates(parse_mapping("tune", self.tune))
-        self._check()
+        if self.reference not in self.recipes:
+            raise MolaError(
+                f"`reference` must be one of the recipes {', '.join(self.recipes)}: got {self.reference!r}."
+            )
         self._options_of = {
             f"{kind}.{name}": convert(TrainAndTestOptions, values, f"{kind}.{name}")
-            for kind, parts in (("tasks", self.tasks), ("recipes", self.recipes))
+            for kind, parts in (("tasks", self._tasks), ("recipes", self.recipes))
             for name, values in parts.items()
         }
-        self._data_of: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # by task, see `use_data`
         self._make_runs()
 
     def _make_runs(self) -> None:
         # Until the search has chosen (`tuned_runs`), all runs have the values of the first candidate.
         first_candidate = next(iter(self.candidates.values()), {})
         self.runs = {key: self._run_options(key, first_candidate) for key in self._keys(self.seeds or [])}
-        self.tuning_runs: dict[Key, TrainAndTestOptions] = {}
+        self.tuning_runs = {}
         for key in self._keys(self.tuning_seeds):
             for name, values in self.candidates.items():
                 tuning_key = key._replace(recipe=key.recipe + name)
@@ -121,10 +133,6 @@ class CompareOptions(CompareFields, TrainAndTestOptions):
         for name in ("overwrite_output_dir", "push_to_hub", "seed"):
             if self._given[name] != getattr(TrainAndTestOptions, name):
                 raise MolaError(f"`{name}` has no effect in a comparison, which sets it for every run. Leave it out.")
-        if self.reference not in (self.recipes or {}):
-            raise MolaError(
-                f"`reference` must be one of the recipes {', '.join(self.recipes or {})}: got {self.reference!r}."
-            )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise MolaError(f"`seeds` must be a non-empty list of distinct numbers: got {self.seeds}.")
         if not self.candidates:
