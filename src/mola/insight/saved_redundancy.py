@@ -46,17 +46,19 @@ def _overlaps(gram: _Array, features: int) -> _Array:
     With eigenvectors `V` and eigenvalues `s^2` of an expert's inner products `S S^T`, the rows of `V^T S / s` are an
     orthonormal basis. So the products of two bases follow from the inner products of all rows.
     """
-    experts = np.arange(len(gram))
+    num_experts, r = gram.shape[:2]
+    experts = np.arange(num_experts)
     squares, vectors = np.linalg.eigh(gram[experts, :, experts, :])
     lengths = np.sqrt(np.maximum(squares, 0))
-    smallest = lengths[:, -1:] * max(gram.shape[1], features) * np.finfo(np.float32).eps
+    smallest = lengths[:, -1:] * max(r, features) * np.finfo(np.float32).eps
     is_spanned = lengths > smallest  # (E, r)
     to_basis = vectors * (is_spanned / np.where(is_spanned, lengths, 1))[:, None, :]
-    left = to_basis.transpose(0, 2, 1)[:, None] @ gram.transpose(0, 2, 1, 3)  # (E, E, r, r)
-    cosines = left @ to_basis
+    to_basis = to_basis.transpose(0, 2, 1)
+    left = to_basis @ gram.reshape(num_experts, r, -1)  # the basis of each expert with all rows: (E, r, E r)
+    cosines = to_basis @ left.reshape(-1, num_experts, r).transpose(1, 2, 0)  # (E, r, E r)
     ranks = is_spanned.sum(1)
     with np.errstate(invalid="ignore"):  # NaN if a factor is zero
-        return (cosines**2).sum((2, 3)) / np.minimum(ranks[:, None], ranks)
+        return (cosines**2).reshape(num_experts, r, num_experts, r).sum((1, 3)) / np.minimum(ranks[:, None], ranks)
 
 
 def _mean_over_pairs(matrix: _Array) -> float:
