@@ -16,8 +16,9 @@ from mola.data.encode import encode_untruncated
 from mola.data.templates import get_template
 from mola.errors import MolaError, NotFiniteError
 from mola.evaluation.evaluate import EvaluateOptions, evaluate, main
-from mola.evaluation.free_text import evaluate_loss, loss_interval
+from mola.evaluation.free_text import evaluate_loss
 from mola.evaluation.resuming import AnswersFile
+from mola.evaluation.scoring import loss_interval
 
 WORDS = ["Iron.", "Salt water", "Öl und Eis, sagt man", "", "A fern grows where it is damp. " * 3, "wool"]
 

@@ -212,6 +212,11 @@ def test_accuracy_is_added_afterwards(run_folder, tmp_path):
     file.write_text(json.dumps(result), encoding="utf-8")
     write_model_card(run_folder, [file])
     assert f"| accuracy, with `first`, {row}" in ModelCard.load(run_folder / "README.md").text
+    free = {"loss": 1.5, "perplexity": 4.48, "total": 9, "interval_95": [1.25, 1.75], "settings": {"data": "b.jsonl"}}
+    file.write_text(json.dumps(free), encoding="utf-8")
+    write_model_card(run_folder, [file])
+    row = "| loss per token (nats), base model alone, 9 samples of `b.jsonl` | 1.5000 | 1.2500 to 1.7500 |"
+    assert row in ModelCard.load(run_folder / "README.md").text
 
 
 def test_the_code_on_the_card_loads_the_base_as_the_run_did(finished):

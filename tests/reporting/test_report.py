@@ -13,6 +13,7 @@ from mola.cli import COMMANDS, find, main
 from mola.data.prepare import PrepareOptions, prepare
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions
+from mola.evaluation.scoring import summarize_losses
 from mola.options.parsing import parse
 from mola.reporting.adapter_weights import read_adapter_weights
 from mola.reporting.heatmaps import gate_maps
@@ -216,12 +217,12 @@ def test_missing_part(run_dir, file, section, words):
             check_command(command.text)
 
 
-def asked(run_dir, *missing):
+def asked(run_dir, *missing, results="accuracy"):
     """Without some results: the options of the commands that make them, by name of the command."""
     for name in missing:
         (run_dir / f"{name}.json").unlink()
     found = {}
-    for section, options in (("accuracy", EvaluateOptions), ("gates", InspectOptions)):
+    for section, options in ((results, EvaluateOptions), ("gates", InspectOptions)):
         for box in page_of(run_dir, overwrite=True).section(section).all("pre"):
             parsed = parse(options, shlex.split(box.text)[2:], prog="")
             if isinstance(parsed.filters, str):
@@ -241,14 +242,12 @@ def test_commands_measure_what_was_trained(run_dir):
 
 
 def test_commands_after_training_on_a_file_without_a_task(run_dir):
-    """Whose rows are no test data, and whose prompts no task names."""
+    """Whose rows are no test data, and whose prompts no task names. The loss is measured."""
     change(run_dir / "run.json", lambda record: record.update(template="alpaca"))
     settings = {"data": "train.jsonl.gz", "task": None, "template": None}
     change(run_dir / "run.json", lambda record: record["settings"].update(settings))
-    found = asked(run_dir, "before", "after", "inspect")
-    assert [(each.data, each.task, each.template) for each in found["evaluate"]] == 2 * [
-        ("TEST_DATA", "TASK", "alpaca")
-    ]
+    found = asked(run_dir, "before", "after", "inspect", results="free-text")
+    assert [(each.data, each.task, each.template) for each in found["evaluate"]] == 2 * [("TEST_DATA", None, "alpaca")]
     assert [(each.data, each.template) for each in found["inspect"]] == [("TEST_DATA", "alpaca")]
 
 
@@ -484,14 +483,61 @@ def test_results_in_the_wrong_place_are_warned_about(run_dir):
     assert "after was measured without an adapter" in page_of(run_dir).section("accuracy").text
 
 
-def test_a_task_of_free_text_has_no_command_for_accuracy(run_dir):
+def test_a_task_of_free_text_has_commands_for_the_loss(run_dir):
     change(run_dir / "run.json", lambda record: record["settings"].update(task="openorca"))
-    assert "free text" not in page_of(run_dir).section("accuracy").text, "there are results of another task"
+    page = page_of(run_dir)
+    assert page.section("accuracy") is not None, "there are results of another task"
     for name in ("before.json", "after.json", "inspect.json"):
         (run_dir / name).unlink()
     found = page_of(run_dir, overwrite=True)
-    assert "The task is free text" in found.section("accuracy").text
-    assert not [box for box in found.root.all("pre") if box.text.startswith("mola evaluate")]
+    assert {"accuracy", "samples"}.isdisjoint(names_of(found))
+    words = found.section("free-text").text
+    for when in ("without", "with"):
+        assert f"The loss {when} the adapter has not been measured." in words
+    commands = [box.text for box in found.section("free-text").all("pre")]
+    assert len(commands) == 2
+    for command in commands:
+        check_command(command)
+
+
+def names_of(page):
+    return {section.attributes["id"] for section in page.root.all("section")}
+
+
+def loss_result(losses, **settings):
+    """A result of `mola evaluate` on free text, of rows with 2, 3, 4, ... tokens."""
+    samples = [
+        {"id": f"row-{index}", "loss": loss, "tokens": index + 2, "bytes": 3 * index + 4}
+        for index, loss in enumerate(losses)
+    ]
+    fingerprint = {"data_fingerprint": "1a2b"}
+    return {
+        **summarize_losses(samples),
+        "samples": samples,
+        "settings": {"template": "alpaca", **settings},
+        **fingerprint,
+    }
+
+
+def test_loss_of_free_text(run_dir):
+    before, after = [6.0, 9.5, 12.0, 14.0, 20.0], [4.0, 7.0, 8.0, 11.5, 13.0]
+    for name, losses in (("before", before), ("after", after)):
+        result = loss_result(losses, adapter=str(run_dir) if name == "after" else None, base_model="base")
+        (run_dir / f"{name}.json").write_text(json.dumps(result))
+    page = page_of(run_dir)
+    assert {"accuracy", "samples"}.isdisjoint(names_of(page))
+    section = page.section("free-text")
+    rows = section.one("table").rows
+    assert [row[:3] for row in rows[1:]] == [["before", "3.08", "21.6"], ["after", "2.17", "8.8"]]
+    assert "After − before, on the same rows: -0.900, 95 % interval -1.1" in section.text
+    assert "3.08 → 2.17" in page.root.one("header").text
+    assert not section.all("p", class_="warning")
+    change(run_dir / "before.json", lambda result: result["settings"].update(template="chat"))
+    section = page_of(run_dir, overwrite=True).section("free-text")
+    assert [node.text for node in section.all("p", class_="warning")] == [
+        "Before and after had different templates: do not compare them."
+    ]
+    assert "on the same rows" not in section.text
 
 
 def test_results_of_another_adapter_are_warned_about(run_dir, tmp_path, caplog):

@@ -46,7 +46,9 @@ class AllocateOptions:
     data: str | None = option(None, "Data for gradient and activation: a file or a saved dataset.")
     task: str | None = option(None, "Task of `data`: its name or a YAML file. Free text needs none.")
     template: str | None = option(
-        None, "Prompt template of `data`; chat is the base model's chat template. Default: the task's own, else alpaca."
+        None,
+        "Prompt template of `data`; chat is the base model's chat template. Default: the task's own, else that chat "
+        "template, else alpaca.",
     )
     split: str = option("train", "Split to read if `data` has several.")
     limit: int = option(

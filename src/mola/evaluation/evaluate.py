@@ -126,8 +126,7 @@ def main(options: EvaluateOptions) -> int:
     make_table_console().print(table)
     if options.output is not None:
         print(f"Every sample is in {options.output}")
-        is_of_run = options.adapter is not None and (Path(options.adapter) / "run.json").is_file()
-        if is_of_run and not isinstance(result, LossResult):  # a report has no section about free text
+        if options.adapter is not None and (Path(options.adapter) / "run.json").is_file():
             print(next_steps(command_line("report", {"after": options.output}, str(options.adapter))))
     return 0
 
@@ -204,7 +203,7 @@ def _loss_table(result: LossResult, options: EvaluateOptions) -> Table:
 
 
 def _table(result: EvaluateResult, options: EvaluateOptions) -> Table:
-    table = Table(title=escape(f"{options.task}: {_model_words(options)}"))
+    table = Table(title=escape(f"{options.task or options.data}: {_model_words(options)}"))
     for column in ("group", "value"):
         table.add_column(column, overflow="fold")
     for column in ("accuracy", "95 % interval", "correct", "total"):

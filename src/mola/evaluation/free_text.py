@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-from scipy.stats import bootstrap
 from transformers import PreTrainedTokenizerBase
 
 from mola.data.encode import data_fingerprint, encode_untruncated
@@ -15,15 +13,13 @@ from mola.data.examples import trained_bytes
 from mola.data.templates import Template, get_template
 from mola.errors import NotFiniteError
 from mola.evaluation.core import process_batches, why_one_by_one
+from mola.evaluation.scoring import summarize_losses
 from mola.files.environment import machine_description, software_versions
 from mola.generation import predicting
 from mola.generation.likelihood import label_losses
 from mola.options.fields import check_positive
 
 logger = logging.getLogger(__name__)
-
-_DRAWS = 2000  # of the bootstrap
-_DRAWN_AT_ONCE = 10_000_000  # rows drawn at the same time, 80 MB
 
 
 @dataclass
@@ -39,7 +35,8 @@ class LossResult:
         perplexity: e to the power of `loss`.
         loss_per_byte: nats per UTF-8 byte of the trained text, which different tokenizers share; None if there are no
             bytes.
-        interval_95: 95 % interval of `loss` for other rows, see `loss_interval`; None for a single row.
+        interval_95: 95 % interval of `loss` for other rows, see `mola.evaluation.scoring.loss_interval`; None for a
+            single row.
         tokens: trained tokens. The token that ends an output is one of them.
         bytes: bytes of the trained text. The token that ends an output has none.
         total: number of rows.
@@ -153,47 +150,3 @@ def _sum_by_example(
         samples[owner]["loss"] += part["loss"]
         samples[owner]["tokens"] += part["tokens"]
     return samples
-
-
-def summarize_losses(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`loss`, `perplexity`, `loss_per_byte`, `interval_95`, `tokens`, `bytes` and `total` of `LossResult.samples`."""
-    losses, tokens, sizes = ([sample[name] for sample in samples] for name in ("loss", "tokens", "bytes"))
-    loss = math.fsum(losses) / sum(tokens)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "loss_per_byte": math.fsum(losses) / sum(sizes) if any(sizes) else None,
-        "interval_95": loss_interval(losses, tokens),
-        "tokens": sum(tokens),
-        "bytes": sum(sizes),
-        "total": len(samples),
-    }
-
-
-def loss_interval(losses: Sequence[float], tokens: Sequence[int]) -> list[float] | None:
-    r"""95 % interval of `\sum_i L_i / \sum_i T_i` for other rows: 2.5 % and 97.5 % quantile of a bootstrap over rows.
-
-    Each of 2,000 draws has as many rows as the data. The seed is fixed, so equal rows give equal intervals.
-
-    Args:
-        losses: sum of the loss of each row.
-        tokens: number of trained tokens of each row.
-
-    Returns:
-        Lower and upper end; None for a single row.
-
-    Source: Efron 1979, Annals of Statistics 7:1.
-    """
-    if len(losses) < 2:
-        return None
-    found = bootstrap(
-        (np.asarray(losses), np.asarray(tokens)),
-        lambda loss, count, axis: loss.sum(axis) / count.sum(axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=_DRAWS,
-        batch=max(1, _DRAWN_AT_ONCE // len(losses)),
-        method="percentile",
-        random_state=np.random.default_rng(0),
-    ).confidence_interval
-    return [float(found.low), float(found.high)]

@@ -16,10 +16,10 @@ class EvaluateOptions(ModelOptions):
     _start: ClassVar = START
     task: str | None = option(
         None,
-        "Name of a task, or a task file (YAML), to measure the accuracy of answers. Without one, or if the task has no "
-        "answers, the loss and the perplexity of the outputs are measured.",
+        "Name of a task, or a task file (YAML). Free text needs none: its loss and perplexity are measured. If a "
+        "task has answers, or rows without a task have `choices`, the accuracy is measured.",
     )
-    data: str = required("Test data: a JSON, JSON lines or CSV file, or a saved dataset.")
+    data: str = required("Test data: a JSON, JSONL, CSV or parquet file, a folder, or a Hub id.")
     adapter: str | None = option(None, "Folder of an adapter; none evaluates the base model alone.")
 
     _data: ClassVar = Group("data")
@@ -35,7 +35,7 @@ class EvaluateOptions(ModelOptions):
     template: str | None = option(
         None,
         "Prompt template; chat is the chat template of adapter or base model. Default: the one of the adapter's "
-        "training, else the task's own, else alpaca.",
+        "training, else the task's own, else the tokenizer's chat template, else alpaca.",
     )
     scoring: str = option(
         "generate",

@@ -91,7 +91,7 @@ class ConvertOptions:
     template: str | None = option(
         None,
         "Prompt template of `data` and `test`. Default: the template used in the adapter's training, else the task's, "
-        "else alpaca.",
+        "else the tokenizer's chat template, else alpaca.",
     )
     split: str = option("train", "Split to read if `data` has several; of `test`, the split test is read.")
     text: str | None = option(None, "File of general text, to keep the LoRA near the mixture on such text as well.")

@@ -14,24 +14,22 @@ from mola.options.command_line import command_line
 from mola.reporting.load_run import Run
 
 
-def has_answers(run: Run) -> bool:
-    """Whether `mola evaluate` can measure the run: its task has answers, or is not known."""
+def measures_loss(run: Run) -> bool:
+    """Whether `mola evaluate` measures the loss of free text with the run's data, not accuracy."""
+    if run.accuracies or run.losses:
+        return not run.accuracies
     name = run.record["settings"].get("task")
     try:
-        return name is None or load_task(name).answer is not None
+        return name is None or load_task(name).answer is None
     except MolaError:  # the task is a file that has been moved
-        return True
+        return False
 
 
 def evaluate_command(run: Run, name: str) -> str:
-    """The `mola evaluate` command that makes the result `name`, "before" or "after", with the settings of the other.
-
-    If neither the other result nor the training names a task, the command has the placeholder `TASK`, which the user
-    replaces.
-    """
+    """The `mola evaluate` command that makes the result `name`, "before" or "after", with the settings of the other."""
     other = (run.after if name == "before" else run.before) or {"settings": {}}
     options = _model_and_rows(run, with_adapter=name == "after")
-    options["task"] = other["settings"].get("task") or run.record["settings"].get("task") or "TASK"
+    options["task"] = other["settings"].get("task") or run.record["settings"].get("task")
     options |= {key: other["settings"].get(key) for key in ("limit", "scoring", "max_new_tokens")}
     return command_line("evaluate", options | {"output": str(run.paths[name])})
 
@@ -40,12 +38,7 @@ def commands_after_training(folder: Path) -> list[str]:
     """The commands that measure, describe and serve the adapter of the finished run in `folder`."""
     run = Run(folder, read_json_object(folder / "run.json"), paths={"after": folder / "after.json"})
     model = {"base_model": str(run.record["settings"]["base_model"]), **_loading(run), "adapter": str(folder)}
-    task = run.record["settings"].get("task")
-    if task and has_answers(run):
-        evaluate = evaluate_command(run, "after")
-    else:  # measures the loss, of which a report has no section
-        evaluate = command_line("evaluate", {**_model_and_rows(run, with_adapter=True), "task": task})
-    return [evaluate, command_line("report", {}, str(folder)), command_line("serve", model)]
+    return [evaluate_command(run, "after"), command_line("report", {}, str(folder)), command_line("serve", model)]
 
 
 def inspect_command(run: Run) -> str:

@@ -79,7 +79,8 @@ def _missing_parts(run: Run, late: Mapping[str, LateUse]) -> list[str]:
         "routers over training (no routing.jsonl, or no numbers in it)": run.routing is not None or is_lora,
         "routers in the last quarter of training (routing.jsonl ends before)": run.routing is None or late or is_lora,
         "likeness of experts, and `top_k` without balance loss (no adapter saved)": run.adapter is not None,
-        "answers to a test (no after.json of `mola evaluate`, or one of a different adapter)": run.after is not None,
+        "answers to a test (no after.json of `mola evaluate`, or one of a different adapter)": "after"
+        in run.accuracies,
         f"whether a LoRA answers as well ({export} of `mola convert --to lora`)": is_compared(run.export or {})
         or is_lora,
     }

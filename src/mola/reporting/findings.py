@@ -110,12 +110,13 @@ def _evaluation_gap(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
 
 
 def _constant_answer(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
-    if run.after is None or (answer := constant_prediction(run.after["samples"])) is None:
+    after = run.accuracies.get("after")
+    if after is None or (answer := constant_prediction(after["samples"])) is None:
         return None
     return Finding(
         "one answer to everything",
-        f"All {run.after['total']} samples of {run.paths['after'].name} got {answer!r}, which is correct for "
-        f"{run.after['accuracy']:.1%} of them.",
+        f"All {after['total']} samples of {run.paths['after'].name} got {answer!r}, which is correct for "
+        f"{after['accuracy']:.1%} of them.",
         "Train longer, with a different --learning_rate, or on data in which all answers are equally frequent.",
     )
 

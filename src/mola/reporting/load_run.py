@@ -15,14 +15,15 @@ from mola.reporting.other_trainers import read_trainer_state, record_of_adapter
 from mola.reporting.routing_log import RoutingLog, read_routing_log
 
 _RESULT_FILES = {"before": "before.json", "after": "after.json", "inspection": "inspect.json", "export": "export.json"}
-_EVALUATION = "mola evaluate", {"accuracy", "correct", "total", "interval_95", "groups", "samples", "settings"}
-_RESULT_KEYS = {  # the command that writes a result, and keys by which its file is recognised
-    "before": _EVALUATION,
-    "after": _EVALUATION,
-    "inspection": ("mola inspect", {"usage", "redundancy", "samples", "settings"}),
+_EVALUATION = {"total", "interval_95", "samples", "settings"}
+_ACCURACY, _LOSS = {*_EVALUATION, "accuracy", "correct", "groups"}, {*_EVALUATION, "loss", "perplexity", "tokens"}
+_RESULT_KEYS: dict[str, tuple[str, list[set[str]]]] = {  # the command that writes a result, and keys of its files
+    "before": ("mola evaluate", [_ACCURACY, _LOSS]),
+    "after": ("mola evaluate", [_ACCURACY, _LOSS]),
+    "inspection": ("mola inspect", [{"usage", "redundancy", "samples", "settings"}]),
     "export": (
         "mola convert --to lora",
-        {"method", "rank", "explained_by_kind", "divergence", "loss", "accuracy", "differences"},
+        [{"method", "rank", "explained_by_kind", "divergence", "loss", "accuracy", "differences"}],
     ),
 }
 
@@ -50,6 +51,20 @@ class Run:
     def name(self) -> str:
         """The repository of the run on the Hub, else the name of its folder."""
         return str(self.record.get("repository") or self.folder.resolve().name)
+
+    @property
+    def accuracies(self) -> dict[str, Mapping[str, Any]]:
+        """Those of the results `before` and `after` that measure accuracy."""
+        return self._evaluations("accuracy")
+
+    @property
+    def losses(self) -> dict[str, Mapping[str, Any]]:
+        """Those of the results `before` and `after` that measure the loss of free text."""
+        return self._evaluations("loss")
+
+    def _evaluations(self, key: str) -> dict[str, Mapping[str, Any]]:
+        results = {"before": self.before, "after": self.after}
+        return {name: result for name, result in results.items() if result is not None and key in result}
 
     @property
     def has_routers(self) -> bool:
@@ -113,7 +128,7 @@ def _read_result(name: str, path: Path) -> dict[str, Any] | None:
         return None
     content = read_json_object(path)
     command, keys = _RESULT_KEYS[name]
-    if not keys <= content.keys():
+    if not any(each <= content.keys() for each in keys):
         raise MolaError(
             f"`{name}` must be a result file of `{command}`: {str(path)!r} is none. Pass a different one, or remove it."
         )

@@ -69,7 +69,8 @@ def write_model_card(
     evaluations = []
     for result in results:
         content = read_json_object(result)
-        if not {"accuracy", "total", "interval_95", "settings"} <= content.keys():
+        measured = content.keys() & {"accuracy", "perplexity"}
+        if not measured or not {"total", "interval_95", "settings"} <= content.keys():
             raise MolaError(f"`results` must be result files of `mola evaluate`: {str(result)!r} is none.")
         evaluations.append(content)
     return write_card(Path(folder), record | ({"repository": repository} if repository else {}), evaluations)
@@ -224,12 +225,17 @@ def _results_section(record: Mapping[str, Any], evaluations: Sequence[Mapping[st
         (label, f"{record['metrics'][name]:.4f}", "") for name, label in _METRICS.items() if name in record["metrics"]
     ]
     for result in evaluations:
-        settings, (low, high) = result["settings"], result["interval_95"]
+        settings, interval = result["settings"], result["interval_95"]
         adapter = settings.get("adapter")
         of = f"with `{str(adapter).rstrip('/').rpartition('/')[2]}`" if adapter else "base model alone"
-        name = f"accuracy, {of}, {settings.get('task')}, {result['total']} samples of `{settings.get('data')}`"
-        note = f"{low:.1%} to {high:.1%}, scoring {settings.get('scoring')}"
-        rows.append((name, f"{result['accuracy']:.1%}", note))
+        samples = f"{result['total']} samples of `{settings.get('data')}`"
+        if "accuracy" in result:
+            note = f"{interval[0]:.1%} to {interval[1]:.1%}, scoring {settings.get('scoring')}"
+            name = ", ".join(part for part in ("accuracy", of, settings.get("task"), samples) if part)
+            rows.append((name, f"{result['accuracy']:.1%}", note))
+        else:
+            note = "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+            rows.append((f"loss per token (nats), {of}, {samples}", f"{result['loss']:.4f}", note))
     table = markdown_table(("metric", "value", "95 % interval"), rows)
     return table if evaluations else f"{table}\n\nAccuracy was not measured in training."
 

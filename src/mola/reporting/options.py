@@ -13,7 +13,7 @@ class InspectOptions(ModelOptions):
 
     _start: ClassVar = START
     adapter: str = required("Folder of an adapter.")
-    data: str = required("Data: a JSON, JSON lines or CSV file, or a saved dataset.")
+    data: str = required("Data: a JSON, JSONL, CSV or parquet file, a folder, or a Hub id.")
     task: str | None = option(
         None, "Task: its name or a YAML file. Default: that of the adapter's training, if there is one."
     )
@@ -25,7 +25,7 @@ class InspectOptions(ModelOptions):
     template: str | None = option(
         None,
         "Prompt template; chat is the chat template of adapter or base model. Default: the one of the adapter's "
-        "training, else the task's own, else alpaca.",
+        "training, else the task's own, else the tokenizer's chat template, else alpaca.",
     )
 
     _measured: ClassVar = Group("what is measured")

@@ -20,7 +20,13 @@ from mola.reporting.expert_sections import (
 )
 from mola.reporting.load_run import Run, load_run, outdated_results, results_of_other_adapters
 from mola.reporting.options import ReportOptions
-from mola.reporting.result_sections import accuracy_section, loss_section, samples_section, worth_section
+from mola.reporting.result_sections import (
+    accuracy_section,
+    free_text_section,
+    loss_section,
+    samples_section,
+    worth_section,
+)
 from mola.reporting.run_summary import making_section, summarize_run
 
 logger = logging.getLogger(__name__)
@@ -67,6 +73,7 @@ def render_page(run: Run) -> str:
     gates = gates_section(run) if run.has_routers else None
     sections = [
         Section("accuracy", "Accuracy", accuracy_section(run)),
+        Section("free-text", "Loss of free text", free_text_section(run)),
         Section("worth", "What routing is worth", worth_section(run)),
         Section("loss", "Loss", loss_section(run)),
         Section("allocation", "Experts by layer", allocation_section(run)),

@@ -1,11 +1,12 @@
-"""Sections about results: accuracy, a plain LoRA in place of the mixture, loss, samples."""
+"""Sections about results: accuracy, loss of free text, a plain LoRA in place of the mixture, loss, samples."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mola.checkpoints.recorded_base import model_name
+from mola.evaluation.scoring import loss_interval
 from mola.reporting.charts import Line, thinned, value_axis
-from mola.reporting.commands import evaluate_command, has_answers, inspect_command
+from mola.reporting.commands import evaluate_command, inspect_command, measures_loss
 from mola.reporting.document import Table
 from mola.reporting.formatting import MAX_ROWS, NO_VALUE, format_interval, number, percent, points, rows_note
 from mola.reporting.heatmaps import answer_map
@@ -19,25 +20,34 @@ _MAX_GROUPS = 40  # groups in the chart; the table has all
 Results = Mapping[str, Mapping[str, Any]]  # keys `before` and `after`
 
 
-def accuracy_section(run: Run) -> dict[str, Any]:
-    """Accuracy before and after, over all samples and by group."""
-    results = {name: result for name, result in (("before", run.before), ("after", run.after)) if result is not None}
+def accuracy_section(run: Run) -> dict[str, Any] | None:
+    """Accuracy before and after, over all samples and by group; None if the run's data are free text."""
+    if measures_loss(run):
+        return None
+    results = run.accuracies
     rows = _accuracy_rows(results) if results else []
     largest = sorted(range(1, len(rows)), key=lambda index: -rows[index]["total"])[:_MAX_GROUPS]
-    needed = {"before": "without", "after": "with"}
     return {
         "results": results,
         "css_classes": _CSS_CLASSES,
         "rows": rows,
         "shown": [*rows[:1], *(rows[index] for index in sorted(largest))],
         "numbers": _accuracy_table(rows, results),
-        "mistaken": [
-            name for name, result in results.items() if bool(result["settings"].get("adapter")) != (name == "after")
-        ],
+        "mistaken": _mistaken(results),
         "different": _different_settings(results),
-        "has_answers": bool(results) or has_answers(run),
-        "missing": [(words, evaluate_command(run, name)) for name, words in needed.items() if name not in results],
+        "missing": _missing(run, results),
     }
+
+
+def _mistaken(results: Results) -> list[str]:
+    """Names of results that were measured without an adapter instead of with one, or the other way round."""
+    return [name for name, result in results.items() if bool(result["settings"].get("adapter")) != (name == "after")]
+
+
+def _missing(run: Run, results: Results) -> list[tuple[str, str]]:
+    """For each missing result "with" or "without" the adapter, and the command that makes it."""
+    needed = {"before": "without", "after": "with"}
+    return [(words, evaluate_command(run, name)) for name, words in needed.items() if name not in results]
 
 
 def _accuracy_rows(results: Results) -> list[dict[str, Any]]:
@@ -83,6 +93,61 @@ def _accuracy_table(rows: list[dict[str, Any]], results: Results) -> Table:
             line += [percent(part["accuracy"]), format_interval(part["interval_95"])] if part else [NO_VALUE, NO_VALUE]
         lines.append(line)
     return Table(head, lines, "Accuracy by group")
+
+
+# ---------------------------------------------------------------------- loss of free text
+
+
+def free_text_section(run: Run) -> dict[str, Any] | None:
+    """Loss of free text before and after, and the difference on the same rows; None if accuracy is measured."""
+    results = run.losses
+    if not results and not measures_loss(run):
+        return None
+    rows = [
+        (
+            name,
+            *(number(result[key]) for key in ("loss", "perplexity", "loss_per_byte")),
+            _nats_interval(result["interval_95"]),
+            *(number(result[key]) for key in ("total", "tokens")),
+        )
+        for name, result in results.items()
+    ]
+    head = ("adapter", "loss", "perplexity", "loss per byte", "95 % interval of the loss", "rows", "tokens")
+    return {
+        "table": Table(head, rows, "Loss in nats") if rows else None,
+        "difference": _loss_difference(results),
+        "mistaken": _mistaken(results),
+        "different": _different_losses(results),
+        "missing": _missing(run, results),
+    }
+
+
+def _nats_interval(bounds: Sequence[float] | None) -> str:
+    return NO_VALUE if bounds is None else f"{number(bounds[0])} to {number(bounds[1])}"
+
+
+def _loss_difference(results: Results) -> str | None:
+    """Loss after minus loss before with its interval, if both were measured on the same tokens."""
+    if len(results) < 2 or _different_losses(results):
+        return None
+    before, after = (results[name]["samples"] for name in ("before", "after"))
+    changes = [new["loss"] - old["loss"] for old, new in zip(before, after, strict=True)]
+    tokens = [sample["tokens"] for sample in after]
+    interval = loss_interval(changes, tokens)
+    words = "" if interval is None else f", 95 % interval {interval[0]:+.3f} to {interval[1]:+.3f}"
+    return f"{sum(changes) / sum(tokens):+.3f}{words}"
+
+
+def _different_losses(results: Results) -> list[str]:
+    """Names of what differs, so that the losses of the results cannot be compared."""
+    settings = [result["settings"] for result in results.values()]
+    values: dict[str, list[Any]] = {
+        "data": [result.get("data_fingerprint") for result in results.values()],
+        "base model": [model_name(str(each.get("base_model"))) for each in settings],
+        "templates": [each.get("template") for each in settings],
+        "tokens": [str([sample["tokens"] for sample in result["samples"]]) for result in results.values()],
+    }
+    return [what for what, found in values.items() if len(set(found)) > 1]
 
 
 # ---------------------------------------------------------------------- a plain LoRA in place of the mixture
@@ -173,11 +238,12 @@ _OUTCOMES = {
 Pair = tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]  # a sample before and after
 
 
-def samples_section(run: Run) -> dict[str, Any]:
-    """Questions with the answers before and after, and the experts used for the expected answers."""
-    if run.after is None and run.before is None:
-        command = evaluate_command(run, "after") if has_answers(run) else None
-        return {"counts": [], "samples": [], "left_out": 0, "command": command}
+def samples_section(run: Run) -> dict[str, Any] | None:
+    """Questions with answers before and after, and the experts used for the expected answers; None for free text."""
+    if measures_loss(run):
+        return None
+    if not run.accuracies:
+        return {"counts": [], "samples": [], "left_out": 0, "command": evaluate_command(run, "after")}
     pairs = _pairs(run)
     experts = _experts_by_id(run, pairs)
 
@@ -206,8 +272,10 @@ def inspected_samples_section(inspection: Mapping[str, Any]) -> dict[str, Any] |
 
 def _pairs(run: Run) -> list[Pair]:
     """Samples before and after by their ids, in the order of the newer result."""
-    before = {str(sample["id"]): sample for sample in (run.before or {}).get("samples", [])}
-    after = {str(sample["id"]): sample for sample in (run.after or {}).get("samples", [])}
+    before, after = (
+        {str(sample["id"]): sample for sample in run.accuracies.get(name, {}).get("samples", [])}
+        for name in ("before", "after")
+    )
     return [(before.get(identifier), after.get(identifier)) for identifier in (after or before)]
 
 

@@ -20,7 +20,6 @@ def summarize_run(run: Run) -> dict[str, Any]:
     record, settings = run.record, run.record["settings"]
     allocation, machine = record.get("allocation") or {}, record.get("machine", {})
     method = (run.adapter.config if run.adapter else {}).get("peft_type", "MOLA")
-    results = [(name, result) for name, result in (("before", run.before), ("after", run.after)) if result is not None]
     return {
         "is_mixture": method == "MOLA" and {"num_experts", "num_layers"} <= allocation.keys(),
         "is_even": not run.has_experts_pattern,
@@ -28,7 +27,7 @@ def summarize_run(run: Run) -> dict[str, Any]:
         "allocation": allocation,
         "base": model_name(str(settings["base_model"])),
         "samples": record.get("data", {}).get("train", {}).get("kept"),
-        "results": results,
+        "results": list(run.accuracies.items()),
         "figures": run_figures(run),
         "facts": [
             ("Base model", settings["base_model"]),
@@ -45,11 +44,13 @@ def summarize_run(run: Run) -> dict[str, Any]:
 def run_figures(run: Run) -> list[tuple[str, str | None, str | None]]:
     """Name, value and remark of each figure; the page omits figures without a value."""
     record, allocation = run.record, run.record.get("allocation", {})
-    accuracies = [percent(result["accuracy"]) for result in (run.before, run.after) if result is not None]
+    accuracies = [percent(result["accuracy"]) for result in run.accuracies.values()]
+    losses = [number(result["loss"]) for result in run.losses.values()]
     trained, base = record.get("trainable_parameters"), allocation.get("base_parameters")
     saved_step = step_of_weights(record)
     return [
-        ("accuracy", " → ".join(accuracies) if run.after is not None else None, None),
+        ("accuracy", " → ".join(accuracies) if "after" in run.accuracies else None, None),
+        ("loss on free text", " → ".join(losses) if "after" in run.losses else None, "nats per token"),
         ("status", record.get("status"), None),
         ("steps", _text(number, record.get("steps")), None),
         (
