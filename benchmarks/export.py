@@ -93,7 +93,7 @@ def _row(options: ExportOptions, way: str, rank: int) -> dict[str, Any]:
     words = [word for each in _WAYS[way] for word in files.get(each, [each])]
     # The means need no data, but they are measured on the same held-out rows as the fitted LoRAs.
     words += [] if "DATA" in _WAYS[way] else files["DATA"]
-    words += ["--rank", str(rank), "--base_model", options.base_model, "--dtype", options.dtype]
+    words += ["--r", str(rank), "--base_model", options.base_model, "--dtype", options.dtype]
     with tempfile.TemporaryDirectory() as name:
         lora = Path(name) / "lora"
         tests = ["--test", options.test, "--test_text", options.test_text]

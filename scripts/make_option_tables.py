@@ -19,7 +19,7 @@ from typing import Any
 
 from mola.cli import COMMANDS, find
 from mola.files.atomic import atomic_write_text
-from mola.options.fields import group_options, is_required
+from mola.options.fields import group_options, is_required, shown_name
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 _HEAD = """\
@@ -29,7 +29,10 @@ _HEAD = """\
 
 Every option is a flag of the command (`--num_experts 2468`; dashes work too: `--num-experts 2468`), a key of a YAML
 recipe given with `--config`, and a field of the command's options class in Python. Flags win over the recipe.
-`mola COMMAND --help` prints the same.
+`mola COMMAND --help` prints the same. The tables say where a field has a different name in Python. Names that earlier
+versions used, such as `--overwrite_output_dir`, still work and print a warning.
+
+With an adapter, `base_model` is by default the model that its `adapter_config.json` records.
 """
 _INHERITED = (
     "Also every other field of {base} under its own name, such as {examples}: "
@@ -94,7 +97,10 @@ def _row(field: dataclasses.Field, kind: Any) -> str:
     text = str(field.metadata.get("help", ""))
     if not text:
         raise SystemExit(f"The option `{field.name}` has no help text.")
-    return f"| `{field.name}` | {_kind(kind)} | {_default(field)} | {_cell(text)} |"
+    name = shown_name(field)
+    if name != field.name:
+        text = f"{text.removesuffix('.')}. In Python: `{field.name}`."
+    return f"| `{name}` | {_kind(kind)} | {_default(field)} | {_cell(text)} |"
 
 
 def _cell(text: str) -> str:

@@ -11,11 +11,12 @@ import yaml
 
 from mola import TrainOptions, __version__
 from mola.cli import COMMANDS, find, main, run
+from mola.data.options import PrepareOptions
 from mola.errors import MolaError
 from mola.exporting.options import ConvertOptions
 from mola.generation.generate import GenerateOptions
 from mola.models.plan import PlanOptions
-from mola.options.fields import is_required
+from mola.options.fields import is_required, shown_name
 from mola.options.parsing import parse, read_recipe
 from mola.serving.serve import ServeOptions
 from mola.studies.comparison.options import CompareOptions
@@ -91,9 +92,9 @@ WRONG = [
     ({"truncation": "cut"}, ["`truncation`", "'cut'", "left"]),
     ({"limit": 0}, ["`limit`", "0"]),
     ({"output_dir": "{files}/raw.json/run"}, ["raw.json", "cannot be written"]),
-    ({"output_dir": "{files}/raw.json"}, ["`output_dir`", "is a file"]),
-    ({"output_dir": "{files}"}, ["`output_dir`", "must be empty", "--overwrite_output_dir"]),
-    ({"output_dir": None}, ["`output_dir`", "--output_dir"]),
+    ({"output_dir": "{files}/raw.json"}, ["`output`", "is a file"]),
+    ({"output_dir": "{files}"}, ["`output`", "must be empty", "--overwrite "]),
+    ({"output_dir": None}, ["`output`", "--output DIR"]),
     ({"base_model": None}, ["`base_model`", "--base_model"]),
     ({"base_model": "{files}/nosuch"}, ["`base_model`", "nosuch"]),
     ({"base_model": "{files}"}, ["`base_model`", "config.json"]),
@@ -113,7 +114,9 @@ WRONG = [
     ({"resume_from_checkpoint": "last"}, ["'last'", "no complete checkpoint"]),
     ({"warmup_steps": 100}, ["`warmup_steps`", "100 steps", "run of 6"]),
     ({"warmup_steps": -1}, ["warmup_steps", "-1"]),
-    ({"per_device_train_batch_size": 0}, ["`per_device_train_batch_size`", "0"]),
+    ({"per_device_train_batch_size": 0}, ["`batch_size`", "0"]),
+    ({"device": "gpu"}, ["`device`", "'gpu'"]),
+    ({"device": "meta"}, ["`device`", "'meta'"]),
     ({"per_device_eval_batch_size": 0}, ["`per_device_eval_batch_size`", "0"]),
     ({"gradient_accumulation_steps": 0}, ["`gradient_accumulation_steps`", "0"]),
     ({"num_train_epochs": 0}, ["`num_train_epochs`", "0"]),
@@ -188,10 +191,11 @@ def test_train_refuses_wrong_input_before_weights_load(changes, parts, files, no
     [
         (["stray"], "'stray' belongs to no flag"),
         (["--r"], "expected one argument"),
+        (["--batch_size"], "argument --batch_size: expected one argument"),
         (["--config"], "argument --config: expected one argument"),
         (["--config", "a.yaml", "--config=b.yaml"], "`--config` must be given once: got a.yaml, b.yaml"),
         (["--learning_r", "1"], "no flag --learning_r."),
-        (["--outptu_dir=x"], "no flag --outptu_dir. Did you mean --output_dir"),
+        (["--outptu_dir=x"], "no flag --outptu_dir. Did you mean --output"),
         (["--lora_r", "8"], "there is no flag --lora_r: mola calls it --r."),
         (["--max-seq-length=8"], "there is no flag --max-seq-length: mola calls it --cutoff_len."),
         (["--model", "x"], "mola calls it --base_model."),
@@ -244,6 +248,32 @@ def parse_train(*arguments: str) -> TrainOptions:
 def test_false_is_false(words):
     assert parse_train(*words.split()).train_on_inputs is False
     assert parse_train("--train_on_inputs").train_on_inputs is True
+
+
+def test_old_names_work_with_one_warning(tmp_path, caplog):
+    (tmp_path / "recipe.yaml").write_text("overwrite_output_dir: true\noutput_dir: a\nper_device_train_batch_size: 2\n")
+    options = parse(TrainOptions, ["--config", str(tmp_path / "recipe.yaml")], prog="mola train")
+    assert (options.output_dir, options.overwrite_output_dir, options.per_device_train_batch_size) == ("a", True, 2)
+    assert caplog.messages == ["--overwrite_output_dir is now called --overwrite. The old name will be removed."]
+    caplog.clear()
+    assert parse(ServeOptions, ["--base_model=m", "--max-tokens", "9"], prog="mola serve").max_tokens == 9
+    assert parse(PrepareOptions, ["--task=sample", "--output_dir=x"], prog="mola prepare").output_dir == "x"
+    assert [message.partition(".")[0] for message in caplog.messages] == [
+        "--max_tokens is now called --max_new_tokens",
+        "--output_dir is now called --output",
+    ]
+
+
+def test_new_names_work_without_a_warning(tmp_path, caplog):
+    (tmp_path / "recipe.yaml").write_text("overwrite: true\noutput: a\nbatch_size: 2\n")
+    options = parse(TrainOptions, ["--config", str(tmp_path / "recipe.yaml"), "--device=cpu"], prog="mola train")
+    assert (options.output_dir, options.overwrite_output_dir, options.per_device_train_batch_size) == ("a", True, 2)
+    assert options.use_cpu
+    assert parse(ServeOptions, ["--base_model=m", "--max-new-tokens", "9"], prog="mola serve").max_tokens == 9
+    (tmp_path / "recipe.yaml").write_text("output_dir: a\noutput: b")
+    with pytest.raises(MolaError, match="`output` is in .* twice, in two spellings"):
+        parse(TrainOptions, ["--config", str(tmp_path / "recipe.yaml")], prog="mola train")
+    assert caplog.messages == []
 
 
 def test_dashes_and_underscores_are_the_same():
@@ -405,12 +435,10 @@ def test_a_first_word_and_its_flag_add_up_in_serve_only():
 
 
 def test_first_word_of_prepare_is_its_task():
-    from mola.data.prepare import PrepareOptions
-
-    options = parse(PrepareOptions, ["sample", "--output_dir", "x"], prog="mola prepare", positional="task")
+    options = parse(PrepareOptions, ["sample", "--output", "x"], prog="mola prepare", positional="task")
     assert (options.task, options.output_dir) == ("sample", "x")
     with pytest.raises(MolaError, match="task"):
-        parse(PrepareOptions, ["--output_dir", "x"], prog="mola prepare", positional="task")
+        parse(PrepareOptions, ["--output", "x"], prog="mola prepare", positional="task")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -421,8 +449,9 @@ def test_recipe_fits_the_command_on_its_first_line(recipe, monkeypatch):
     _, _, name, *arguments = shlex.split(first)
     assert f"recipes/{recipe.name}" in arguments or f"--config=recipes/{recipe.name}" in arguments
     options = parse(options_of(name), arguments, prog=name, positional=COMMANDS[name].positional)
+    names = {shown_name(each): each.name for each in fields(options)}
     for key, value in yaml.safe_load(recipe.read_text(encoding="utf-8")).items():
-        read = getattr(options, key)
+        read = getattr(options, names.get(key, key))
         if isinstance(value, str):
             assert str(getattr(read, "value", read)) == value
         elif isinstance(value, (int, float)):
@@ -484,7 +513,7 @@ def test_plan_prints_json_and_nothing_else(no_weights_dir, capsys):
 
 def test_prepare_train_evaluate_generate(files, tiny_model_dir, tmp_path, capsys):
     prepared, run_folder, result = tmp_path / "prepared", tmp_path / "run", tmp_path / "result.json"
-    assert main(["prepare", "scienceqa", *command(data=files / "raw.json", output_dir=prepared)]) == 0
+    assert main(["prepare", "scienceqa", *command(data=files / "raw.json", output=prepared)]) == 0
     data = prepared / "train.json"
     base = command(base_model=tiny_model_dir, dtype="float32")
     settings = command(task="scienceqa", data=data, output_dir=run_folder, num_experts="1,2,2,2", max_steps=3)

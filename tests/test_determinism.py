@@ -19,10 +19,10 @@ base = ["--base_model", sys.argv[1]]
 adapter = [*base, "--adapter", "run", "--task", "sample", "--data", "data/test.json"]
 small = ["--train_size", "12", "--validation_size", "2", "--test_size", "4"]
 trained = ["--num_experts", "1224", "--r", "2", "--lora_dropout", "0.1", "--router_jitter_noise", "0.1", "--seed", "3"]
-trained += ["--router_aux_loss_coef", "0.01", "--num_train_epochs", "2", "--per_device_train_batch_size", "4"]
+trained += ["--router_aux_loss_coef", "0.01", "--num_train_epochs", "2", "--batch_size", "4"]
 for words in (
-    ["prepare", "sample", "--output_dir", "data", "--seed", "3", *small],
-    ["train", *base, "--task", "sample", "--data", "data/dataset.hf", "--output_dir", "run", "--use_cpu", *trained],
+    ["prepare", "sample", "--output", "data", "--seed", "3", *small],
+    ["train", *base, "--task", "sample", "--data", "data/dataset.hf", "--output", "run", "--use_cpu", *trained],
     ["evaluate", *adapter, "--output", "answers.json", "--max_new_tokens", "8"],
     ["evaluate", *adapter, "--output", "likelihoods.json", "--scoring", "likelihood"],
     ["inspect", *adapter, "--json", "experts.json", "--html", "experts.html"],

@@ -56,7 +56,7 @@ def adapter(tiny_model_dir, tmp_path_factory):
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "sample"
     sizes = ["--train_size=8", "--validation_size=2", "--test_size=4"]
-    assert main(["prepare", "sample", f"--output_dir={folder}", *sizes]) == 0
+    assert main(["prepare", "sample", f"--output={folder}", *sizes]) == 0
     return folder
 
 
@@ -68,7 +68,7 @@ def commands(base, adapter, data, folder):
         "inspect": (["inspect", *given, f"--json={folder / 'seen.json'}", f"--html={folder / 's.html'}"], "seen.json"),
         "convert": (["convert", str(adapter), "--to=published", f"--output={folder / 'published'}"], "published"),
         "reallocate": (
-            ["reallocate", f"--adapter={adapter}", "--num_experts=3", f"--output_dir={folder / 'other'}"],
+            ["reallocate", f"--adapter={adapter}", "--num_experts=3", f"--output={folder / 'other'}"],
             "other",
         ),
         "allocate": (
@@ -125,7 +125,7 @@ def test_training_until_the_disk_is_full_goes_on_when_there_is_room(room, traini
     assert message.startswith("mola train: error: ")
     last = newest_complete(folder)
     small.resize(1 << 24)
-    more = ["--resume_from_checkpoint=last"] if last else ["--overwrite_output_dir"]
+    more = ["--resume_from_checkpoint=last"] if last else ["--overwrite"]
     assert main([*training(folder), *more]) == 0
     assert main(training(tmp_path / "whole")) == 0
     assert same_weights(folder, tmp_path / "whole")

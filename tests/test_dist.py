@@ -112,9 +112,9 @@ def test_from_data_to_report(installed, tiny_model_dir, tmp_path):
 
     base = ["--base_model", tiny_model_dir, "--dtype", "float32", "--task", "sample"]
     sizes = ["--train_size", 8, "--validation_size", 4, "--test_size", 4]
-    mola("prepare", "sample", "--output_dir", "data", *sizes)
+    mola("prepare", "sample", "--output", "data", *sizes)
     experts = ["--num_experts", "1,2,2,2", "--r", 2, "--max_steps", 2]
-    mola("train", *base, "--data", "data/dataset.hf", "--output_dir", "run", *experts)
+    mola("train", *base, "--data", "data/dataset.hf", "--output", "run", *experts)
     mola("evaluate", *base, "--adapter", "run", "--data", "data/test.json", "--output", "result.json")
     assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["total"] == 4
     mola("report", "run")
@@ -128,7 +128,7 @@ def test_from_data_to_report(installed, tiny_model_dir, tmp_path):
         ("demo", ["demo", "--adapter", "run"]),
         ("lm-eval", ["lm-eval", "--tasks", "arc_easy", "--output", "result.json"]),
         ("quant", ["evaluate", "--task", "sample", "--data", "d.json", "--output", "r.json", "--load_in_4bit", "true"]),
-        ("tracking", ["train", "--data", "d.json", "--output_dir", "run", "--report_to", "tensorboard"]),
+        ("tracking", ["train", "--data", "d.json", "--output", "run", "--report_to", "tensorboard"]),
     ],
 )
 def test_missing_extra_is_named(installed, tiny_model_dir, tmp_path, extra, words):

@@ -151,8 +151,11 @@ def test_commands_exist(page, tmp_path, monkeypatch):
         assert callable(cli.find(f"{command.module}.main"))
         options = cli.find(command.options)
         words = without_missing_recipe(arguments)
-        if name == "train" and words != arguments and "--output_dir" not in words:
-            words = [*words, "--output_dir", "out"]  # which the recipe has
+        if name == "train" and words != arguments and "--output" not in words:
+            words = [*words, "--output", "out"]  # which the recipe has
+        names_adapter = "--adapter" in words or (command.positional == "adapter" and words[0][:1] != "-")
+        if names_adapter and name != "reallocate" and "--base_model" not in words:
+            words = [*words, "--base_model", "my-model"]  # which the adapter records
         parsed = parse(options, words, prog=name, positional=command.positional)
         assert isinstance(parsed, options)
 

@@ -27,7 +27,7 @@ def run(*words, flags=(), code=0, **variables):
 
 @needs("datasets", "4.7", "it imports torch for itself while data is prepared")
 def test_preparing_needs_no_torch(tmp_path):
-    words = ["prepare", "sample", "--output_dir", tmp_path / "out", "--train_size", 8]
+    words = ["prepare", "sample", "--output", tmp_path / "out", "--train_size", 8]
     imported = run(MOLA, *words, flags=["-X", "importtime"]).stderr
     names = set(re.findall(r"\| +([\w.]+)$", imported, re.M))
     assert {"mola.data.sampling", "datasets"} <= names
@@ -36,7 +36,7 @@ def test_preparing_needs_no_torch(tmp_path):
 
 
 def test_exit_code_is_2_for_wrong_input(tmp_path):
-    process = run(MOLA, "prepare", "nosuch", "--output_dir", tmp_path / "out", code=2)
+    process = run(MOLA, "prepare", "nosuch", "--output", tmp_path / "out", code=2)
     assert process.stdout == ""
     (line,) = process.stderr.splitlines()
     assert line.startswith("mola prepare: error: `task`")

@@ -202,7 +202,9 @@ def _run_and_report(name: str, work: Callable[[], int]) -> int:
 
 
 def _run(command: Command, arguments: Sequence[str], name: str, *, accept_noflag: bool = False) -> int:
-    from mola.options.parsing import parse, read_recipe  # imported late: `mola --help` does not need it
+    # Imported late: `mola --help` does not need them.
+    from mola.options.fields import with_shown_names
+    from mola.options.parsing import parse, read_recipe
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("mola").setLevel(logging.INFO)
@@ -217,12 +219,21 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, accept_noflag
         positional=command.positional,
         accept_noflag=accept_noflag,
         read=functools.cache(read_recipe),  # a recipe may come from a pipe, which can be read once
+        warn=functools.cache(logging.getLogger("mola").warning),  # options may be parsed twice
     )
+    try:
+        return _parse_and_run(command, parse_as, needs_texts="all" in arguments)
+    except MolaError as error:
+        raise MolaError(with_shown_names(str(error), find(command.own_options or command.options))) from error
+
+
+def _parse_and_run(command: Command, parse_as: Callable[[Any], Any], needs_texts: bool) -> int:
+    """Parse the options, first without torch and Transformers unless their help texts are needed, and run."""
     options = None
     if command.own_options is None:
         options = parse_as(find(command.options))
         _check_paths(options)
-    elif "all" not in arguments:  # `--help all` needs the texts of TrainingArguments
+    elif not needs_texts:  # `--help all` needs them
         from mola.training.trainer_names import with_trainer_names
 
         quick_class = with_trainer_names(find(command.own_options))

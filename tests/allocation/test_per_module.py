@@ -223,7 +223,7 @@ def test_the_file_is_a_value_of_num_experts(file, tiny_model_dir, no_weights_dir
     recipe.write_text(
         f"num_experts: {file}\nmax_steps: 1\nwarmup_steps: 0\ndtype: float32\ntarget_modules: {TARGETS}\n"
     )
-    words = ["--base_model", str(tiny_model_dir), "--data", str(data), "--output_dir", str(run), "--r", "2"]
+    words = ["--base_model", str(tiny_model_dir), "--data", str(data), "--output", str(run), "--r", "2"]
     assert main(["train", "--config", str(recipe), *words]) == 0
     assert experts_in(run) == numbers
 

@@ -120,17 +120,17 @@ def test_an_allocation_trains_on(tiny_model_dir, uniform, tmp_path, capsys):
     base = ["--base_model", str(tiny_model_dir)]
     assert main(["allocate", *base, "--method", "2468", "--budget", "12", "--output", str(file)]) == 0
     numbers = json.loads(file.read_text())["num_experts"]
-    words = ["--adapter", str(uniform), "--num_experts", str(file), "--output_dir", str(tmp_path / "new")]
+    words = ["--adapter", str(uniform), "--num_experts", str(file), "--output", str(tmp_path / "new")]
     assert main(["reallocate", *words]) == 0
     train = f"mola train --adapter {tmp_path / 'new'} --base_model {tiny_model_dir} --data DATA "
     assert train in capsys.readouterr().out
     (tmp_path / "data.json").write_text(json.dumps([{"instruction": "q", "input": "", "output": "a"}] * 4))
-    settings = ["--data", str(tmp_path / "data.json"), "--output_dir", str(run), "--max_steps=2", "--warmup_steps=0"]
+    settings = ["--data", str(tmp_path / "data.json"), "--output", str(run), "--max_steps=2", "--warmup_steps=0"]
     assert main(["train", *base, "--adapter", str(tmp_path / "new"), *settings, "--dtype=float32"]) == 0
     assert json.loads((run / "adapter_config.json").read_text())["num_experts"] == numbers
     assert numbers != [3, 3, 3, 3]
     # The adapter of a run names its data: the command runs as it is printed.
-    assert main(["reallocate", "--adapter", str(run), "--num_experts", "2", "--output_dir", str(tmp_path / "two")]) == 0
+    assert main(["reallocate", "--adapter", str(run), "--num_experts", "2", "--output", str(tmp_path / "two")]) == 0
     printed = capsys.readouterr().out
     command = next(line for line in printed.splitlines() if line.startswith("  mola train"))
     assert main(shlex.split(command)[1:]) == 0
@@ -247,7 +247,7 @@ def test_layers_of_an_encoder_decoder_have_one_number(tmp_path):
 def test_layers_without_experts_are_not_counted(tiny_model_dir, tmp_path, capsys):
     config = MolaConfig(num_experts=4, r=2, layers_to_transform=[1, 2])
     some = save_adapter(tiny_model_dir, tmp_path / "some", config)
-    words = ["--adapter", some, "--num_experts", "1,2,3,1", "--output_dir", tmp_path / "new"]
+    words = ["--adapter", some, "--num_experts", "1,2,3,1", "--output", tmp_path / "new"]
     assert main(["reallocate", *map(str, words)]) == 0
     total = next(line for line in capsys.readouterr().out.splitlines() if "total" in line)
     assert [part for part in total.replace("│", " ").split() if part.isdigit()] == ["8", "5"]

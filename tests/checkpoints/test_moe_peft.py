@@ -309,14 +309,14 @@ def test_other_base_models_are_refused_before_writing(tmp_path, tiny_model_dir):
     [
         (["evaluate", "--task", "sample", "--data", "none.json"], {}),
         (["generate", "--instruction", "Name a metal."], {"routing_strategy": ..., "use_rslora": True}),
-        (["train", "--task", "sample", "--data", "none.json", "--output_dir"], {}),
+        (["train", "--task", "sample", "--data", "none.json", "--output"], {}),
     ],
     ids=["evaluate", "generate", "train"],
 )
 def test_an_unconverted_adapter_gives_the_command_that_converts_it(tmp_path, tiny_model_dir, capsys, command, changes):
     settings = make_settings(["q_proj"], **changes)
     folder = write(tmp_path / "my theirs", settings, make_tensors(settings))
-    command = [*command, str(tmp_path / "run")] if command[-1] == "--output_dir" else command
+    command = [*command, str(tmp_path / "run")] if command[-1] == "--output" else command
     assert main([*command, "--base_model", str(tiny_model_dir), "--adapter", str(folder)]) == 2
     error = capsys.readouterr().err
     assert f"mola convert '{folder}' --from moe_peft --base_model MODEL --output NEW_FOLDER" in error

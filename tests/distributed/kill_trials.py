@@ -91,7 +91,7 @@ class Trials:
             more = ["--resume_from_checkpoint=last"]
         except MolaError:
             result["resumed"] = "from the start"
-            more = ["--overwrite_output_dir"]
+            more = ["--overwrite"]
         codes = self.processes.run(arguments=[*arguments, *more], **self.job)
         result["same"] = codes == [0, 0] and self._is_same(run)
         if codes != [0, 0]:

@@ -84,7 +84,7 @@ def test_killed_process_ends_the_launcher_and_the_run_goes_on(processes, flags, 
     finally:
         process.kill()
     assert code != 0
-    more = "--overwrite_output_dir" if is_early else "--resume_from_checkpoint=last"
+    more = "--overwrite" if is_early else "--resume_from_checkpoint=last"
     code, output = finish(start(TORCHRUN, [*arguments, more]))
     assert code == 0, output
     assert_same_run(folder, tmp_path / "whole", 0.0)

@@ -173,9 +173,9 @@ def test_solved_router_is_least_squares_with_the_wanted_margin():
         (["--num_experts", "2,", "--top_k", "3"], "top_k"),
         (["--num_experts", "2,", "--noise", "-1"], "`noise` must be at least 0"),
         (["--num_experts", "2,", "--noise", "0.3"], "`noise` (0.3) is for copies"),
-        (["--num_experts", "2,", "--rank", "4"], "`rank` is only for --to lora, got 4"),
+        (["--num_experts", "2,", "--r", "4"], "`r` is only for --to lora, got 4"),
         (["--num_experts", "2,", "--task", "sample"], "`task` has no effect without `data`: got 'sample'"),
-        (["--num_experts", "2,", "--data", "x.json"], "one file for each of at least two adapters"),
+        (["--num_experts", "2,", "--data", __file__], "one file for each of at least two adapters"),
     ],
 )
 def test_wrong_options(no_weights_dir, lora, tmp_path, refusal, more, message):

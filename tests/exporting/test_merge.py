@@ -19,7 +19,7 @@ from tests.grids import slow
 
 
 def test_exported_lora_merges_into_a_model_folder(tiny_model_dir, mixture, tmp_path, run):
-    run("convert", mixture, "--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--output", tmp_path / "lora")
+    run("convert", mixture, "--to", "lora", "--r", 4, "--base_model", tiny_model_dir, "--output", tmp_path / "lora")
     words = ["--base_model", tiny_model_dir, "--dtype", "float32", "--output", tmp_path / "merged"]
     assert "written to" in run("merge", tmp_path / "lora", *words)
     expected = logits(load(tiny_model_dir, tmp_path / "lora"))

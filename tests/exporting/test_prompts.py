@@ -29,7 +29,7 @@ def test_a_lora_and_the_merged_model_keep_the_chat_template_of_the_mixture(tiny_
     settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 1}
     (base / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
     words = ["--base_model", base, "--output"]
-    run("convert", chats(mixture), "--to", "lora", "--rank", 4, *words, tmp_path / "lora")
+    run("convert", chats(mixture), "--to", "lora", "--r", 4, *words, tmp_path / "lora")
     assert own_chat(tmp_path / "lora") == Chat(TEMPLATE, "<s>")
     assert trained_template(tmp_path / "lora") is None
     run("merge", tmp_path / "lora", *words, tmp_path / "merged")
@@ -48,7 +48,7 @@ def test_a_reallocated_adapter_keeps_the_template_of_its_training(tiny_model_dir
     chats(folder)
     (folder / "run.json").write_text('{"template": "alpaca_short"}', encoding="utf-8")
     moved = tmp_path / "moved"
-    run("reallocate", "--adapter", folder, "--num_experts", "3,", "--base_model", tiny_model_dir, "--output_dir", moved)
+    run("reallocate", "--adapter", folder, "--num_experts", "3,", "--base_model", tiny_model_dir, "--output", moved)
     assert trained_template(moved) == "alpaca_short"
     assert own_chat(moved) is None  # the tokenizer's template beside it was not trained in
 

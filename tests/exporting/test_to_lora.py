@@ -46,7 +46,7 @@ torch.save(before, out)
 
 def test_fitted_lora_is_measured_and_near(tiny_model_dir, mixture, questions, tmp_path, run):
     data = ["--data", questions / "train.json", "--task", "sample", "--test", questions / "test.json"]
-    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir]
+    flags = ["--to", "lora", "--r", 4, "--base_model", tiny_model_dir]
     printed = run(
         "convert", mixture, *flags, *data, "--device", "cpu", "--dtype", "float32", "--output", tmp_path / "fit"
     )
@@ -87,7 +87,7 @@ def test_measured_rows_that_are_also_fitted_are_noted(tiny_model_dir, mixture, q
     # One row of ten is held out: the last, rows[8].
     twice.write_text(json.dumps([{**rows[0], "id": "again"}, *rows[:9]]), encoding="utf-8")
     mixed.write_text(json.dumps([rows[0], rows[8], rows[20]]), encoding="utf-8")
-    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
+    flags = ["--to", "lora", "--r", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     data = ["--data", twice, "--task", "sample", "--test", mixed, "--scoring", "likelihood"]
     printed = run("convert", mixture, *flags, *data, "--output", tmp_path / "fit")
     note = "1 of the 3 held-out rows of test answer have the same text as a fitted row"
@@ -101,7 +101,7 @@ def test_free_text_needs_no_task(tiny_model_dir, mixture, tmp_path, run, refusal
     words = ["Iron.", "Salt water", "Ice", "Wool and a fern"]
     data = tmp_path / "mine.jsonl"
     data.write_text("".join(json.dumps({"instruction": "Name one.", "output": word}) + "\n" for word in words))
-    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
+    flags = ["--to", "lora", "--r", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     flags += ["--data", data, "--test", data, "--output", tmp_path / "lora"]
     assert "is for questions with answers" in refusal("convert", mixture, *flags, "--scoring", "generate")
     run("convert", mixture, *flags)
@@ -113,7 +113,7 @@ def test_free_text_needs_no_task(tiny_model_dir, mixture, tmp_path, run, refusal
 
 @pytest.mark.slow
 def test_data_are_read_in_the_prompts_of_the_training(tiny_model_dir, mixture, questions, tmp_path, run):
-    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
+    flags = ["--to", "lora", "--r", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     data = ["--data", questions / "train.json", "--task", "sample", "--method", "mean"]
     measured = {}
     for trained, asked in ((None, None), (None, "alpaca"), ("alpaca", None), ("alpaca", "alpaca_short")):
@@ -129,7 +129,7 @@ def test_data_are_read_in_the_prompts_of_the_training(tiny_model_dir, mixture, q
 
 @pytest.mark.slow
 def test_a_larger_answer_weight_brings_the_fit_nearer_on_answers(tiny_model_dir, mixture, questions, tmp_path, run):
-    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
+    flags = ["--to", "lora", "--r", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     data = ["--data", questions / "train.json", "--task", "sample", "--limit", 20]
     weights = {"default": (), **{name: ("--answer_weight", name) for name in ("1", "10", "100")}}
     for name, weight in weights.items():
@@ -148,7 +148,7 @@ def test_a_larger_answer_weight_brings_the_fit_nearer_on_answers(tiny_model_dir,
 
 @pytest.mark.slow
 def test_the_fit_reads_the_chosen_split(tiny_model_dir, mixture, questions, tmp_path, run):
-    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
+    flags = ["--to", "lora", "--r", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     places = {
         "split": ("dataset.hf", "--split", "validation"),
         "file": ("validation.json",),
@@ -187,7 +187,7 @@ def test_accuracies_by_generation_equal_those_of_mola_evaluate(tiny_model_dir, m
     source = {"task": str(tmp_path / "letter.yaml"), "test": str(tmp_path / "test.json")}
     asked = [*(word for name, value in source.items() for word in (f"--{name}", value)), "--scoring", "generate"]
     same = ["--device", "cpu", "--dtype", "float32", "--output", tmp_path / "lora"]
-    run("convert", mixture, "--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, *asked, *same)
+    run("convert", mixture, "--to", "lora", "--r", 4, "--base_model", tiny_model_dir, *asked, *same)
     report = report_of(tmp_path / "lora")
     assert report["settings"]["scoring"] == "generate"
     for name, adapter in (("lora", tmp_path / "lora"), ("mixture", mixture)):
@@ -205,7 +205,7 @@ def test_the_head_is_fitted_to_every_token(tiny_model_dir, questions, tmp_path, 
     config = MolaConfig(num_experts=2, r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     folder = saved(tiny_model_dir, tmp_path / "mixture", config)
     (tmp_path / "text.txt").write_text("Some words that nobody asked about. " * 30)
-    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
+    flags = ["--to", "lora", "--r", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     data = ["--data", questions / "train.json", "--task", "sample", "--text", tmp_path / "text.txt"]
     run("convert", folder, *flags, *data, "--output", tmp_path / "fit")
     explained = report_of(tmp_path / "fit")["explained"]
@@ -214,7 +214,7 @@ def test_the_head_is_fitted_to_every_token(tiny_model_dir, questions, tmp_path, 
 
 def test_a_short_test_text_and_a_whole_test_are_measured(tiny_model_dir, mixture, questions, tmp_path, run, caplog):
     (tmp_path / "text.txt").write_text("One piece of text.")
-    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
+    flags = ["--to", "lora", "--r", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     data = ["--data", questions / "train.json", "--task", "sample", "--test", questions / "test.json", "--limit", 5]
     run("convert", mixture, *flags, *data, "--test_text", tmp_path / "text.txt", "--output", tmp_path / "fit")
     rows = {kind: sum(counts.values()) for kind, counts in report_of(tmp_path / "fit")["rows"].items()}
@@ -235,7 +235,7 @@ def test_every_piece_of_a_text_begins_with_the_begin_token(tiny_model_dir, tmp_p
 
 @pytest.mark.slow
 def test_the_exported_folder_loads_without_mola(tiny_model_dir, mixture, tmp_path, run):
-    run("convert", mixture, "--to", "lora", "--rank", 4, "--output", tmp_path / "lora")
+    run("convert", mixture, "--to", "lora", "--r", 4, "--output", tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 4
     # Only layer 0, which had one expert of a larger rank, has a rank of its own.
@@ -257,7 +257,7 @@ def test_one_expert_is_exported_exactly(tiny_model_dir, tmp_path, run, use_rslor
         rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 7.0}, task_type="CAUSAL_LM",
     )  # fmt: skip
     mixture = saved(tiny_model_dir, tmp_path / "one", config)
-    run("convert", mixture, "--to", "lora", "--rank", 3, "--base_model", tiny_model_dir, "--output", tmp_path / "lora")
+    run("convert", mixture, "--to", "lora", "--r", 3, "--base_model", tiny_model_dir, "--output", tmp_path / "lora")
     torch.testing.assert_close(
         logits(load(tiny_model_dir, tmp_path / "lora")), logits(load(tiny_model_dir, mixture)), atol=1e-5, rtol=1e-5
     )
@@ -273,7 +273,7 @@ def test_equal_experts_are_exported_exactly(tiny_model_dir, tmp_path, run, quest
         for part in (layer.mola_A["default"], layer.mola_B["default"]):
             part.data[:] = part.data[:1].clone()
     model.save_pretrained(folder)
-    flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--output"]
+    flags = ["--to", "lora", "--r", 2, "--base_model", tiny_model_dir, "--output"]
     run("convert", folder, *flags, tmp_path / "mean")
     torch.testing.assert_close(logits(load(tiny_model_dir, tmp_path / "mean")), logits(model), atol=1e-4, rtol=1e-4)
     run("convert", folder, *flags, tmp_path / "fit", "--data", questions / "train.json", "--task", "sample",
@@ -285,7 +285,7 @@ def test_equal_experts_are_exported_exactly(tiny_model_dir, tmp_path, run, quest
 
 def test_the_measured_lora_is_the_written_one(tiny_model_dir, mixture, questions, tmp_path, run):
     """The LoRA that is measured in the mixture's place is the one that PEFT loads from the folder."""
-    flags = ["--to", "lora", "--rank", 4, "--base_model", tiny_model_dir, "--output", tmp_path / "lora"]
+    flags = ["--to", "lora", "--r", 4, "--base_model", tiny_model_dir, "--output", tmp_path / "lora"]
     run("convert", mixture, *flags)
     model = load(tiny_model_dir, mixture)
     before, layers = logits(model), mola_layers(model)
@@ -314,7 +314,7 @@ def test_some_linears_and_text(tiny_model_dir, tmp_path, run):
     )  # fmt: skip
     folder = saved(tiny_model_dir, tmp_path / "some", config)
     (tmp_path / "text.txt").write_text("Rivers carry sand to the sea, and the sea carries it along the coast. " * 30)
-    flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--text", tmp_path / "text.txt"]
+    flags = ["--to", "lora", "--r", 2, "--base_model", tiny_model_dir, "--text", tmp_path / "text.txt"]
     printed = run("convert", folder, *flags, "--output", tmp_path / "lora")
     assert "KL(mixture || LoRA) per text token" in printed
     model = load(tiny_model_dir, tmp_path / "lora")
@@ -324,7 +324,7 @@ def test_some_linears_and_text(tiny_model_dir, tmp_path, run):
 
 
 def test_usage_weights_come_from_the_training(tiny_model_dir, mixture, tmp_path, run, refusal):
-    flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--method", "usage", "--output"]
+    flags = ["--to", "lora", "--r", 2, "--base_model", tiny_model_dir, "--method", "usage", "--output"]
     assert "routing.jsonl, which training writes" in refusal("convert", mixture, *flags, tmp_path / "no")
     layers = mola_layers(load(tiny_model_dir, mixture))
     rows = [
@@ -349,24 +349,24 @@ def test_usage_weights_come_from_the_training(tiny_model_dir, mixture, tmp_path,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rank", "0"], "`rank` must be from 1 to 6"),
+        (["--r", "0"], "`r` must be from 1 to 6"),
         (
-            ["--rank", "7"],
-            "`rank` must be from 1 to 6, the highest rank that an update of this adapter can have: got 7",
+            ["--r", "7"],
+            "`r` must be from 1 to 6, the highest rank that an update of this adapter can have: got 7",
         ),
-        ([], "`rank` must be given with --to lora"),
-        (["--rank", "2", "--method", "regression"], "`method` regression needs `data` or `text`"),
-        (["--rank", "2", "--method", "svd"], "`method` must be one of regression, mean, usage: got 'svd'"),
-        (["--rank", "2", "--task", "sample"], "`task` has no effect without `data` or `test`: got 'sample'"),
-        (["--rank", "2", "--text", "none.txt"], "`text` cannot be read"),
-        (["--rank", "2", "--text", "x", "--fit_passes", "0"], "`fit_passes` must be at least 1: got 0"),
-        (["--rank", "2", "--text", "x", "--answer_weight", "0"], "`answer_weight` must be above 0, got 0.0"),
-        (["--rank", "2", "--fit_passes", "3"], "`fit_passes` has no effect without `data` or `text`: got 3"),
-        (["--rank", "2", "--text", "x", "--limit", "-1"], "`limit` must be at least 1: got -1"),
-        (["--rank", "2", "--text", "x", "--seed", "3"], "`seed` is only for --from lora, got 3"),
-        (["--rank", "2", "--limit", "7"], "`limit` has no effect without `data` or `text` or `test_text`: got 7"),
+        ([], "`r` must be given with --to lora"),
+        (["--r", "2", "--method", "regression"], "`method` regression needs `data` or `text`"),
+        (["--r", "2", "--method", "svd"], "`method` must be one of regression, mean, usage: got 'svd'"),
+        (["--r", "2", "--task", "sample"], "`task` has no effect without `data` or `test`: got 'sample'"),
+        (["--r", "2", "--text", "none.txt"], "`text` cannot be read"),
+        (["--r", "2", "--text", "x", "--fit_passes", "0"], "`fit_passes` must be at least 1: got 0"),
+        (["--r", "2", "--text", "x", "--answer_weight", "0"], "`answer_weight` must be above 0, got 0.0"),
+        (["--r", "2", "--fit_passes", "3"], "`fit_passes` has no effect without `data` or `text`: got 3"),
+        (["--r", "2", "--text", "x", "--limit", "-1"], "`limit` must be at least 1: got -1"),
+        (["--r", "2", "--text", "x", "--seed", "3"], "`seed` is only for --from lora, got 3"),
+        (["--r", "2", "--limit", "7"], "`limit` has no effect without `data` or `text` or `test_text`: got 7"),
         (
-            ["--rank", "2", "--text", "x", "--method", "mean", "--answer_weight", "2"],
+            ["--r", "2", "--text", "x", "--method", "mean", "--answer_weight", "2"],
             "`answer_weight` is not used by `method` mean: got 2.0",
         ),
     ],
@@ -381,7 +381,7 @@ def test_unusable_test_questions_are_refused_before_the_model_loads(
     mixture, no_weights_dir, questions, tmp_path, refusal
 ):
     rows = json.loads((questions / "test.json").read_text())
-    words = ["--to", "lora", "--base_model", no_weights_dir, "--output", tmp_path / "out", "--rank", 2]
+    words = ["--to", "lora", "--base_model", no_weights_dir, "--output", tmp_path / "out", "--r", 2]
     words += ["--scoring", "generate"]
     for change, message in (
         ({"instruction": "long " * 1200}, "must fit into the model's 1024 positions"),
@@ -394,7 +394,7 @@ def test_unusable_test_questions_are_refused_before_the_model_loads(
 
 
 def test_wrong_sources(mixture, lora, no_weights_dir, tmp_path, refusal):
-    flags = ["--to", "lora", "--rank", "2", "--base_model", no_weights_dir, "--output", tmp_path / "out"]
+    flags = ["--to", "lora", "--r", "2", "--base_model", no_weights_dir, "--output", tmp_path / "out"]
     assert "must be a mixture of LoRA experts (MOLA)" in refusal("convert", lora("a"), *flags)
     assert "`source` must be one adapter for --to lora" in refusal("convert", mixture, lora("b"), *flags)
     path = mixture / "adapter_config.json"
@@ -404,7 +404,7 @@ def test_wrong_sources(mixture, lora, no_weights_dir, tmp_path, refusal):
 
 def test_layers_are_fitted_in_parts(mixture, tiny_model_dir, questions, tmp_path, run, refusal):
     """With `--fit_passes` or too little memory, later parts are fitted to the inputs of the converted ones."""
-    flags = ["--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--data", questions / "train.json"]
+    flags = ["--to", "lora", "--r", 2, "--base_model", tiny_model_dir, "--data", questions / "train.json"]
     flags += ["--task", "sample", "--limit", 20, "--dtype", "float32", "--device", "cpu", "--output"]
     message = refusal("convert", mixture, *flags, tmp_path / "no", "--memory_gb", 1e-6)
     assert "`memory_gb` must be at least" in message
@@ -430,7 +430,7 @@ def test_a_base_with_infinite_logits_gives_one_error_line(mixture, tiny_model_di
     model.model.norm.weight.data *= 1e38
     model.save_pretrained(other)
     (tmp_path / "text.txt").write_text("Some text to look at. " * 40)
-    words = ["--to", "lora", "--rank", 2, "--base_model", other, "--test_text", tmp_path / "text.txt"]
+    words = ["--to", "lora", "--r", 2, "--base_model", other, "--test_text", tmp_path / "text.txt"]
     message = refusal("convert", mixture, *words, "--output", tmp_path / "no")
     assert "must give finite logits to be compared" in message
     assert not (tmp_path / "no").exists()
@@ -456,7 +456,7 @@ def test_settings_that_a_lora_shares_are_kept(tiny_model_dir, tmp_path, run, set
         model = load(tiny_model_dir, folder)
         set_peft_model_state_dict(model, tensors)
         model.save_pretrained(folder)
-    run("convert", folder, "--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--output", tmp_path / "lora")
+    run("convert", folder, "--to", "lora", "--r", 2, "--base_model", tiny_model_dir, "--output", tmp_path / "lora")
     expected = logits(load(tiny_model_dir, folder))
     torch.testing.assert_close(logits(load(tiny_model_dir, tmp_path / "lora")), expected, atol=1e-4, rtol=1e-4)
 
@@ -468,7 +468,7 @@ def test_conv1d_of_gpt_2(tmp_path, run):
     GPT2LMHeadModel(sizes).save_pretrained(tmp_path / "base")
     config = MolaConfig(num_experts=1, top_k=1, r=2, init_lora_weights=False, task_type="CAUSAL_LM")
     folder = saved(tmp_path / "base", tmp_path / "one", config)
-    words = ["--to", "lora", "--rank", 2, "--base_model", tmp_path / "base"]
+    words = ["--to", "lora", "--r", 2, "--base_model", tmp_path / "base"]
     run("convert", folder, *words, "--output", tmp_path / "lora")
     expected = logits(load(tmp_path / "base", folder))
     torch.testing.assert_close(logits(load(tmp_path / "base", tmp_path / "lora")), expected, atol=1e-4, rtol=1e-4)
@@ -487,7 +487,7 @@ def test_linears_that_peft_puts_elsewhere_are_refused_early(tmp_path, run, refus
     linears = {"mlp": ["up_proj", "gate_proj", "down_proj"], "half": ["up_proj"], "attention": ["o_proj"]}
     for name, targets in linears.items():
         saved(tmp_path / "base", tmp_path / name, MolaConfig(num_experts=2, r=2, target_modules=targets))
-    words = ["--to", "lora", "--rank", 2, "--base_model", tmp_path / "base"]
+    words = ["--to", "lora", "--r", 2, "--base_model", tmp_path / "base"]
     for name in ("mlp", "half"):
         message = refusal("convert", tmp_path / name, *words, "--output", tmp_path / "no")
         assert "linears that a LoRA of this architecture cannot have" in message

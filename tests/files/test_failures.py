@@ -87,7 +87,7 @@ def test_advice_keeps_the_effective_batch(tmp_path):
         return memory_advice(TrainOptions(base_model="a/b", output_dir=str(tmp_path), use_cpu=True, **settings))
 
     text = advice(per_device_train_batch_size=8, gradient_accumulation_steps=3, dtype="float32")
-    assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 6" in text
+    assert "--batch_size 4 --gradient_accumulation_steps 6" in text
     assert "--activation_checkpointing" in text
     assert "--dtype bfloat16" in text
     assert "--gradient_accumulation_steps 15" in advice(per_device_train_batch_size=5, gradient_accumulation_steps=3)
@@ -115,7 +115,7 @@ def test_training_without_enough_memory_says_what_to_do(tiny_model_dir, tmp_path
     assert main(["train", *(f"--{name}={value}" for name, value in flags.items())]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("mola train: error: out of memory: ")
-    assert "--per_device_train_batch_size 256 --gradient_accumulation_steps " in message
+    assert "--batch_size 256 --gradient_accumulation_steps " in message
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert record["status"] == "failed"
     assert record["error"].startswith("out of memory")

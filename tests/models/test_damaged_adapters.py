@@ -93,13 +93,13 @@ def commands(base, adapter, data, folder):
     given = ["--base_model", str(base), "--adapter", str(adapter)]
     output = ["--base_model", str(base), "--output", str(folder / "out")]
     return {
-        "convert": [str(adapter), "--to", "lora", "--rank", "2", *output],
+        "convert": [str(adapter), "--to", "lora", "--r", "2", *output],
         "merge": [str(adapter), *output],
         "evaluate": [*given, "--task", "sample", "--data", str(data), "--output", str(folder / "result.json")],
         "generate": [*given, "--instruction", "Say 1"],
         "inspect": [*given, "--data", str(data), "--json", str(folder / "inspection.json")],
         "serve": [*given, "--port", "0"],
-        "train": [*given, "--data", str(data), "--output_dir", str(folder / "run"), "--dtype", "float32"],
+        "train": [*given, "--data", str(data), "--output", str(folder / "run"), "--dtype", "float32"],
     }
 
 
@@ -139,7 +139,7 @@ def test_peft_names_the_fault(fault, adapter, tiny_model):
 REWRITING = {
     "convert": lambda adapter, output: ["convert", str(adapter), "--to", "published", "--output", str(output)],
     "reallocate": lambda adapter, output: [
-        *("reallocate", "--adapter", str(adapter), "--num_experts", "2", "--output_dir", str(output)),
+        *("reallocate", "--adapter", str(adapter), "--num_experts", "2", "--output", str(output)),
     ],
 }
 # These commands read no base model, so their messages compare the tensors with the configuration.

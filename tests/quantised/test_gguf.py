@@ -139,7 +139,7 @@ def test_training_evaluating_and_generating(folder, blocks_dir, sample, tmp_path
         shutil.copy(file, folder)
     base = [f"--base_model={folder}", f"--gguf_file={NAME}", "--dtype=float32"]
     run = tmp_path / "run"
-    arguments = [f"--data={sample / 'train.json'}", f"--output_dir={run}", "--eval_strategy=no", "--report_to=none"]
+    arguments = [f"--data={sample / 'train.json'}", f"--output={run}", "--eval_strategy=no", "--report_to=none"]
     assert main(["train", *base, *arguments, "--cutoff_len=1024", "--max_steps=2", "--warmup_steps=0"]) == 0
     assert '"quant_method": "gguf"' in (run / "run.json").read_text(encoding="utf-8")
     task = ["--task=scienceqa", f"--data={sample / 'test.json'}", "--max_new_tokens=2"]

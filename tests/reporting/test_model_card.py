@@ -292,12 +292,12 @@ def test_a_changed_card_is_kept(run_folder, flags, mola_log):
     assert write_model_card(run_folder) is None
     assert "README.md was not written by mola, or was changed since. It is kept" in mola_log.text
     # Nor by a new run in the folder.
-    assert main([*flags(run_folder), "--overwrite_output_dir"]) == 0
+    assert main([*flags(run_folder), "--overwrite"]) == 0
     assert path.read_bytes() == changed
 
 
 def test_own_card_is_replaced_by_that_of_a_new_run(run_folder, flags):
-    assert main([*flags(run_folder, num_experts="2222"), "--overwrite_output_dir"]) == 0
+    assert main([*flags(run_folder, num_experts="2222"), "--overwrite"]) == 0
     text = (run_folder / "README.md").read_text(encoding="utf-8")
     assert "| 0–3 | 2 | 2 | 2 |" in text
     assert is_own_file(run_folder / "README.md")

@@ -381,7 +381,7 @@ def test_what_routing_is_worth(run_dir, tiny_model_dir):
     data = run_dir.parent / "data"
     prepare(PrepareOptions("sample", str(data), train_size=20, validation_size=2, test_size=8))
     output = run_dir.parent / "lora"
-    words = ["convert", run_dir, "--to", "lora", "--rank", 2, "--base_model", tiny_model_dir, "--device", "cpu"]
+    words = ["convert", run_dir, "--to", "lora", "--r", 2, "--base_model", tiny_model_dir, "--device", "cpu"]
     words += ["--data", data / "train.json", "--task", "sample", "--test", data / "test.json", "--output", output]
     assert main([str(word) for word in words]) == 0
     found = page_of(run_dir, export=str(output / "export.json"))

@@ -22,7 +22,7 @@ MODEL = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 def test_recipe_leaves_enough_steps_to_learn(tmp_path):
     options = parse(
         TrainOptions,
-        ["--config", RECIPE, "--output_dir", str(tmp_path)],
+        ["--config", RECIPE, "--output", str(tmp_path)],
         prog="mola train",
     )
     assert options.num_experts == "2468"

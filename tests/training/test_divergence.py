@@ -33,7 +33,7 @@ def test_divergence_stops_the_run_and_leaves_finite_checkpoints(flags, tmp_path,
     )
     assert "diverged" in line
     assert " at step " in line
-    assert f"--adapter {tmp_path / 'run' / 'checkpoint-1'} in another `output_dir`" in line
+    assert f"--adapter {tmp_path / 'run' / 'checkpoint-1'} in another `output`" in line
     record = read_record(tmp_path / "run")
     assert record["status"] == "failed"
     assert "diverged" in record["error"]

@@ -218,7 +218,7 @@ def go_on(folder: Path) -> list[str]:
     """What the documentation says to add to the command."""
     if not any(folder.iterdir()):
         return []
-    return ["--overwrite_output_dir"] if last_step(folder) is None else ["--resume_from_checkpoint=last"]
+    return ["--overwrite"] if last_step(folder) is None else ["--resume_from_checkpoint=last"]
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_another_order_of_samples_is_refused(finished, flags, capsys):
 def test_killed_while_an_earlier_run_is_removed(driver, flags, whole, tmp_path, capsys):
     folder = shutil.copytree(whole("best")[0], tmp_path / "run")
     shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-2")
-    arguments = [*flags(folder, **RUNS["steps"]), "--overwrite_output_dir"]
+    arguments = [*flags(folder, **RUNS["steps"]), "--overwrite"]
     driver.kill(arguments, path=r"checkpoint-4/trainer_state\.json", operation="remove")
     assert (folder / "checkpoint-2" / "trainer_state.json").is_file()
     for resume in ("last", folder / "checkpoint-2"):  # the earlier run's, with the options of the new one
@@ -392,9 +392,9 @@ def test_checkpoint_of_another_folder_does_not_open_a_folder_that_is_in_use(fini
     before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
     arguments = [*flags(other, **RUNS["steps"]), f"--resume_from_checkpoint={finished / 'checkpoint-5'}"]
     assert main(arguments) == 2
-    assert "`output_dir` must be empty" in capsys.readouterr().err
+    assert "`output` must be empty" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
-    assert main([*arguments, "--overwrite_output_dir"]) == 0
+    assert main([*arguments, "--overwrite"]) == 0
     assert not (other / "checkpoint-5").exists(), "the earlier run is gone, and no step was left to do"
 
 

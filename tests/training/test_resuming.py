@@ -272,7 +272,7 @@ def finished_run(flags, tmp_path, made, tmp_path_factory):
 
 def test_resume_from_a_named_checkpoint_in_another_folder(finished_run, tmp_path, flags):
     folder, arguments = finished_run
-    other = [f"--output_dir={tmp_path / 'other'}", f"--resume_from_checkpoint={folder / 'checkpoint-4'}"]
+    other = [f"--output={tmp_path / 'other'}", f"--resume_from_checkpoint={folder / 'checkpoint-4'}"]
     assert main([*arguments, *other]) == 0
     assert_same_weights(tmp_path / "other", folder)
     curve = losses(tmp_path / "other")
@@ -400,7 +400,7 @@ def test_a_schedule_that_follows_evaluations_must_stay_the_same(finished_run, er
 def test_resume_warns_of_other_batches_and_another_precision(finished_run, caplog, error_line):
     folder, arguments = finished_run
     on = [*arguments, "--resume_from_checkpoint=last", "--max_steps=7"]
-    assert main([*on, "--per_device_train_batch_size=2", "--dtype=bfloat16"]) == 0
+    assert main([*on, "--batch_size=2", "--dtype=bfloat16"]) == 0
     assert "continues with 2 samples per step, it began with 4" in caplog.text
     assert "continues with `bf16` True, it began with False" in caplog.text
     record = read_record(folder)
@@ -456,13 +456,13 @@ def test_resume_warns_of_another_base_model(finished_run, tmp_path, caplog):
 
 def test_overwrite_removes_the_earlier_run_and_nothing_else(finished_run, error_line):
     folder, arguments = finished_run
-    assert "--overwrite_output_dir" in error_line(arguments)
+    assert "--overwrite" in error_line(arguments)
     foreign = {"notes.txt": "mine", "checkpoint-list.txt": "mine", "checkpoint-old/keep.txt": "mine"}
     for name, text in foreign.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     (folder / ".saving-left").mkdir()
-    short = ["--overwrite_output_dir=true", "--max_steps=2"]
+    short = ["--overwrite=true", "--max_steps=2"]
     assert main([*arguments, *short]) == 0
     assert {path.name for path in folder.glob("checkpoint-[0-9]*")} == {"checkpoint-2"}
     assert sorted(losses(folder)) == [1, 2]
@@ -473,7 +473,7 @@ def test_overwrite_removes_the_earlier_run_and_nothing_else(finished_run, error_
 @pytest.mark.parametrize("name", ["checkpoint-2", "adapter_config.json", "tokenizer.json"])
 def test_files_of_another_program_are_not_overwritten(flags, tmp_path, error_line, name):
     (tmp_path / "run" / name).mkdir(parents=True)
-    line = error_line([*flags(), "--overwrite_output_dir"])
+    line = error_line([*flags(), "--overwrite"])
     assert f"holds {name!r} but no run.json" in line
     assert (tmp_path / "run" / name).is_dir()
 
@@ -493,8 +493,8 @@ def test_adapter_in_the_run_folder_is_not_overwritten(finished_run, error_line, 
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for start in (folder, folder / "checkpoint-2"):
         arguments = flags(output_dir=folder, adapter=start, num_experts=None, **NO_EVALUATION)
-        line = error_line([*arguments, "--overwrite_output_dir"])
-        assert f"`adapter` must be outside `output_dir`: got {str(start)!r} and {str(folder)!r}" in line
+        line = error_line([*arguments, "--overwrite"])
+        assert f"`adapter` must be outside `output`: got {str(start)!r} and {str(folder)!r}" in line
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -502,5 +502,5 @@ def test_readme_of_the_user_survives(flags, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "README.md").write_text("my notes", encoding="utf-8")
-    assert main([*flags(max_steps=1, warmup_steps=0), "--overwrite_output_dir"]) == 0
+    assert main([*flags(max_steps=1, warmup_steps=0), "--overwrite"]) == 0
     assert (folder / "README.md").read_text(encoding="utf-8") == "my notes"

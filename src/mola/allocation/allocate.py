@@ -206,7 +206,7 @@ def main(options: AllocateOptions) -> int:
         value = options.output or one_per_layer(result.num_experts)
         lines += [f"Written to {options.output}."] if options.output else []
         model = {"base_model": options.base_model, "num_experts": value, **_needed_options(options)}
-        run = {"data": options.data or "DATA", "task": options.task, "output_dir": f"runs/{result.method}"}
+        run = {"data": options.data or "DATA", "task": options.task, "output": f"runs/{result.method}"}
         lines.append(next_steps(command_line("plan", model), command_line("train", {**model, **run})))
         lines += [] if options.data else ["DATA stands for your training data."]
     print("\n".join(lines))

@@ -144,7 +144,7 @@ class ReallocateOptions:
     num_experts: str = field(
         metadata={"help": "New numbers of experts, in any notation of `mola train`, such as a file of `mola allocate`."}
     )
-    output_dir: str = field(metadata={"help": "Folder to write; it must be new or empty."})
+    output_dir: str = field(metadata={"help": "Folder to write; it must be new or empty.", "aliases": ["--output"]})
     inspection: str | None = option(
         None,
         "File of `mola inspect --json` on the adapter. With this file, experts are merged and copied by their use; "

@@ -1,7 +1,7 @@
 """`mola reallocate`: changes the numbers of experts of a trained adapter, for further training.
 
-    mola reallocate --adapter runs/first --num_experts allocation.json --output_dir runs/moved
-    mola train --adapter runs/moved --base_model my-model --data data.json --output_dir runs/second
+    mola reallocate --adapter runs/first --num_experts allocation.json --output runs/moved
+    mola train --adapter runs/moved --base_model my-model --data data.json --output runs/second
 
 The command reads and writes adapter folders only. `mola.allocation.resize` changes the experts of a module.
 """
@@ -195,7 +195,7 @@ def _training_command(options: ReallocateOptions, adapter: str) -> str:
     data = {name: settings.get(name) for name in _DATA_SETTINGS}
     usual = {"truncation": "error", "train_split": "train", "eval_split": "validation"}
     data = {name: value for name, value in data.items() if value != usual.get(name)}
-    return command_line("train", {**model, **data, "output_dir": f"{adapter.rstrip('/')}-trained"})
+    return command_line("train", {**model, **data, "output": f"{adapter.rstrip('/')}-trained"})
 
 
 class _Base(NamedTuple):

@@ -12,7 +12,9 @@ class PrepareOptions:
     task: str = field(
         metadata={"help": "A packaged task (`sample` generates its questions), or the path of your own task YAML."}
     )
-    output_dir: str = field(metadata={"help": "Folder that receives <split>.json and dataset.hf."})
+    output_dir: str = field(
+        metadata={"help": "Folder that receives <split>.json and dataset.hf.", "aliases": ["--output"]}
+    )
     data: str | None = option(
         None,
         "File, `save_to_disk` folder or Hub name; or several files as train=A,validation=B,test=C. A single file "
@@ -37,4 +39,6 @@ class PrepareOptions:
         None,
         "Number of kinds of questions, 1 to 12; the kinds after the fifth are harder (task `sample` only; default 5).",
     )
-    overwrite_output_dir: bool = option(False, "Replace an output folder that an earlier `mola prepare` wrote.")
+    overwrite_output_dir: bool = option(
+        False, "Replace an output folder that an earlier `mola prepare` wrote.", "overwrite"
+    )

@@ -1,6 +1,6 @@
 """`mola convert`: a mixture to plain LoRA, LoRAs to a mixture, and the formats of other programs.
 
-    mola convert adapter --to lora --rank 8 --base_model my-model --data train.json --task sample --output lora
+    mola convert adapter --to lora --r 8 --base_model my-model --data train.json --task sample --output lora
     mola convert lora_a lora_b --from lora --num_experts 4 --base_model my-model --output adapter
     mola convert ./scienceqa_mola --from published --base_model my-model --top_k 2 --output adapter
     mola convert ./moe_peft_adapter --from moe_peft --base_model my-model --output adapter

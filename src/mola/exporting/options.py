@@ -26,14 +26,13 @@ class ConvertOptions:
     source_format: str | None = option(
         None,
         "Format of the source, to convert it to mola's format: 'published' is the research code's, 'moe_peft' is "
-        "MoE-PEFT's with mola routing, 'lora' is PEFT's LoRA. Also written --from.",
-        aliases=["--from"],
+        "MoE-PEFT's with mola routing, 'lora' is PEFT's LoRA.",
+        "from",
     )
     target_format: str | None = option(
         None,
-        "Format to convert an adapter of mola to: 'published' is the research code's, 'lora' is PEFT's LoRA. Also "
-        "written --to.",
-        aliases=["--to"],
+        "Format to convert an adapter of mola to: 'published' is the research code's, 'lora' is PEFT's LoRA.",
+        "to",
     )
     base_model: str | None = option(
         None,
@@ -48,7 +47,7 @@ class ConvertOptions:
     trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")
 
     _lora: ClassVar = Group("to lora")
-    rank: int | None = option(None, "Rank of the LoRA.")
+    rank: int | None = option(None, "Rank of the LoRA.", "r")
     method: str | None = option(
         None,
         "regression: the LoRA nearest to the mixture on `data` or `text`; the default if one of them is given. mean: "
@@ -139,7 +138,7 @@ _NEEDS_ONE_OF = {
 _CURES = {
     "top_k": "The files do not hold it, and a wrong number gives different outputs without an error. Pass the value of "
     "the training command, such as --top_k 2.",
-    "rank": "It is the size of the LoRA. The rank of one expert is a good start, such as --rank 8.",
+    "rank": "It is the size of the LoRA. The rank of one expert is a good start, such as --r 8.",
     "num_experts": "Pass one number such as --num_experts 4, or one number per layer.",
 }
 

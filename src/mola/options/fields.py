@@ -14,8 +14,17 @@ from mola.files.reading import first_repeated
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
-def option(default: Any, help: str, **more: Any) -> Any:
-    """A dataclass field with a help text; `more` are arguments of argparse's `add_argument` for the flag."""
+def option(default: Any, help: str, name: str | None = None, **more: Any) -> Any:
+    """A dataclass field with a help text.
+
+    Args:
+        default: the default value.
+        help: the text.
+        name: its name in flags, recipes and help texts, if the field is called differently; both names are accepted.
+        more: arguments of argparse's `add_argument` for the flag.
+    """
+    if name is not None:
+        more["aliases"] = [f"--{name.replace('_', '-')}", f"--{name}"] if "_" in name else [f"--{name}"]
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -25,6 +34,18 @@ def required(help: str) -> Any:
     Its default is None, so that it may follow a field with a default.
     """
     return option(None, help, required=True)
+
+
+def shown_name(each: Field) -> str:
+    """The name of a field in help texts."""
+    aliases: list[str] = each.metadata.get("aliases", [each.name])
+    return aliases[-1].removeprefix("--")
+
+
+def with_shown_names(message: str, options_class: Any) -> str:
+    """A message in which the fields in back-ticks have the names that help texts show."""
+    names = {each.name: shown_name(each) for each in fields(options_class)}
+    return re.sub(r"`(\w+)`", lambda found: f"`{names.get(found[1], found[1])}`", message)
 
 
 def is_required(each: Field) -> bool:

@@ -6,7 +6,7 @@ from argparse import Action
 from typing import Any, get_args, get_origin
 
 from mola.options.fields import group_options
-from mola.options.parser import OptionsParser
+from mola.options.parser import OptionsParser, last_without_dashes
 
 _INDENT = " " * 37
 _VALUE_NAMES = {int: "INT", float: "FLOAT", bool: "BOOL", dict: "JSON"}
@@ -41,9 +41,14 @@ def _help_text(parser: OptionsParser, is_complete: bool) -> str:
     return "\n".join(lines)
 
 
+def shown_flag(action: Action) -> str:
+    """The name of an option in messages and help texts."""
+    return last_without_dashes(action.option_strings)
+
+
 def _help_entry(action: Action, kind: Any, with_choices: bool) -> str:
     """One option: its flag, the kind of its value, its text and its default."""
-    head = "  " + ", ".join(flag for flag in action.option_strings if "-" not in flag[2:])
+    head = "  " + "".join(f"{flag}, " for flag in action.option_strings if flag[1] != "-") + shown_flag(action)
     if action.const is not True or action.default is True:  # a switch that is off by default needs no value
         types = {get_origin(part) or part for part in get_args(kind) or [kind]}
         head += f" {action.metavar or next((_VALUE_NAMES[each] for each in _VALUE_NAMES if each in types), 'TEXT')}"

@@ -4,8 +4,9 @@ Transformers takes seconds to import, and `--help` or a wrong flag needs nothing
 """
 
 import inspect
+import re
 from argparse import Action, ArgumentParser, ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from enum import Enum
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -13,6 +14,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from mola.errors import MolaError
 from mola.options.fields import parse_mapping
 
+_SPELLINGS = re.compile(r"--[\w-]+(/--[\w-]+)+")  # as argparse names a flag
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
@@ -23,7 +25,8 @@ class RaisingParser(ArgumentParser):
         super().__init__(**settings, allow_abbrev=False, add_help=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raise a `MolaError`."""
+        """Raise a `MolaError`; of the spellings of a flag, the message keeps the last one without dashes inside."""
+        message = _SPELLINGS.sub(lambda found: last_without_dashes(found[0].split("/")), message)
         raise MolaError(f"{message.rstrip('.')}. Run the command with --help for the list of options.")
 
 
@@ -70,6 +73,11 @@ class OptionsParser(RaisingParser):
                 default=False,
                 help=settings.get("help"),
             )
+
+
+def last_without_dashes(flags: Sequence[str]) -> str:
+    """The spelling of a flag in messages and help texts."""
+    return [flag for flag in flags if "-" not in flag[2:]][-1]
 
 
 def _spellings(name: str) -> list[str]:

@@ -6,6 +6,7 @@ options by the same names; flags win. `~/` at the start of a value stands for th
 
 import difflib
 import json
+import logging
 import os
 import re
 from argparse import Action
@@ -18,22 +19,25 @@ import yaml
 
 from mola.errors import MolaError
 from mola.files.reading import parse_yaml
-from mola.options.help import ShowHelp
+from mola.options.help import ShowHelp, shown_flag
 from mola.options.parser import OptionsParser, RaisingParser
+
+logger = logging.getLogger(__name__)
 
 _FLAG = re.compile(r"--[\w-]+(=|$)")
 _HOME = re.compile(r"(?:^|(?<=[=,]))~(?=/)")  # a `~` at the start of a value, after `=` (NAME=PATH) or after a comma
+_NAMES_OF_TRAINER = ("output_dir", "per_device_train_batch_size")
 _FREE_TEXT = ("prompt", "instruction", "input")  # options in which ~ is left unchanged
 
 # Name of an option in other programs -> mola's names for it; the first one that a command has counts.
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("lora_r", "lora_rank", "rank"), ("r",)),
     "lr": ("learning_rate",),
-    **dict.fromkeys(("batch_size", "micro_batch_size", "train_batch_size"), ("per_device_train_batch_size",)),
+    **dict.fromkeys(("micro_batch_size", "train_batch_size"), ("batch_size",)),
     **dict.fromkeys(("epochs", "num_epochs"), ("num_train_epochs",)),
-    **dict.fromkeys(("max_length", "max_seq_length", "max_seq_len"), ("cutoff_len", "max_new_tokens", "max_tokens")),
-    "max_new_tokens": ("max_tokens",),
+    **dict.fromkeys(("max_length", "max_seq_length", "max_seq_len"), ("cutoff_len", "max_new_tokens")),
     "max_tokens": ("max_new_tokens",),
+    **dict.fromkeys(("out", "out_dir", "output_file", "output_path", "save_path"), ("output",)),
     **dict.fromkeys(("model", "model_id", "model_name", "model_name_or_path"), ("base_model",)),
     **dict.fromkeys(("dataset", "dataset_name", "data_path", "train_file"), ("data",)),
     **dict.fromkeys(
@@ -57,6 +61,7 @@ def parse(
     positional: str | None = None,
     accept_noflag: bool = False,
     read: Callable[[str], Mapping[str, Any]] | None = None,
+    warn: Callable[[str], None] = logger.warning,
 ) -> Any:
     """Options from flags and, with `--config`, a YAML recipe.
 
@@ -69,6 +74,7 @@ def parse(
             flag.
         accept_noflag: accept `--noflag` for `--flag=false`.
         read: reads the recipe; default: `read_recipe`.
+        warn: called with a sentence about each option that has been renamed.
 
     Raises:
         MolaError: a flag or its value is wrong, the recipe is unreadable or has unknown keys, or
@@ -95,6 +101,9 @@ def parse(
     recipe = _find_recipe(arguments)
     if recipe is not None:
         arguments = _flags_of_mapping((read or read_recipe)(recipe), recipe, parser) + arguments
+    for word in arguments:
+        if sentence := _renamed(word.partition("=")[0], flags):
+            warn(sentence)
     values, stray = parser.parse_known_args(_expand_home(arguments))
     if stray:
         raise MolaError(_unknown(stray[0], flags))
@@ -209,7 +218,7 @@ def _unknown(word: str, flags: Mapping[str, Action]) -> str:
         return f"{word!r} belongs to no flag. Write every option as --flag value."
     if own := _own_name(word.removeprefix("--"), flags):
         return f"there is no flag {word}: mola calls it --{own}."
-    names = [name for name in flags if "-" not in name.removeprefix("--")]  # each flag has a spelling with dashes too
+    names = {shown_flag(action) for action in flags.values()}
     close = difflib.get_close_matches(word.replace("-", "_").replace("_", "-", 2), names, n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return f"there is no flag {word}.{hint} Run the command with --help for the list."
@@ -219,6 +228,16 @@ def _own_name(name: str, flags: Mapping[str, Action]) -> str | None:
     """mola's name for an option of another program, if the command has this option."""
     names = _SYNONYMS.get(name.replace("-", "_"), ())
     return next((each for each in names if f"--{each}" in flags), None)
+
+
+def _renamed(flag: str, flags: Mapping[str, Action]) -> str | None:
+    """A sentence if `flag` is the name that an option had in an earlier version, else None."""
+    action, written = flags.get(flag), flag.removeprefix("--").replace("-", "_")
+    # `mola train` accepts every name of `TrainingArguments`.
+    is_kept = written in _NAMES_OF_TRAINER and "--per_device_train_batch_size" in flags
+    if action is None or written != action.dest or f"--{written}" == shown_flag(action) or is_kept:
+        return None
+    return f"--{written} is now called {shown_flag(action)}. The old name will be removed."
 
 
 def _expand_home(arguments: Sequence[str]) -> list[str]:
@@ -240,13 +259,14 @@ def _flags_of_mapping(values: Mapping[str, Any], source: str, parser: OptionsPar
     for key, value in values.items():
         flag = f"--{key}"
         if flag not in flags or key in ("config", "help"):
-            close = difflib.get_close_matches(key, [name.removeprefix("--") for name in flags], n=1)
+            names = {shown_flag(action).removeprefix("--") for action in flags.values()}
+            close = difflib.get_close_matches(key, names, n=1)
             own = _own_name(key, flags)
             hint = f" mola calls it `{own}`." if own else f" Did you mean `{close[0]}`?" if close else ""
             raise MolaError(f"`{key}` in {source} is no option of this command.{hint} Run it with --help for the list.")
         action = flags[flag]
         if action.dest in given:
-            raise MolaError(f"`{key}` is in {source} twice, with dashes and with underscores. Remove one of the two.")
+            raise MolaError(f"`{key}` is in {source} twice, in two spellings. Remove one of the two.")
         given.add(action.dest)
         if value is None:
             if type(None) not in get_args(parser.kinds.get(action.dest)):

@@ -50,7 +50,7 @@ class ServeOptions(ModelOptions):
     )
 
     _limits: ClassVar = Group("limits")
-    max_tokens: int = option(1024, "Maximum length of an answer in tokens.")
+    max_tokens: int = option(1024, "Maximum length of an answer in tokens.", "max_new_tokens")
     max_choices: int = option(16, "Maximum number of answers to one request: prompts times n.")
     max_waiting: int = option(
         128,

@@ -67,7 +67,7 @@ class CompareFields(TestFields):
     reference: str | None = option(None, "Recipe with which the others are compared. Default: the first one.")
     record: str | None = option(
         None,
-        "File with every result, from which a stopped comparison resumes. Default: compare.json in `output_dir`.",
+        "File with every result, from which a stopped comparison resumes. Default: compare.json in `output`.",
     )
     keep_adapters: bool = option(True, "Keep the trained weights. The results are always kept.")
     evaluate_base: bool = option(True, "Also test the base model alone.")
@@ -96,7 +96,7 @@ class ContinualFields(TestFields):
 class QuickstartOptions:
     """Options of `mola quickstart`."""
 
-    output_dir: str = option("runs/quickstart", "Run folder.")
+    output_dir: str = option("runs/quickstart", "Run folder.", "output")
     recipe: str | None = option(None, "Recipe of `mola train`; by default the one that mola brings.")
     model_dir: str = option(".cache/SmolLM2-135M-Instruct", "Folder for the converted base model.")
     seed: int = option(0, "Random seed for questions and training.")

@@ -104,9 +104,9 @@ def _train_options(options: QuickstartOptions, data: Path) -> TrainOptions:
         "config": options.recipe or Path(__file__).with_suffix(".yaml"),
         "base_model": options.model_dir,
         "data": data / "dataset.hf",
-        "output_dir": options.output_dir,
+        "output": options.output_dir,
         "seed": options.seed,
-        "overwrite_output_dir": "true",
+        "overwrite": "true",
     }
     if options.dtype != "auto":  # with "auto", the recipe may set the dtype
         arguments["dtype"] = options.dtype

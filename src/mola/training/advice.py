@@ -55,7 +55,7 @@ def memory_advice(options: TrainOptions) -> str:
     if size > 1:
         smaller = size // 2 if size % 2 == 0 else 1
         ways.append(
-            f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {size * steps // smaller}, which "
+            f"--batch_size {smaller} --gradient_accumulation_steps {size * steps // smaller}, which "
             "gives the same effective batch"
         )
     if not options.activation_checkpointing:

@@ -102,7 +102,7 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
         if reason := _why_incomplete(Path(resume)):
             raise MolaError(
                 f"`resume_from_checkpoint` must be a checkpoint folder of a run: {resume!r} {reason}. "
-                "Pass DIR/checkpoint-N, or 'last' for the newest one in --output_dir."
+                "Pass DIR/checkpoint-N, or 'last' for the newest one in --output."
             )
         return Path(resume)
     for path in checkpoints_in(folder):
@@ -112,7 +112,7 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
             return path
     raise MolaError(
         f"`resume_from_checkpoint` is 'last', but {str(folder)!r} holds no complete checkpoint. "
-        "To start from the beginning leave the option out and, if the folder is not empty, pass --overwrite_output_dir."
+        "To start from the beginning leave the option out and, if the folder is not empty, pass --overwrite."
     )
 
 

@@ -48,7 +48,7 @@ class TrainFields(Quantization):
     base_model: str | None = option(None, "Folder or hub id of the base. Default: that of `adapter`.")
     data: str | None = option(None, "Training data: a JSON, JSONL, CSV or parquet file, a folder, or a Hub id.")
     task: str | None = option(None, "Task: its name or a YAML file; by default the columns say what the rows are.")
-    output_dir: str | None = option(None, "Folder for the adapter and the run's files.")
+    output_dir: str | None = option(None, "Folder for the adapter and the run's files.", "output")
     num_experts: str | None = option(
         None,
         "Experts per module: one per group of layers (2468 or 2-4), a shape, a list, a JSON file. Default 2468.",
@@ -58,7 +58,7 @@ class TrainFields(Quantization):
     cutoff_len: int = option(512, "Maximum length of a sample in tokens.")
     num_train_epochs: float = option(3.0, "Passes over the training data.")
     learning_rate: float = option(3e-4, "Learning rate after warm-up.")
-    per_device_train_batch_size: int = option(8, "Batch size per device.")
+    per_device_train_batch_size: int = option(8, "Batch size per device.", "batch_size")
     gradient_accumulation_steps: int = option(1, "Batches per optimiser step.")
 
     _adapter: ClassVar = Group("adapter")
@@ -112,9 +112,9 @@ class TrainFields(Quantization):
         None, "Less memory, more time; formerly gradient_checkpointing.", nargs="?", const=True
     )
     torch_compile: bool = option(False, "Compile the step (takes minutes); see docs/performance.md.")
-    use_cpu: bool = option(False, "Train on the CPU, even where there is a GPU.")
+    train_device: str | None = option(None, "Device: cpu, cuda or mps. Default: the best one here.", "device")
     seed: int = option(42, "Seed of all random numbers.")
-    overwrite_output_dir: bool = option(False, "Replace an earlier run in the output folder.")
+    overwrite_output_dir: bool = option(False, "Replace an earlier run in the output folder.", "overwrite")
     resume_from_checkpoint: str | None = option(None, "Continue a stopped run: last, or a folder checkpoint-N.")
     logging_strategy: str = option("steps", "When to log: no, steps or epoch.")
     logging_steps: float = option(10, "Steps between logs, or below 1 a share of all.")

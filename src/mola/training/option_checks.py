@@ -54,7 +54,7 @@ def check_values(options: Any) -> None:
         MolaError: `output_dir` is missing, or a number is out of its range.
     """
     if not options.output_dir:
-        raise MolaError("`output_dir` must name a folder for the adapter and the run's files. Pass --output_dir DIR.")
+        raise MolaError("`output_dir` must name a folder for the adapter and the run's files. Pass --output DIR.")
     for names, rule, lowest in ((_AT_LEAST_1, "at least 1", 1), (_ABOVE_0, "above 0", 1e-30)):
         for name in names:
             value = getattr(options, name)
@@ -183,7 +183,7 @@ def check_trainer_options(options: Any) -> None:
     if options.auto_find_batch_size and options.world_size > 1:
         raise MolaError(
             "`auto_find_batch_size` works in one process only: several would wait for each other. Got "
-            f"{options.world_size} processes. Pass a --per_device_train_batch_size that fits."
+            f"{options.world_size} processes. Pass a --batch_size that fits."
         )
     averages = "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters  # Transformers 5.16
     if options.label_smoothing_factor and options.gradient_accumulation_steps * options.world_size > 1 and not averages:

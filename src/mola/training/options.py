@@ -43,8 +43,7 @@ class TrainOptions(TrainFields, TrainingArguments):
         check_values(self)
         check_combinations(self, [name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY])
         settle_schedule(self)
-        device = resolve_device("cpu" if self.use_cpu else None)
-        self.use_cpu = self.use_cpu or device.type == "cpu"
+        device = self._settle_device()
         self._settle_dtype(device)
         check_launcher(self)
         if self.tf32 is None and (self.torch_compile or self.torch_compile_backend or self.torch_compile_mode):
@@ -67,6 +66,21 @@ class TrainOptions(TrainFields, TrainingArguments):
         for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name and its alias
             if getattr(self, name, None) and getattr(self, f"{name}_kwargs", None) is None:
                 setattr(self, f"{name}_kwargs", {"use_reentrant": False})
+
+    def _settle_device(self) -> torch.device:
+        """Set `use_cpu`, which says the same as `train_device` and is recorded."""
+        given, self.train_device = self.train_device, None
+        device = resolve_device(given or ("cpu" if self.use_cpu else None))
+        best = resolve_device().type
+        if device.index or device.type not in ("cpu", best):
+            choices = " or ".join(dict.fromkeys(("cpu", best)))
+            raise MolaError(
+                f"`train_device` must be {choices}: got {given!r}. CUDA_VISIBLE_DEVICES chooses one of several GPUs."
+            )
+        if self.use_cpu and device.type != "cpu":
+            raise MolaError(f"`train_device` {given} contradicts `use_cpu`. Leave one of them out.")
+        self.use_cpu = device.type == "cpu"
+        return device
 
     def _settle_dtype(self, device: torch.device) -> None:
         """Set `base_dtype`, the format of the base model, and mixed precision in the same format."""

@@ -78,7 +78,7 @@ def check_start_is_kept(adapter: str, folder: str | None, option: str = "adapter
     if folder and Path(adapter).resolve().is_relative_to(Path(folder).resolve()):
         raise MolaError(
             f"`{option}` must be outside `output_dir`: got {adapter!r} and {folder!r}, so the run would remove the "
-            "experts that it starts from. Pass a different --output_dir."
+            "experts that it starts from. Pass a different --output."
         )
 
 
@@ -102,14 +102,14 @@ def check_output_dir(options: TrainOptions) -> Path:
         if not options.overwrite_output_dir:
             raise MolaError(
                 f"`output_dir` must be empty: {str(folder)!r} is not. Pass a different folder, "
-                "--resume_from_checkpoint last to resume its run, or --overwrite_output_dir to replace it."
+                "--resume_from_checkpoint last to resume its run, or --overwrite to replace it."
             )
         common = [*checkpoints_in(folder), *(folder / name for name in (*_COMMON_FILES, CHAT_TEMPLATE_DIR))]
         foreign = [path.name for path in common if path.exists()]
         if foreign and not (folder / RUN_FILE).exists():  # a run of mola writes its record before its first step
             raise MolaError(
                 f"`overwrite_output_dir` removes an earlier run of mola, and {str(folder)!r} holds {foreign[0]!r} but "
-                f"no {RUN_FILE}: no run has written it. Pass a different --output_dir, or remove the file yourself."
+                f"no {RUN_FILE}: no run has written it. Pass a different --output, or remove the file yourself."
             )
     check_writable(folder / RUN_FILE)
     return folder

@@ -119,7 +119,7 @@ class SingleExpertMerging:
             raise MolaError(
                 f"Adapter {adapter_name!r} cannot be merged: {where} has {self.num_experts[adapter_name]} experts and "
                 "its gates depend on the input, so no single weight equals the mixture. Keep it as an adapter, or "
-                "merge the plain LoRA nearest to it: `mola convert ADAPTER --to lora --rank R ...`, then `mola merge`."
+                "merge the plain LoRA nearest to it: `mola convert ADAPTER --to lora --r R ...`, then `mola merge`."
             )
 
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:

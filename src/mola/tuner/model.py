@@ -253,7 +253,7 @@ class MolaModel(BaseTuner):
         raise MolaError(
             "A merged or GGUF file cannot hold a mixture, because its gates depend on the input: save the adapter with "
             "`save_pretrained`. With one expert everywhere, call `merge_and_unload` first. With several, `mola convert "
-            "ADAPTER --to lora --rank R ...` writes the plain LoRA nearest to the mixture, which `mola merge` merges."
+            "ADAPTER --to lora --r R ...` writes the plain LoRA nearest to the mixture, which `mola merge` merges."
         )
 
     push_to_hub_merged = save_pretrained_gguf = push_to_hub_gguf = save_pretrained_merged

@@ -131,7 +131,7 @@ def test_tables_in_every_form(whole, values, tmp_path, capsys):
     flags = [f"--{name}={json.dumps(v) if isinstance(v, (dict, bool)) else v}" for name, v in values().items()
              if name not in ("seeds", "output_dir")]  # fmt: skip
     tables = ",".join(map(str, names))
-    assert main(["compare", *flags, "--seeds", "0", "1", f"--output_dir={folder}", f"--tables={tables}"]) == 0
+    assert main(["compare", *flags, "--seeds", "0", "1", f"--output={folder}", f"--tables={tables}"]) == 0
     printed = capsys.readouterr().out
     assert "physics" in printed
     assert ALL_TASKS in printed

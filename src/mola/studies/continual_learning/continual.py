@@ -105,7 +105,7 @@ def main(options: ContinualOptions) -> int:
     done = f"{len(result.results)} of {len(result.stages)} stages"
     print(f"{result.status} after {done}; all numbers are in {record}", file=sys.stderr)
     if result.status == "interrupted":
-        again = " without --overwrite_output_dir" if options.overwrite_output_dir else ""
+        again = " without --overwrite" if options.overwrite_output_dir else ""
         print(f"Resume with the same command{again}.", file=sys.stderr)
     return 0 if result.status == "finished" else 130
 

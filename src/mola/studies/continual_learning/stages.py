@@ -41,6 +41,7 @@ _SAME_IN_ALL_STAGES = (
     "bf16",
     "fp16",
     "use_cpu",
+    "train_device",
     "trust_remote_code",
 )
 _SET_BY_SEQUENCE = ("adapter", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
