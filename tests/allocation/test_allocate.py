@@ -308,7 +308,7 @@ def test_the_file_trains(method, tiny_model_dir, probe, data, tmp_path, capsys):
     assert main([*command, "--output", str(file), "--overwrite"]) == 0
     capsys.readouterr()
     base = ["--base_model", str(tiny_model_dir), "--num_experts", str(file)]
-    assert main(["plan", *base, "--json"]) == 0
+    assert main(["plan", *base, "--json", "-"]) == 0
     assert [layer["num_experts"] for layer in json.loads(capsys.readouterr().out)["layers"]] == numbers
     settings = ["--data", str(data), "--output", str(run), "--max_steps", "1", "--warmup_steps", "0"]
     assert main(["train", *base, *settings, "--dtype", "float32", "--disable_tqdm", "true"]) == 0

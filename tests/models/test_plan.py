@@ -94,9 +94,15 @@ def test_table_without_a_base_model():
     assert "?" in rows[-1]
 
 
-def test_main_prints_json_only(llama_7b, capsys):
-    assert main(PlanOptions(llama_7b, json=True)) == 0
+def test_json_is_a_file_or_standard_output(llama_7b, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    assert main(PlanOptions(llama_7b, json=str(file))) == 0
+    assert "expert parameters" in capsys.readouterr().out
+    with pytest.raises(MolaError, match="`json`"):
+        main(PlanOptions(llama_7b, json=str(file)))
+    assert main(PlanOptions(llama_7b, json="-")) == 0
     data = json.loads(capsys.readouterr().out)
+    assert json.loads(file.read_text()) == data
     assert data["totals"]["trainable_parameters"] == 105_635_840
     assert [layer["num_experts"] for layer in data["layers"]][::8] == [2, 4, 6, 8]
 

@@ -18,7 +18,7 @@ from tests.versions import needs
 FEW = ("prepare", "lm-eval", "plan", "allocate", "reallocate", "merge", "report", "doctor", "quickstart")
 OF_THE_TRAINER = ("train", "continual", "compare")
 FIRST = (
-    *("base_model", "task", "data", "output", "num_experts", "r", "top_k", "cutoff_len", "num_train_epochs"),
+    *("base_model", "data", "task", "output", "num_experts", "r", "top_k", "cutoff_len", "num_train_epochs"),
     *("learning_rate", "batch_size", "gradient_accumulation_steps", "config", "help"),
 )
 KNOWN_FROM_TRAINER = (

@@ -27,7 +27,7 @@ def moe_dir(tmp_path_factory):
 
 def totals(capsys, moe_dir, **options):
     arguments = [f"--{name}={value}" for name, value in {"base_model": moe_dir, **options}.items()]
-    assert main(["plan", "--json", *arguments]) == 0
+    assert main(["plan", "--json=-", *arguments]) == 0
     return json.loads(capsys.readouterr().out)["totals"]
 
 

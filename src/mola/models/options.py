@@ -101,6 +101,9 @@ class PlanOptions:
     )
     rank_pattern: dict[str, Any] | str | None = option(None, "The same for `r`.")
     gguf_file: str | None = option(None, GGUF_HELP)
-    json: bool = option(False, "Print JSON instead of the table.")
+    json: str | None = option(
+        None, "Result file (JSON); - prints JSON instead of the table.", nargs="?", const="-", metavar="FILE"
+    )
+    overwrite: bool = option(False, "Replace an existing result file.")
     verbose: bool = option(False, "Also print which kernel computes the layers on this machine's CPU.")
     trust_remote_code: bool = option(False, "Run code that comes with the model; only for sources you trust.")

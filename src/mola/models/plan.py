@@ -1,7 +1,7 @@
 """`mola plan`: what an allocation of experts costs for a model, from its configuration alone.
 
     mola plan --base_model meta-llama/Llama-2-7b-hf --num_experts 2468 --r 8
-    mola plan --base_model ./my_model --num_experts inverted_triangle --top_k 2 --json
+    mola plan --base_model ./my_model --num_experts inverted_triangle --top_k 2 --json plan.json
 
 The model is built on the meta device: no weights are read, so 70B fits on a laptop.
 """
@@ -16,6 +16,7 @@ from itertools import groupby
 from rich.table import Table
 
 from mola.architecture.allocation import AllocationPlan, LayerPlan
+from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.terminal import make_table_console
 from mola.models.cost import cost_of_allocation
 from mola.models.options import PlanOptions
@@ -79,9 +80,12 @@ def render(plan: AllocationPlan) -> Table:
 
 
 def main(options: PlanOptions) -> int:
-    """Print the plan as a table, or with `json` as JSON only; returns 0, the exit code."""
+    """Print the plan as a table, or as JSON if `json` is "-"; returns 0, the exit code."""
+    file = None if options.json in (None, "-") else check_new_file("json", options.json, options.overwrite)
     result = plan(options)
-    if options.json:
+    if file is not None:
+        atomic_write_json(file, result.to_dict())
+    if options.json == "-":
         print(json.dumps(result.to_dict(), indent=2))
     else:
         console = make_table_console()
