@@ -29,6 +29,7 @@ _SAME_PARTS = ("adapter_settings", "data_fingerprints", "quantization")
 _SAME_SETTINGS = (
     "cutoff_len",
     "truncation",
+    "packing",
     "train_on_inputs",
     "add_eos_token",
     "seed",

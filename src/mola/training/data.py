@@ -25,6 +25,7 @@ from mola.errors import MolaError
 from mola.models.base_model import max_positions, vocabulary_size
 from mola.models.prompts import Chat, choose_template, use_chat, warn_of_other_template
 from mola.training.options import TrainOptions
+from mola.training.packing import pack_samples
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class TrainingData:
     """Encoded data of a run.
 
     Attributes:
-        train: encoded training samples.
+        train: encoded training samples, or rows of several samples with `packing`.
         evaluation: encoded evaluation samples, or None.
         reports: what encoding changed, by part (train, evaluation).
         fingerprints: sha256 of the examples, by part.
@@ -97,7 +98,14 @@ def prepare_data(
             logger.info("%s", found.summary(template.description, report))
             if report.dropped or report.truncated:
                 logger.info("%s data: %s", part, report.summary())
-    return TrainingData(encoded["train"], encoded.get("evaluation"), reports, fingerprints, questions, template.name)
+    train_rows = encoded["train"]
+    if options.packing:
+        train_rows = pack_samples(train_rows, options.cutoff_len)
+        filled = reports["train"].tokens / (len(train_rows) * options.cutoff_len)
+        logger.info(
+            "Packed into %d rows of %d tokens, %.0f %% filled.", len(train_rows), options.cutoff_len, 100 * filled
+        )
+    return TrainingData(train_rows, encoded.get("evaluation"), reports, fingerprints, questions, template.name)
 
 
 def _template_of(

@@ -92,6 +92,7 @@ class TrainFields(Quantization):
         None, "Prompt template. Default: the task's, else the tokenizer's chat template, else alpaca."
     )
     truncation: str = option("error", "Longer samples: error, drop, left or right.")
+    packing: bool = option(False, "Fill rows of `cutoff_len` tokens with several samples, which do not see each other.")
     train_on_inputs: bool = option(False, "Train on the tokens of the prompt as well.")
     add_eos_token: bool = option(True, "End every sample with the end-of-sequence token.")
 

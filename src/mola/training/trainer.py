@@ -36,6 +36,7 @@ from mola.training.interruption import Interruption
 from mola.training.needed_logits import NeededLogits, computes_needed_logits
 from mola.training.option_checks import name_of
 from mola.training.options import TrainOptions
+from mola.training.packing import PackedBatches, check_packing, uses_flash_attention
 from mola.training.run_folder import METRICS_FILE, SAVING, move_result
 from mola.tuner.loraplus import split_groups
 
@@ -53,6 +54,9 @@ def make_trainer(
         MolaError: options of the Trainer conflict, or the optimiser cannot be made.
     """
     collate: Any = DataCollatorForSeq2Seq(run.tokenizer, pad_to_multiple_of=_padding(options, model))
+    if options.packing:
+        check_packing(model, options.mixed_dtype)
+        collate = PackedBatches(collate, run.tokenizer.pad_token_id, uses_flash_attention(model))
     if computes_needed_logits(model, options):
         collate = NeededLogits(collate)
     interruption = Interruption()
