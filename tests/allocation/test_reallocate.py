@@ -122,7 +122,7 @@ def test_an_allocation_trains_on(tiny_model_dir, uniform, tmp_path, capsys):
     numbers = json.loads(file.read_text())["num_experts"]
     words = ["--adapter", str(uniform), "--num_experts", str(file), "--output", str(tmp_path / "new")]
     assert main(["reallocate", *words]) == 0
-    train = f"mola train --adapter {tmp_path / 'new'} --base_model {tiny_model_dir} --data DATA "
+    train = f"mola train --adapter {tmp_path / 'new'} --data DATA "
     assert train in capsys.readouterr().out
     (tmp_path / "data.json").write_text(json.dumps([{"instruction": "q", "input": "", "output": "a"}] * 4))
     settings = ["--data", str(tmp_path / "data.json"), "--output", str(run), "--max_steps=2", "--warmup_steps=0"]

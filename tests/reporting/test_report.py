@@ -224,7 +224,7 @@ def asked(run_dir, *missing, results="accuracy"):
     found = {}
     for section, options in ((results, EvaluateOptions), ("gates", InspectOptions)):
         for box in page_of(run_dir, overwrite=True).section(section).all("pre"):
-            parsed = parse(options, shlex.split(box.text)[2:], prog="")
+            parsed = parse(options, shlex.split(box.text)[2:], prog="", positional="adapter")
             if isinstance(parsed.filters, str):
                 parsed.filters = json.loads(parsed.filters)
             found.setdefault(shlex.split(box.text)[1], []).append(parsed)

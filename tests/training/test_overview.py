@@ -90,4 +90,5 @@ def test_a_run_ends_with_commands_that_run_as_they_are(flags, tmp_path, capsys):
     assert main(evaluate) == main(report) == 0
     assert json.loads((tmp_path / "my run" / "after.json").read_text())["total"] == 4
     assert (tmp_path / "my run" / "report.html").is_file()
-    assert parse(ServeOptions, serve[1:], prog="mola serve").adapter == [str(tmp_path / "my run")]
+    served = parse(ServeOptions, serve[1:], prog="mola serve", positional="adapter")
+    assert served.adapter == [str(tmp_path / "my run")]

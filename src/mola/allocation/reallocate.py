@@ -189,7 +189,7 @@ def _training_command(options: ReallocateOptions, adapter: str) -> str:
     own_base = MolaConfig.from_pretrained(adapter).base_model_name_or_path
     model = {
         "adapter": adapter,
-        "base_model": options.base_model or settings.get("base_model") or own_base,
+        "base_model": options.base_model or (None if own_base else settings.get("base_model")),
         "trust_remote_code": options.trust_remote_code,
     }
     data = {name: settings.get(name) for name in _DATA_SETTINGS}

@@ -62,10 +62,10 @@ def main(options: ConvertOptions) -> int:
         make_table_console().print(report.table())
     print(report)
     if options.base_model is not None:  # every direction but --to published, which is for a different program
-        model = {"base_model": options.base_model, "trust_remote_code": options.trust_remote_code}
-        commands = [command_line("serve", {**model, "adapter": options.output})]
+        model = {"trust_remote_code": options.trust_remote_code}
+        commands = [command_line("serve", model, options.output)]
         if options.target_format == "lora":
-            merged = {"adapter": options.output, "output": f"{options.output.rstrip('/')}-merged"}
-            commands.append(command_line("merge", {**model, **merged}))
+            merged = {"output": f"{options.output.rstrip('/')}-merged"}
+            commands.append(command_line("merge", {**model, **merged}, options.output))
         print(next_steps(*commands))
     return 0

@@ -7,14 +7,14 @@ from typing import Any
 
 
 def command_line(name: str, options: Mapping[str, Any], *words: str) -> str:
-    """The command `mola name` with the options that have a value other than False, followed by `words`."""
+    """The command `mola name` with `words`, followed by the options that have a value other than False."""
     flags = [
         word
         for key, value in options.items()
         if value
         for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
     ]
-    return shlex.join(["mola", name, *flags, *words])
+    return shlex.join(["mola", name, *words, *flags])
 
 
 def next_steps(*commands: str) -> str:

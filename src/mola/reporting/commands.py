@@ -8,6 +8,7 @@ from typing import Any
 from mola.data.read import FILE_ENDINGS, split_names
 from mola.data.tasks import load_task
 from mola.errors import MolaError
+from mola.files.digests import CONFIG_FILE
 from mola.files.reading import read_json_object
 from mola.models.options import QUANTIZATION_OPTIONS
 from mola.options.command_line import command_line
@@ -31,22 +32,23 @@ def evaluate_command(run: Run, name: str) -> str:
     options = _model_and_rows(run, with_adapter=name == "after")
     options["task"] = other["settings"].get("task") or run.record["settings"].get("task")
     options |= {key: other["settings"].get(key) for key in ("limit", "scoring", "max_new_tokens")}
-    return command_line("evaluate", options | {"output": str(run.paths[name])})
+    words = [str(run.folder)] if name == "after" else []
+    return command_line("evaluate", options | {"output": str(run.paths[name])}, *words)
 
 
 def commands_after_training(folder: Path) -> list[str]:
     """The commands that measure, describe and serve the adapter of the finished run in `folder`."""
     run = Run(folder, read_json_object(folder / "run.json"), paths={"after": folder / "after.json"})
-    model = {"base_model": str(run.record["settings"]["base_model"]), **_loading(run), "adapter": str(folder)}
-    return [evaluate_command(run, "after"), command_line("report", {}, str(folder)), command_line("serve", model)]
+    report, serve = command_line("report", {}, str(folder)), command_line("serve", _loading(run), str(folder))
+    return [evaluate_command(run, "after"), report, serve]
 
 
 def inspect_command(run: Run) -> str:
     """The `mola inspect` command that makes the run's inspection, or replaces it."""
     options = _model_and_rows(run, with_adapter=True)
     options["task"] = _settings_of_result(run).get("task") or run.record["settings"].get("task")
-    flags = ["--overwrite"] if run.inspection else []
-    return command_line("inspect", options, *flags, "--json", str(run.paths["inspection"]))
+    results = {"overwrite": bool(run.inspection), "json": str(run.paths["inspection"])}
+    return command_line("inspect", options | results, str(run.folder))
 
 
 def _settings_of_result(run: Run) -> dict[str, Any]:
@@ -58,6 +60,7 @@ def _settings_of_result(run: Run) -> dict[str, Any]:
 def _model_and_rows(run: Run, *, with_adapter: bool) -> dict[str, Any]:
     """Options that load the model like the training, and the rows of an existing result, else of the training.
 
+    An adapter is not among them: the run's folder is the first word of a command. It names its base model.
     Settings that the existing result lacks come from the training for a result with the adapter. For a result of the
     base model alone, they stay unset.
     """
@@ -74,8 +77,8 @@ def _model_and_rows(run: Run, *, with_adapter: bool) -> dict[str, Any]:
         rows["data"] = "TEST_DATA" if is_file or not data else data
     if rows["split"] == "test":  # the default
         rows["split"] = None
-    adapter = str(run.folder) if with_adapter else None
-    return {"base_model": str(settings["base_model"]), **_loading(run), "adapter": adapter, **rows}
+    is_recorded = with_adapter and (run.folder / CONFIG_FILE).is_file()
+    return {"base_model": None if is_recorded else str(settings["base_model"]), **_loading(run), **rows}
 
 
 def _loading(run: Run) -> dict[str, Any]:

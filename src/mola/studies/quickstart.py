@@ -164,5 +164,4 @@ def _show(
     print(f"\n{summary['seconds']:.0f} s in all. The adapter is in {folder}. Query it:")
     first = next(number for number, line in enumerate(lines) if line.startswith("Context:"))
     instruction = "\n".join([*lines[first : lines.index(options) + 1], ""])  # as in training
-    command = ["mola", "generate", "--base_model", str(after.settings["base_model"]), "--adapter", str(folder)]
-    print(shlex.join([*command, "--instruction", instruction]))
+    print(shlex.join(["mola", "generate", str(folder), "--instruction", instruction]))

@@ -103,8 +103,7 @@ def _what_to_keep(options: CompareOptions, task: str, rows: Sequence[Row]) -> li
         )
     folder = Path(options.output_dir or "") / str(Key(task, kept.recipe, (options.seeds or [0])[0]))
     if (folder / WEIGHTS_FILE).exists():
-        command = ["mola", "serve", "--base_model", str(options.base_model), "--adapter", str(folder)]
-        lines.append(f"Serve it: {shlex.join(command)}")
+        lines.append(f"Serve it: {shlex.join(['mola', 'serve', str(folder)])}")
     return lines
 
 
