@@ -270,6 +270,8 @@ def _check_paths(options: Any) -> None:
     for data in [values["data"]] if isinstance(values["data"], str) else values["data"] or []:
         if "=" not in data:  # `mola prepare` accepts train=A,validation=B
             read.check_exists(data)
+    if values["base_model"]:
+        base_folder.check_on_hub(values["base_model"], getattr(options, "gguf_file", None))
 
 
 def _run_with(arguments: Sequence[str]) -> int:

@@ -30,6 +30,37 @@ def check_exists(base_model: str) -> None:
         raise MolaError(f"`base_model` names a folder that does not exist: {base_model!r}. Check the path.")
 
 
+def check_on_hub(base_model: str, gguf_file: str | None = None) -> None:
+    """Raise if a model that is no folder is neither on the Hub nor in its cache.
+
+    Transformers finds this too, but takes seconds to import, and half a minute if the Hub cannot be reached.
+    """
+    if os.path.exists(base_model):
+        return
+    import huggingface_hub as hub
+
+    file = gguf_file or "config.json"
+    if isinstance(hub.try_to_load_from_cache(base_model, file), str):
+        return
+    try:
+        if hub.file_exists(base_model, file):
+            return
+        reason = f"no such folder, and no model of this name with {file} on the Hub that you may read"
+    except hub.errors.HfHubHTTPError:  # such as a model that needs a consent: Transformers explains it
+        return
+    except Exception as error:  # of the library below huggingface_hub, which depends on its version
+        reason = f"no such folder, not in the cache, and the Hub cannot be reached: {error}"
+    raise no_configuration(base_model, reason)
+
+
+def no_configuration(base_model: str, reason: str) -> MolaError:
+    """The error for a base model whose configuration cannot be read."""
+    return MolaError(
+        f"`base_model` has no readable configuration: {base_model!r} ({reason}). "
+        "Pass a folder with config.json, a config.json file, or a name on the hub."
+    )
+
+
 def _check_folder(folder: Path, gguf_file: str | None) -> None:
     gguf_files = sorted(file.name for file in folder.glob("*.gguf"))
     if gguf_file is not None:

@@ -15,7 +15,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mola.errors import MolaError
 from mola.files.digests import file_sha256
-from mola.models.base_folder import check_base_model
+from mola.models.base_folder import check_base_model, no_configuration
 
 _WEIGHTS_ENDINGS = (".safetensors", ".bin", ".gguf")
 
@@ -40,10 +40,7 @@ def read_config(base_model: str, trust_remote_code: bool = False, gguf_file: str
         return AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, AttributeError, ImportError, RecursionError, StrictDataclassError) as error:
         check_own_code(base_model, error)
-        raise MolaError(
-            f"`base_model` has no readable configuration: {base_model!r} ({one_line(error)}). "
-            "Pass a folder with config.json, a config.json file, or a name on the hub."
-        ) from error
+        raise no_configuration(base_model, one_line(error)) from error
 
 
 @functools.lru_cache(maxsize=4)
