@@ -208,6 +208,34 @@ def test_no_sample_is_cut(options, tmp_path):
         checked(400, cutoff_len=256)
 
 
+def chat(i, role, content, names):
+    turns = ((names[0], f"Say {i}."), (names[1], f"{i}"), (names[0], "Again."), (names[1], f"{i}, {i}"))
+    return [{role: name, content: text} for name, text in turns]
+
+
+@pytest.mark.parametrize(
+    ("make_row", "is_scored"),
+    [
+        (lambda i: {"messages": chat(i, "role", "content", ("user", "assistant"))}, False),
+        (lambda i: {"conversations": chat(i, "from", "value", ("human", "gpt"))}, False),
+        (lambda i: {"prompt": f"Say {i}: ", "completion": f"{i}"}, False),
+        (lambda i: {"text": f"{i} is a number."}, False),
+        (lambda i: {"question": f"What is {i}?", "answer": f"A number: {i}."}, False),
+        (lambda i: {"question": f"What is {i}?", "choices": ["a number", "a dog"], "answer": "A"}, True),
+    ],
+    ids=["messages", "conversations", "prompt", "text", "question", "choices"],
+)
+def test_data_are_compared_as_they_are_without_a_task(make_row, is_scored, options, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(make_row(i)) + "\n" for i in range(60)))
+    asked = options(data=str(path), num_experts="2468")
+    draw_test_rows(asked)
+    (run, *_) = check_runs(asked.runs, asked.is_short)
+    assert (run.is_scored, run.num_questions, len(run.questions)) == (is_scored, 24, 24)
+    train, test = (Path(each).read_text() for each in (run.options.data, run.test.data))
+    assert sorted([*train.splitlines(), *test.splitlines()]) == sorted(path.read_text().splitlines())
+
+
 def test_questions_with_answers_are_compared_by_their_accuracy(options, data, tmp_path):
     """Also with test rows that are drawn."""
     rows = json.loads((data.parent / "train.json").read_text()) + json.loads((data.parent / "test.json").read_text())
