@@ -104,6 +104,30 @@ def test_virtual_tokens_do_not_shift_the_logits(tiny_model, tiny_tokenizer, rows
     assert [sample["loss"] for sample in result.samples] == pytest.approx(expected, rel=1e-5)
 
 
+# Leaves what stands before a "!" out of earlier answers, so each answer is a sample of its own.
+FORGETFUL = (
+    "{% for each in messages %}[{{ each.role }}]"
+    "{{ each.content if loop.last else each.content.split('!')[-1] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_chat_of_several_samples_is_one_row(tiny_model, tiny_tokenizer):
+    tiny_tokenizer.chat_template = FORGETFUL
+    contents = ["Where do ferns grow?", "Hm!In shade.", "And moss?", "Well!On stones."]
+    messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, contents, strict=True)]
+    chats = [
+        {"id": name, "instruction": None, "input": "", "output": contents[-1], "messages": messages} for name in "ab"
+    ]
+    result = evaluate_loss(tiny_model, tiny_tokenizer, chats, template="chat", batch_size=3, show_progress=False)
+    size = len(contents[1] + contents[3])
+    assert [(sample["id"], sample["tokens"], sample["bytes"]) for sample in result.samples] == [
+        ("a", size + 2, size),
+        ("b", size + 2, size),
+    ]
+    assert result.samples[0]["loss"] == pytest.approx(result.samples[1]["loss"], rel=1e-5)
+
+
 class AllLogits(torch.nn.Module):
     """A model without `logits_to_keep`."""
 
