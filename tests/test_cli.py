@@ -396,7 +396,7 @@ def test_the_type_of_an_option_decides_what_a_number_of_a_recipe_means(tmp_path)
 
 
 def test_names_of_other_programs_are_answered_only_where_the_command_has_the_option(tmp_path):
-    for command, said in ((GenerateOptions, "mola calls it --max_new_tokens."), (PlanOptions, "Run the command")):
+    for command, said in ((GenerateOptions, "mola calls it --max_new_tokens."), (PrepareOptions, "Run the command")):
         with pytest.raises(MolaError, match=f"no flag --max_length.*{re.escape(said)}"):
             parse(command, ["--max_length", "8"], prog="mola")
     (tmp_path / "recipe.yaml").write_text("lr: 1e-4")

@@ -215,6 +215,12 @@ def test_adapter_of_another_base_model_gives_one_warning(tiny_model_dir, lora_ad
     assert not [r for r in caplog.records if "trained on" in r.getMessage()]
 
 
+def test_without_a_base_model_the_recorded_one_is_loaded(mola_adapter):
+    folder, expected = mola_adapter
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(adapter=folder, dtype="float32", device="cpu")(IDS).logits, expected)
+
+
 def test_a_different_base_that_does_not_fit_is_named(
     mola_adapter, lora_adapter, small_model_dir, tiny_model_dir, tmp_path
 ):

@@ -19,7 +19,7 @@ def is_hub_id(base_model: str) -> bool:
     return re.fullmatch(_HUB_ID, base_model) is not None and not base_model.endswith(".json")
 
 
-def base_model_of(base_model: str | None, adapters: Iterable[str | os.PathLike[str]]) -> str:
+def base_model_of(base_model: str | os.PathLike[str] | None, adapters: Iterable[str | os.PathLike[str]]) -> str:
     """The base model that is meant: `base_model` if it is given, else the one that the adapters were trained on.
 
     Raises:
@@ -27,7 +27,7 @@ def base_model_of(base_model: str | None, adapters: Iterable[str | os.PathLike[s
             folder does not exist here, or the adapters record different ones.
     """
     if base_model is not None:
-        return base_model
+        return os.fspath(base_model)
     recorded = {os.fspath(adapter): _recorded_base(adapter) for adapter in adapters}
     if not recorded:
         raise MolaError(

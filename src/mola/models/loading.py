@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from mola.checkpoints.adapter_folder import read_tensors
 from mola.checkpoints.adapter_settings import read_settings
-from mola.checkpoints.recorded_base import is_recorded_base
+from mola.checkpoints.recorded_base import base_model_of, is_recorded_base
 from mola.errors import MolaError
 from mola.files.failures import memory_error_reason
 from mola.models.adapters import as_mapping, attach, check_adapter, check_fits, check_lora, warn_other_base
@@ -80,7 +80,7 @@ def check_adapter_fits(
 
 
 def load_model(
-    base_model: str | os.PathLike[str],
+    base_model: str | os.PathLike[str] | None = None,
     adapter: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
     dtype: str = "auto",
     device: str | torch.device | None = None,
@@ -93,7 +93,7 @@ def load_model(
     """Load a base model with its adapters, ready for inference (eval mode, on its device, all weights frozen).
 
     Args:
-        base_model: folder or hub id.
+        base_model: folder or hub id; by default the one that the adapters record.
         adapter: an adapter folder, or several as name -> folder (the first is active); None for none.
         dtype: see `resolve_dtype`. Adapters get the dtype of the base; routers stay float32. On quantised layers
             adapters keep the dtype of their file.
@@ -109,8 +109,8 @@ def load_model(
     Raises:
         MolaError: model or adapter are missing or broken, or do not fit each other.
     """
-    name = os.fspath(base_model)
     adapters = as_mapping(adapter)
+    name = base_model = base_model_of(base_model, adapters.values())
     configs = {adapter_name: check_adapter(folder) for adapter_name, folder in adapters.items()}
     methods = {adapter_name: each["peft_type"] for adapter_name, each in configs.items()}
     if len({*methods.values()}) > 1:
