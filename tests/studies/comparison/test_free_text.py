@@ -61,6 +61,7 @@ def test_the_command_says_what_it_found_and_goes_on_with_nothing_left(finished, 
     before = weights.stat().st_mtime_ns
     assert main(words) == 0
     assert weights.stat().st_mtime_ns == before
+    assert not list(folder.rglob("checkpoint-*"))  # a finished run needs none
     printed, errors = capsys.readouterr()
     record = read(folder / "compare.json")
     row = next(each for each in record["summary"]["rows"] if each["recipe"] == "2468")

@@ -36,7 +36,7 @@ from mola.studies.comparison.options import CompareOptions, Key
 from mola.studies.comparison.outcomes import ACCURACY, LOSS
 from mola.studies.comparison.picture import check_matplotlib, draw_differences
 from mola.studies.comparison.record import BASE, FORMAT, Result, check_same, read_results
-from mola.studies.comparison.runs import evaluate_base_model, remove_weights, train_and_test
+from mola.studies.comparison.runs import evaluate_base_model, remove_checkpoints, remove_weights, train_and_test
 from mola.studies.comparison.search import Found, search_results, search_table
 from mola.studies.comparison.tables import Row, comma_separated, markdown, notes, summarize, terminal_tables
 from mola.studies.train_and_test import recorded, sigterm_as_interrupt
@@ -227,6 +227,8 @@ class _Comparison:
                     self._log_time_left(run, time.perf_counter() - start)
                     if not self.options.keep_adapters:
                         remove_weights(run)
+                    elif self.options.is_short:
+                        remove_checkpoints(run)
             if is_idle:
                 time.sleep(_POLL_SECONDS)
                 self._read_record()

@@ -75,7 +75,12 @@ def remove_weights(run: Run) -> None:
     folder = Path(run.options.output_dir or "")
     for name in _LARGE_FILES:
         (folder / name).unlink(missing_ok=True)
-    for checkpoint in checkpoints_in(folder):
+    remove_checkpoints(run)
+
+
+def remove_checkpoints(run: Run) -> None:
+    """Delete the checkpoints of a finished run, which are several times as large as its adapter."""
+    for checkpoint in checkpoints_in(Path(run.options.output_dir or "")):
         shutil.rmtree(checkpoint)
 
 
