@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from mola.data.read import check_split, split_names
-from mola.data.tasks import Task, load_task, template_name
+from mola.data.tasks import Task, load_task
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, check_evaluation, evaluate
 from mola.files.reading import read_json
@@ -81,7 +81,7 @@ def evaluation_of(options: TrainAndTestOptions) -> EvaluateOptions:
     values = {name: getattr(options, own) for name, own in _TEST_OPTIONS.items()}
     # Named here, because a later training may leave an adapter with the template of a different task.
     if options.task is not None:
-        values["template"] = template_name(options.template, load_task(options.task))
+        values["template"] = options.template or load_task(options.task).template
     return EvaluateOptions(
         **values, data=options.test_data or _test_source(options), device="cpu" if options.use_cpu else None
     )

@@ -9,7 +9,7 @@ Without `answer` the task is free text, which is used for training but not score
 """
 
 from mola.data.tasks.loading import load_task, task_names
-from mola.data.tasks.task import LETTERS, AnswerRule, FieldRule, StrataRule, Task, example_id, template_name
+from mola.data.tasks.task import LETTERS, AnswerRule, FieldRule, StrataRule, Task, example_id
 
 __all__ = [
     "LETTERS",
@@ -20,5 +20,4 @@ __all__ = [
     "example_id",
     "load_task",
     "task_names",
-    "template_name",
 ]

@@ -283,11 +283,6 @@ def example_id(row: Mapping[str, Any], index: int, split: str | None = None) -> 
     return str(value)
 
 
-def template_name(given: str | None, task: Task | None) -> str:
-    """Name of the prompt template: `given` if it is set, else the task's own, or alpaca without a task."""
-    return given or (task.template if task is not None else "alpaca")
-
-
 def _fill(layout: str, values: Mapping[str, Any], row_id: str) -> str:
     for name in field_names(layout):
         if not isinstance(values[name], str):
