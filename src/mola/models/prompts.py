@@ -124,10 +124,9 @@ def choose_template(
     Raises:
         MolaError: no template has the given name, or it is chat and there is no chat template.
     """
-    first = data.examples[0]
-    is_chat = "messages" in first
+    is_chat = any("messages" in example for example in data.examples)
     name = given
-    if name is None and adapter is not None and (is_chat or first["instruction"] is not None):
+    if name is None and adapter is not None and (is_chat or data.examples[0]["instruction"] is not None):
         name = template_of(adapter)
     name = name or data.template or (CHAT if is_chat or tokenizer.chat_template else "alpaca")
     if name == CHAT and is_chat and not tokenizer.chat_template:
