@@ -7,7 +7,6 @@ import pytest
 
 from mola.cli import main
 from tests.data.own_data import FORMATS, write
-from tests.grids import slow
 
 LOSS = re.compile(r"loss per token|accuracy")
 
@@ -42,8 +41,8 @@ def test_train_and_evaluate_take_it(name, tiny_model_dir, tmp_path, caplog, caps
     assert ("loss" in found) is ("choices" not in name)
 
 
-# One fast row: the commands read data in one way, `read_samples`.
-@pytest.mark.parametrize("name", ["messages", *slow(*(each for each in FORMATS if each != "messages"))])
+@pytest.mark.slow  # tests/test_data_formats.py has fast tests of single commands
+@pytest.mark.parametrize("name", FORMATS)
 def test_the_other_commands_take_it(name, adapter, tiny_model_dir, tmp_path):
     data = str(write(tmp_path, name, 70))
     base = ["--base_model", str(tiny_model_dir)]
