@@ -112,6 +112,8 @@ def test_main_prints_whole_cells_into_files(llama_7b, capsys):
     out = capsys.readouterr().out
     assert "expert parameters" in out
     assert "105,635,840 of 6,738,415,616" in out
+    assert "Memory for 8 x 512 tokens, base in " in out
+    assert "activations" in out
 
 
 # --- wrong input -------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ def test_a_run_begins_with_its_table(table, tmp_path):
     share = report["trained_tokens"] / report["tokens"]
     assert rows["tokens per epoch"] == f"{report['tokens']:,}, {share:.0%} of them contribute to the loss"
     assert (rows["steps"], rows["effective batch"], rows["dtype"]) == ("1", "4 samples", "float32")
+    assert re.match(r"up to [\d,]+ MiB with the longest samples \(weights \d", rows["memory"])
     assert "Kernels" not in text
 
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mola.architecture.patterns import by_pattern, check_matches
@@ -118,11 +118,13 @@ class AllocationPlan:
         layers: one `LayerPlan` per decoder layer, lowest first.
         base_parameters: parameters of the model without the adapter; None if not counted.
         kernels: the backends that would compute the adapter on this machine, one line each; empty if not requested.
+        memory: "training" and "serving" -> bytes by purpose and in total; empty if not requested.
     """
 
     layers: tuple[LayerPlan, ...]
     base_parameters: int | None = None
     kernels: tuple[str, ...] = ()
+    memory: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def expert_parameters(self) -> int:
@@ -171,10 +173,11 @@ class AllocationPlan:
         return self.trainable_parameters / self.base_parameters if self.base_parameters else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: `layers`, `kernels`, and `totals` over the adapted layers."""
+        """Plain values for JSON: `layers`, `kernels`, `memory`, and `totals` over the adapted layers."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "kernels": list(self.kernels),
+            "memory": {use: dict(parts) for use, parts in self.memory.items()},
             "totals": {"num_layers": len(self.adapted_layers), **{name: getattr(self, name) for name in _TOTALS}},
         }
 

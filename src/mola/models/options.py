@@ -100,6 +100,10 @@ class PlanOptions:
         "also hold this pattern.",
     )
     rank_pattern: dict[str, Any] | str | None = option(None, "The same for `r`.")
+    cutoff_len: int = option(512, "Tokens of a training sample, or of a prompt with its answer, for the memory.")
+    batch_size: int = option(8, "Samples in a batch, or answers generated side by side, for the memory.")
+    dtype: str = option("auto", "Dtype of the base model, for the memory: auto, float32, bfloat16 or float16.")
+    activation_checkpointing: bool = option(False, "Memory of a training with activation checkpointing.")
     gguf_file: str | None = option(None, GGUF_HELP)
     json: str | None = option(
         None, "Result file (JSON); - prints JSON instead of the table.", nargs="?", const="-", metavar="FILE"

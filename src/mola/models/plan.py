@@ -18,9 +18,10 @@ from rich.table import Table
 from mola.architecture.allocation import AllocationPlan, LayerPlan
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.terminal import make_table_console
-from mola.models.cost import cost_of_allocation
+from mola.models.cost import BatchShape, cost_of_allocation
+from mola.models.devices import resolve_device, resolve_dtype
 from mola.models.options import PlanOptions
-from mola.options.fields import parse_mapping, split_to_list
+from mola.options.fields import check_positive, parse_mapping, split_to_list
 
 
 def plan(options: PlanOptions) -> AllocationPlan:
@@ -29,6 +30,8 @@ def plan(options: PlanOptions) -> AllocationPlan:
     Raises:
         MolaError: see `cost_of_allocation`.
     """
+    check_positive(cutoff_len=options.cutoff_len, batch_size=options.batch_size)
+    dtype, _ = resolve_dtype(options.dtype, resolve_device(None))
     return cost_of_allocation(
         options.base_model,
         options.num_experts,
@@ -41,6 +44,7 @@ def plan(options: PlanOptions) -> AllocationPlan:
         num_experts_pattern=parse_mapping("num_experts_pattern", options.num_experts_pattern),
         rank_pattern=parse_mapping("rank_pattern", options.rank_pattern),
         target_parameters=split_to_list(options.target_parameters or None, "target_parameters"),
+        batch=BatchShape(options.batch_size, options.cutoff_len, dtype, options.activation_checkpointing),
     )
 
 
@@ -79,8 +83,21 @@ def render(plan: AllocationPlan) -> Table:
     return table
 
 
+def render_memory(plan: AllocationPlan) -> Table:
+    """Render the memory for training and serving as a table in MiB."""
+    table = Table()
+    table.add_column("MiB")
+    for use in plan.memory:
+        table.add_column(use, justify="right")
+    for part in dict.fromkeys(part for parts in plan.memory.values() for part in parts if part != "total"):
+        table.add_row(part, *(f"{parts[part] / 2**20:,.1f}" if part in parts else "" for parts in plan.memory.values()))
+    table.add_section()
+    table.add_row("total", *(f"{parts['total'] / 2**20:,.1f}" for parts in plan.memory.values()), style="bold")
+    return table
+
+
 def main(options: PlanOptions) -> int:
-    """Print the plan as a table, or as JSON if `json` is "-"; returns 0, the exit code."""
+    """Print the plan as tables, or as JSON if `json` is "-"; returns 0, the exit code."""
     file = None if options.json in (None, "-") else check_new_file("json", options.json, options.overwrite)
     result = plan(options)
     if file is not None:
@@ -90,6 +107,10 @@ def main(options: PlanOptions) -> int:
     else:
         console = make_table_console()
         console.print(render(result))
+        dtype, _ = resolve_dtype(options.dtype, resolve_device(None))
+        shape = f"{options.batch_size} x {options.cutoff_len} tokens, base in {str(dtype).removeprefix('torch.')}"
+        console.print(f"Memory for {shape}:", highlight=False)
+        console.print(render_memory(result))
         for line in result.kernels if options.verbose else ():
             console.print(line, highlight=False, markup=False)
     return 0

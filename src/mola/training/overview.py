@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from peft import PeftModel
@@ -10,24 +12,32 @@ from peft import PeftModel
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.picture import picture_of_modules
 from mola.checkpoints.recorded_base import model_name
+from mola.models.devices import DTYPES
+from mola.models.memory import AdaptedLinear, training_memory
+from mola.models.quantization import weight_bytes
 from mola.training.checks import CheckedRun
+from mola.training.distributed import shards_weights
+from mola.training.option_checks import name_of
 from mola.training.options import TrainOptions
 from mola.tuner.layer import MolaLinear
 from mola.tuner.stacked import StackedParameters
 
 
-def overview(options: TrainOptions, model: PeftModel, run: CheckedRun) -> str:
+def overview(options: TrainOptions, model: PeftModel, run: CheckedRun, needed_logits: bool) -> str:
     """A table of a run that is about to begin, as lines of text that suit a terminal and a log file.
 
     Args:
         options: of the run.
         model: ready to train.
         run: the checked run.
+        needed_logits: whether logits are computed only where the loss needs them.
 
     Returns:
         A title, then one line for each property.
     """
     rows = [*_adapter_rows(model), *_run_rows(options, run)]
+    if not shards_weights(options):  # the memory of one of several devices is not estimated
+        rows.append(("memory", _memory(options, model, run, needed_logits)))
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {value}" for name, value in rows]
     return "\n".join([f"Training {model_name(options.base_model or '')} in {run.folder}", *lines])
@@ -64,6 +74,31 @@ def _adapter_rows(model: PeftModel) -> Iterable[tuple[str, str]]:
     yield "target modules", ", ".join(names)
     trainable, total = model.get_nb_trainable_parameters()
     yield "trainable", f"{trainable:,} parameters, {trainable / (total - trainable):.3%} of the base model's"
+
+
+def _memory(options: TrainOptions, model: PeftModel, run: CheckedRun, needed_logits: bool) -> str:
+    """The memory expected in a step with the longest samples; see `training_memory`."""
+    report, samples, adapter = run.data.reports["train"], options.train_batch_size, model.active_adapter
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    memory = training_memory(
+        run.config,
+        [
+            AdaptedLinear(layer.num_experts[adapter], layer.r[adapter], layer.in_features)
+            for layer in model.modules()
+            if isinstance(layer, MolaLinear)
+        ],
+        weight_bytes=weight_bytes(model.get_base_model()) - trained,
+        trainable_parameters=model.get_nb_trainable_parameters()[0],
+        itemsize=DTYPES[options.base_dtype].itemsize,
+        batch_size=samples,
+        length=min(report.longest, options.cutoff_len),
+        # Logits are computed where any sample of a batch has a label: at most as often as there are labels.
+        logit_positions=math.ceil(samples * report.trained_tokens / report.kept) if needed_logits else None,
+        checkpointing=bool(options.activation_checkpointing),
+        optimizer=name_of(options.optim),
+    )
+    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in asdict(memory).items())
+    return f"up to {memory.total / 2**20:,.0f} MiB with the longest samples ({parts})"
 
 
 def _run_rows(options: TrainOptions, run: CheckedRun) -> Iterable[tuple[str, str]]:

@@ -37,6 +37,7 @@ from mola.training.checkpoints import RUN_FILE, newest_complete, step_of_saved_w
 from mola.training.checks import CheckedRun, check_run
 from mola.training.distributed import loading_unsharded, shards_weights, uses_fsdp
 from mola.training.model import build_model
+from mola.training.needed_logits import NeededLogits
 from mola.training.options import TrainOptions
 from mola.training.overview import overview
 from mola.training.run_folder import check_output_dir, locked, start_run
@@ -98,11 +99,13 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
                 run = check_run(options, folder)
                 with explain_out_of_memory(loading_advice(options)):
                     model = build_model(options, run.config, run.checkpoint)
-            if is_main:
-                logger.info(overview(options, model, run))
             if is_main and options.verbose and not uses_fsdp(options):  # FSDP moves the weights to their devices later
                 _log_kernels(options, model)
             trainer = make_trainer(options, model, run, callbacks)
+            if is_main:
+                logger.info(
+                    overview(options, model, run, needed_logits=isinstance(trainer.data_collator, NeededLogits))
+                )
 
             # An earlier run in the folder is replaced only after every process has got this far.
             PartialState().wait_for_everyone()
