@@ -222,23 +222,29 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, accept_noflag
         warn=functools.cache(logging.getLogger("mola").warning),  # options may be parsed twice
     )
     try:
-        return _parse_and_run(command, parse_as, needs_texts="all" in arguments)
+        return _parse_and_run(command, arguments, parse_as)
     except MolaError as error:
         raise MolaError(with_shown_names(str(error), find(command.own_options or command.options))) from error
 
 
-def _parse_and_run(command: Command, parse_as: Callable[[Any], Any], needs_texts: bool) -> int:
+def _parse_and_run(command: Command, arguments: Sequence[str], parse_as: Callable[[Any], Any]) -> int:
     """Parse the options, first without torch and Transformers unless their help texts are needed, and run."""
     options = None
     if command.own_options is None:
         options = parse_as(find(command.options))
         _check_paths(options)
-    elif not needs_texts:  # `--help all` needs them
+    elif "all" not in arguments:  # `--help all` needs the texts
+        from mola.training.launch import check_nproc, is_launcher, launch
         from mola.training.trainer_names import with_trainer_names
 
         quick_class = with_trainer_names(find(command.own_options))
         if quick_class is not None:
-            _check_paths(parse_as(quick_class))
+            quick_options = parse_as(quick_class)
+            _check_paths(quick_options)
+            if command is COMMANDS["train"]:
+                if is_launcher(quick_options.nproc):
+                    return launch(quick_options.nproc, arguments)
+                check_nproc(quick_options.nproc)
     main = find(f"{command.module}.main")  # from here on torch and Transformers may be imported
     if options is None:
         options = parse_as(find(command.options))

@@ -109,9 +109,11 @@ def making_section(run: Run) -> dict[str, Any]:
 
 
 def launcher_sentence(record: Mapping[str, Any]) -> str:
-    """A sentence before the command of a run in several processes, since the launcher is not part of that command."""
+    """A sentence before the command of a run in several processes, if the command itself did not start them."""
     processes = record.get("processes") or 1
-    return f"Started in {processes} processes by a launcher such as torchrun; each ran:" if processes > 1 else ""
+    if processes == record.get("settings", {}).get("nproc", 1):
+        return ""
+    return f"Started in {processes} processes by a launcher such as torchrun; each ran:"
 
 
 def _settings_table(values: Mapping[str, Any]) -> Table:

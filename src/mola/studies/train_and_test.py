@@ -64,8 +64,10 @@ class TrainAndTestOptions(TestFields, TrainOptions):
                 f"`resume_from_checkpoint` ({self.resume_from_checkpoint!r}) has no effect: the same command "
                 "resumes where it stopped. Leave the option out."
             )
-        if self.world_size > 1:
-            raise MolaError(f"`{command}` runs in one process: got {self.world_size}. Start it without torchrun{cure}.")
+        if (processes := max(self.world_size, self.nproc)) > 1:
+            raise MolaError(
+                f"`{command}` runs in one process: got {processes}. Start it without torchrun and `nproc`{cure}."
+            )
 
 
 def evaluation_of(options: TrainAndTestOptions) -> EvaluateOptions:

@@ -114,6 +114,7 @@ class TrainFields(Quantization):
     )
     torch_compile: bool = option(False, "Compile the step (takes minutes); see docs/performance.md.")
     train_device: str | None = option(None, "Device: cpu, cuda or mps. Default: the best one here.", "device")
+    nproc: int = option(1, "Processes on this machine, one per device; see docs/distributed.md.")
     seed: int = option(42, "Seed of all random numbers.")
     overwrite_output_dir: bool = option(False, "Replace an earlier run in the output folder.", "overwrite")
     resume_from_checkpoint: str | None = option(None, "Continue a stopped run: last, or a folder checkpoint-N.")

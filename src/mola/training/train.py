@@ -36,6 +36,7 @@ from mola.training.callbacks import TrainingClock, overflow_explained
 from mola.training.checkpoints import RUN_FILE, newest_complete, step_of_saved_weights
 from mola.training.checks import CheckedRun, check_run
 from mola.training.distributed import loading_unsharded, shards_weights, uses_fsdp
+from mola.training.launch import check_nproc
 from mola.training.model import build_model
 from mola.training.needed_logits import NeededLogits
 from mola.training.options import TrainOptions
@@ -87,6 +88,7 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
         MolaError: options or data are wrong (before weights are loaded), or memory or disk space ran out.
         NotFiniteError: the loss, a weight or a router's logits are not finite; a subclass of MolaError.
     """
+    check_nproc(options.nproc)
     options = copy.copy(options)  # some options are changed below; the caller's object is left unchanged
     if not (shards_weights(options) or getattr(options.accelerator_config, "use_configured_state", False)):
         AcceleratorState._reset_state()  # it may hold the mixed-precision setting of an earlier run
