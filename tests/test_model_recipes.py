@@ -56,8 +56,9 @@ def save_base(folder, config_class, options):
 
 
 def write_chats(path):
-    rows = [{"instruction": f"{number} and {number}?", "output": f"It is {2 * number}."} for number in range(40)]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    turns = [(f"{number} and {number}?", f"It is {2 * number}.") for number in range(40)]
+    rows = [[{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in turns]
+    path.write_text("\n".join(json.dumps({"messages": row}) for row in rows), encoding="utf-8")
     return path
 
 
@@ -67,10 +68,9 @@ def train(name, base, tmp_path, **options):
         "config": ROOT / "recipes" / f"{name}.yaml",
         "base_model": base,
         "data": write_chats(tmp_path / "chats.jsonl"),
-        "template": "chat",
-        "output_dir": tmp_path / "run",
+        "output": tmp_path / "run",
         "max_steps": 2,
-        "use_cpu": "true",
+        "device": "cpu",
         "disable_tqdm": "true",
         "logging_steps": 1,
         **options,
