@@ -43,14 +43,11 @@ class CompareFields(TestFields):
     )
     seeds: list[int] | None = field(
         default=None,
-        metadata={"help": "Seeds; each recipe is trained once with each. Default: 0 1 2, or 0 1 without `recipes`."},
+        metadata={
+            "help": "Seeds; each recipe is trained once with each. Default: 0 1 2, or 0 1 without `recipes`.",
+            "metavar": "INT",
+        },
     )
-    test_size: float | None = option(
-        None,
-        "Number or share of rows of `data` to test on, if there are no other test data. Default: a fifth, from 24 to "
-        "500 rows.",
-    )
-    split_seed: int = option(0, "Seed that draws these test rows.")
 
     _search: ClassVar = Group("search for options")
     tune: dict[str, Any] | str | None = option(
@@ -70,6 +67,12 @@ class CompareFields(TestFields):
         "File with every result, from which a stopped comparison resumes. Default: compare.json in `output`.",
     )
     keep_adapters: bool = option(True, "Keep the trained weights. The results are always kept.")
+    test_size: float | None = option(
+        None,
+        "Number or share of rows of `data` to test on, if there are no other test data. Default: a fifth, from 24 to "
+        "500 rows.",
+    )
+    split_seed: int = option(0, "Seed that draws these test rows.")
     evaluate_base: bool = option(True, "Also test the base model alone.")
     tables: str | None = option(None, "Also write the table to these files, separated by commas: NAME.csv or NAME.md.")
     plots: str | None = option(
