@@ -15,7 +15,6 @@ from mola.exporting.options import ConvertOptions
 from mola.reporting.inspect import inspect
 from mola.reporting.options import InspectOptions
 from tests.conftest import save_adapter
-from tests.grids import slow
 
 TURNS = [
     [("user", "Where do ferns grow?"), ("assistant", "In shade."), ("user", "And moss?"), ("assistant", "On stones.")],
@@ -65,8 +64,6 @@ def write(rows, folder, ending):
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-        elif ending == "json":
-            json.dump(rows, file)
         else:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return str(path)
@@ -80,11 +77,7 @@ def adapter(small_model_dir, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("name", "ending"),
-    [
-        *((name, "jsonl") for name in FORMATS),
-        ("question and answer", "csv"),
-        *slow(("text", "csv"), ("messages", "json")),
-    ],
+    [*((name, "jsonl") for name in FORMATS), ("question and answer", "csv")],
 )
 def test_loss_of_a_format(name, ending, small_model_dir, tmp_path):
     rows, size, answers = FORMATS[name]
@@ -101,9 +94,7 @@ def test_rows_with_choices_are_scored(small_model_dir, tmp_path):
     assert result.total == 2
 
 
-@pytest.mark.parametrize(
-    "name", ["messages", "text", *slow(*(each for each in FORMATS if each not in ("messages", "text")))]
-)
+@pytest.mark.parametrize("name", ["messages", "text"])
 def test_a_format_in_other_commands(name, small_model_dir, adapter, tmp_path):
     rows = FORMATS[name][0]
     data, base = write(rows, tmp_path, "jsonl"), str(small_model_dir)

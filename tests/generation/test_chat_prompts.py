@@ -1,7 +1,6 @@
 """The template `chat` in the commands: trained, asked and served in one form, the tokenizer's or an adapter's."""
 
 import json
-import logging
 import shutil
 from types import SimpleNamespace
 
@@ -107,13 +106,12 @@ def test_the_template_beside_an_adapter_is_used(base, trained, tmp_path, caplog)
     assert "it is used with the template alpaca. Pass `template` chat if it was trained on chats" in caplog.text
 
 
-def test_training_a_chat_model_without_the_chat_template_warns(base, data, tmp_path, caplog):
+def test_a_chat_model_is_trained_in_its_chat_template(base, tmp_path):
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([{"instruction": f"Q{i}", "output": "x"} for i in range(4)]))
     shape = {"num_experts": 2, "max_steps": 1, "warmup_steps": 0, "use_cpu": "true", "disable_tqdm": "true"}
     assert run("train", base_model=base, data=rows, **shape, output_dir=tmp_path / "run") == 0
-    (said,) = [each for each in caplog.records if "--template chat" in each.getMessage()]
-    assert said.levelno == logging.WARNING
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["template"] == "chat"
 
 
 def test_a_missing_chat_template_is_an_error(tiny_model_dir, data, tmp_path, capsys):
