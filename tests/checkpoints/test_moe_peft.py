@@ -307,13 +307,17 @@ def test_other_base_models_are_refused_before_writing(tmp_path, tiny_model_dir):
 @pytest.mark.parametrize(
     ("command", "changes"),
     [
-        (["evaluate", "--task", "sample", "--data", "none.json"], {}),
+        (["evaluate", "--task", "sample", "--data", "data.json"], {}),
         (["generate", "--instruction", "Name a metal."], {"routing_strategy": ..., "use_rslora": True}),
-        (["train", "--task", "sample", "--data", "none.json", "--output"], {}),
+        (["train", "--task", "sample", "--data", "data.json", "--output"], {}),
     ],
     ids=["evaluate", "generate", "train"],
 )
-def test_an_unconverted_adapter_gives_the_command_that_converts_it(tmp_path, tiny_model_dir, capsys, command, changes):
+def test_an_unconverted_adapter_gives_the_command_that_converts_it(
+    tmp_path, tiny_model_dir, capsys, monkeypatch, command, changes
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.json").write_text("[]")
     settings = make_settings(["q_proj"], **changes)
     folder = write(tmp_path / "my theirs", settings, make_tensors(settings))
     command = [*command, str(tmp_path / "run")] if command[-1] == "--output" else command
