@@ -41,7 +41,7 @@ WRONG = [
     ({"num_experts": "2,4,6"}, ["`num_experts`", "3 entries", "4 layers"]),
     ({"resume_from_checkpoint": "last"}, ["`resume_from_checkpoint`", "resumes"]),
     (
-        {"adapter": "x", "num_experts": None, "lora_dropout": None, "stages": {"a": {"lora_dropout": 0.5}}},
+        {"adapter": ".", "num_experts": None, "lora_dropout": None, "stages": {"a": {"lora_dropout": 0.5}}},
         ["stage `a`", "`lora_dropout`", "beside `stages`"],
     ),
 ]
