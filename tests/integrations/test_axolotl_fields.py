@@ -88,7 +88,7 @@ def test_merging_is_refused_by_the_yaml_and_by_the_folder(saved, tmp_path):
     check_merge({**YAML, "merge_lora": False})
     check_merge({"adapter": "lora", "merge_lora": True, "output_dir": str(tmp_path)})
     for cfg in (YAML, {"adapter": "lora", "lora_model_dir": str(saved)}, {"output_dir": str(saved)}):
-        with pytest.raises(MolaError, match="cannot be merged.*`mola convert ADAPTER --to lora --rank .*`mola merge "):
+        with pytest.raises(MolaError, match="cannot be merged.*`mola convert ADAPTER --to lora --r .*`mola merge "):
             check_merge({**cfg, "merge_lora": True})
 
 

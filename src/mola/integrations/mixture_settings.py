@@ -116,8 +116,7 @@ def raise_not_mergeable(name: str) -> NoReturn:
     """
     raise MolaError(
         f"{name}: a mixture cannot be merged, since its gates depend on the input. The plain LoRA nearest to it can: "
-        "`mola convert ADAPTER --to lora --r R --base_model MODEL --output LORA`, then "
-        "`mola merge LORA --base_model MODEL --output MERGED`."
+        "`mola convert ADAPTER --to lora --r R --output LORA`, then `mola merge LORA --output MERGED`."
     )
 
 
