@@ -36,6 +36,7 @@ NOT_COMPARED = (
     "report_to",
     "run_name",
     "save_total_limit",
+    "verbose",
 )
 _SAME_NAME = ("base_model", "task", "filters", "max_new_tokens", "template", "scoring", "trust_remote_code")
 # Option of `mola evaluate` -> option of this class.

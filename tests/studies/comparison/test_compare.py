@@ -82,7 +82,7 @@ def test_the_record_alone_is_enough_to_go_on(whole, run, tmp_path):
     folder, result = whole
     record = tmp_path / "record.json"
     shutil.copy(folder / "compare.json", record)
-    again = run(record=str(record))
+    again = run(record=str(record), verbose=True)  # an option that changes no weights
     assert not (tmp_path / "out" / "physics").exists()
     assert numbers(again.results) == numbers(result.results)
     assert read(record)["status"] == "finished"
