@@ -83,7 +83,6 @@ WRONG = [
     ({"data": "{files}/broken.json"}, ["broken.json", "line 2"]),
     ({"data": "{files}/broken.jsonl"}, ["broken.jsonl", "line 3"]),
     ({"data": "{files}/no_choices.json", "task": "scienceqa"}, ["no column `choices`", "question", "hint"]),
-    ({"data": "{files}/raw.json"}, ["`task`", "question"]),
     ({"task": "nosuch"}, ["`task`", "'nosuch'", "scienceqa"]),
     ({"template": "nosuch"}, ["`template`", "'nosuch'", "alpaca"]),
     ({"cutoff_len": 20}, ["`cutoff_len`", "168", "20"]),

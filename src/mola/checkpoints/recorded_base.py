@@ -51,7 +51,7 @@ def _recorded_base(adapter: str | os.PathLike[str]) -> str:
     if not is_hub_id(base):
         raise MolaError(
             f"`base_model` must be given: {name!r} was trained on {base!r}, and there is no such folder here. Pass "
-            "the folder's new place."
+            "--base_model with its new place."
         )
     if revision not in (None, "main"):
         raise MolaError(

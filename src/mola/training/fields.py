@@ -46,8 +46,8 @@ class TrainFields(Quantization):
 
     _start: ClassVar = START
     base_model: str | None = option(None, "Folder or hub id of the base. Default: that of `adapter`.")
-    data: str | None = option(None, "Training data: a JSON, JSONL, CSV or parquet file, a folder, or a Hub id.")
-    task: str | None = option(None, "Task: its name or a YAML file; by default the columns say what the rows are.")
+    data: str | None = option(None, "Training data: a file, a folder or a Hub id; see docs/data.md.")
+    task: str | None = option(None, "Task: its name or a YAML file. Default: by the columns.")
     output_dir: str | None = option(None, "Folder for the adapter and the run's files.", "output")
     num_experts: str | None = option(
         None,
@@ -63,9 +63,7 @@ class TrainFields(Quantization):
 
     _adapter: ClassVar = Group("adapter")
     adapter: str | None = option(None, "Adapter to train further; dropout, router losses may change.")
-    target_modules: str | None = option(
-        None, "Linears to adapt, between commas, or all-linear. Default: LLaMA's seven where they exist, else PEFT's."
-    )
+    target_modules: str | None = option(None, "Linears, or all-linear. Default: LLaMA's seven, else PEFT's.")
     target_parameters: str | None = option(None, "The base's stacked experts, between commas: one LoRA each.")
     modules_to_save: str | None = option(None, "Modules to train in full, names between commas.")
     lora_alpha: float | None = option(None, "The update is scaled by lora_alpha / r. Default 16.")
@@ -84,15 +82,13 @@ class TrainFields(Quantization):
     train_split: str = option("train", "Split to train on where the data has several.")
     eval_data: str | None = option(None, "Data to evaluate the loss on; default: the same as `data`.")
     eval_split: str = option("validation", "Split to evaluate on, if there is one.")
-    validation_size: float = option(0.0, "Number or share of training samples to evaluate on instead.")
+    validation_size: float = option(0.0, "Number or share of training samples to hold out.")
     filters: dict[str, Any] | str | None = option(None, "Keep rows with these values: {column: value, or a list}.")
     limit: int | None = option(None, "Train on this many samples only, the first ones.")
     eval_limit: int | None = option(None, "Evaluate on this many samples only, the first ones.")
-    template: str | None = option(
-        None, "Prompt template. Default: the task's, else the tokenizer's chat template, else alpaca."
-    )
+    template: str | None = option(None, "Prompt template. Default: the task's, else chat, else alpaca.")
     truncation: str = option("error", "Longer samples: error, drop, left or right.")
-    packing: bool = option(False, "Fill rows of `cutoff_len` tokens with several samples, which do not see each other.")
+    packing: bool = option(False, "Several samples in a row of `cutoff_len` tokens, kept apart.")
     train_on_inputs: bool = option(False, "Train on the tokens of the prompt as well.")
     add_eos_token: bool = option(True, "End every sample with the end-of-sequence token.")
 
@@ -114,7 +110,7 @@ class TrainFields(Quantization):
     )
     torch_compile: bool = option(False, "Compile the step (takes minutes); see docs/performance.md.")
     train_device: str | None = option(None, "Device: cpu, cuda or mps. Default: the best one here.", "device")
-    nproc: int = option(1, "Processes on this machine, one per device; see docs/distributed.md.")
+    nproc: int = option(1, "Processes on this machine, one per device.")
     seed: int = option(42, "Seed of all random numbers.")
     overwrite_output_dir: bool = option(False, "Replace an earlier run in the output folder.", "overwrite")
     resume_from_checkpoint: str | None = option(None, "Continue a stopped run: last, or a folder checkpoint-N.")
