@@ -1,11 +1,9 @@
 """The commands that produce missing parts of a report."""
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mola.data.read import FILE_ENDINGS, split_names
+from mola.data.read import FILE_ENDINGS
 from mola.data.tasks import load_task
 from mola.errors import MolaError
 from mola.files.digests import CONFIG_FILE
@@ -84,16 +82,3 @@ def _model_and_rows(run: Run, *, with_adapter: bool) -> dict[str, Any]:
 def _loading(run: Run) -> dict[str, Any]:
     settings = run.record["settings"]
     return {name: settings.get(name) for name in ("trust_remote_code", *QUANTIZATION_OPTIONS)}
-
-
-def _unseen_rows(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Data and split that a run was not trained on; the data are the placeholder `TEST_DATA` if it names none."""
-    evaluation, data = settings.get("eval_data"), str(settings["data"])
-    source = str(evaluation or data)
-    splits = split_names(source) if os.path.exists(os.path.expanduser(source)) else None
-    if evaluation:
-        return {"data": source, "split": settings["eval_split"] if splits else None}
-    if splits and "test" not in splits and settings.get("eval_split") in splits:
-        return {"data": data, "split": settings["eval_split"]}
-    has_no_splits = data.removesuffix(".gz").endswith(FILE_ENDINGS) or splits == []
-    return {"data": "TEST_DATA" if has_no_splits else data}
