@@ -19,6 +19,7 @@ from mola.evaluation.evaluate import EvaluateOptions, evaluate, main
 from mola.evaluation.free_text import evaluate_loss
 from mola.evaluation.resuming import AnswersFile
 from mola.evaluation.scoring import loss_interval
+from mola.studies.comparison.outcomes import LOSS
 
 WORDS = ["Iron.", "Salt water", "Öl und Eis, sagt man", "", "A fern grows where it is damp. " * 3, "wool"]
 
@@ -151,6 +152,16 @@ def test_a_loss_that_is_no_number_is_an_error(tiny_model, tiny_tokenizer, rows):
     tiny_model.lm_head.weight.data.fill_(torch.nan)
     with pytest.raises(NotFiniteError, match="sample 'row-[0-9]' is nan"):
         evaluate_loss(tiny_model, tiny_tokenizer, rows, show_progress=False)
+
+
+def test_a_perplexity_beyond_all_floats_is_infinite_and_null_in_the_file(tiny_model, tiny_tokenizer, rows):
+    tiny_model.lm_head.weight.data.mul_(1e5)
+    result = evaluate_loss(tiny_model, tiny_tokenizer, rows, show_progress=False)
+    assert math.isfinite(result.loss)
+    assert result.loss > 709
+    assert result.perplexity == math.inf
+    assert result.to_dict()["perplexity"] is None
+    assert LOSS.texts(result.loss)[1] == "inf"
 
 
 def test_interval_is_that_of_a_ratio_estimator():

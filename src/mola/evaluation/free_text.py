@@ -32,7 +32,7 @@ class LossResult:
 
     Attributes:
         loss: nats per trained token.
-        perplexity: e to the power of `loss`.
+        perplexity: e to the power of `loss`; infinite above 709 nats, which is null in the result file.
         loss_per_byte: nats per UTF-8 byte of the trained text, which different tokenizers share; None if there are no
             bytes.
         interval_95: 95 % interval of `loss` for other rows, see `mola.evaluation.scoring.loss_interval`; None for a
@@ -64,7 +64,7 @@ class LossResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Content of the result file."""
-        return asdict(self)
+        return asdict(self) | {"perplexity": self.perplexity if math.isfinite(self.perplexity) else None}
 
 
 def evaluate_loss(

@@ -160,13 +160,21 @@ def summarize_losses(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     loss = math.fsum(losses) / sum(tokens)
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "loss_per_byte": math.fsum(losses) / sum(sizes) if any(sizes) else None,
         "interval_95": loss_interval(losses, tokens),
         "tokens": sum(tokens),
         "bytes": sum(sizes),
         "total": len(samples),
     }
+
+
+def perplexity(loss: float) -> float:
+    """`exp(loss)` of a loss in nats; infinite above 709 nats, where it is larger than every float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def loss_interval(losses: Sequence[float], tokens: Sequence[int]) -> list[float] | None:

@@ -1,9 +1,9 @@
 """What a comparison compares: the accuracy of answers, or the loss of free text. How each is written in tables."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mola.evaluation.scoring import perplexity
 from mola.reporting.formatting import nats, points
 
 _INTERVALS = (
@@ -48,7 +48,7 @@ ACCURACY = Outcome(
 )
 LOSS = Outcome(
     columns=("loss", "perplexity"),
-    texts=lambda value: [nats(value, ""), f"{math.exp(value):.4g}"],
+    texts=lambda value: [nats(value, ""), f"{perplexity(value):.4g}"],
     signed=nats,
     note="Loss in nats per token over all tokens of the test rows; the perplexity is exp(loss). Lower is better. "
     "Difference: loss of the recipe − loss of {reference}, on the same rows with the same seeds; a negative difference "
