@@ -18,6 +18,7 @@ from mola.errors import MolaError
 from mola.files.reading import read_json_object
 from mola.options.fields import shown_name
 from mola.training.checkpoints import RUN_FILE, STATE_FILE, find_checkpoint
+from mola.training.fields import TrainFields
 from mola.training.options import TrainOptions
 from mola.training.run_folder import check_start_is_kept
 from mola.training.train import main as train_main
@@ -99,8 +100,8 @@ def train_settings(options: SharedOptions, reports: bool) -> dict[str, Any]:
 
 def _as_command(settings: Mapping[str, Any], environment: Mapping[str, str]) -> str:
     """The `mola train` command with these options, for a POSIX shell."""
-    shown = {each.name: shown_name(each) for each in fields(TrainOptions)}
-    flags = [f"--{shown[name]}={_flag_text(value)}" for name, value in settings.items() if value is not None]
+    shown = {each.name: shown_name(each) for each in fields(TrainFields)}
+    flags = [f"--{shown.get(name, name)}={_flag_text(value)}" for name, value in settings.items() if value is not None]
     variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
     return " ".join([*variables, shlex.join(["mola", "train", *flags])])
 
