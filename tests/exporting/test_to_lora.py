@@ -213,6 +213,7 @@ def test_the_head_is_fitted_to_every_token(tiny_model_dir, questions, tmp_path, 
 
 
 def test_a_short_test_text_and_a_whole_test_are_measured(tiny_model_dir, mixture, questions, tmp_path, run, caplog):
+    caplog.set_level("INFO")
     (tmp_path / "text.txt").write_text("One piece of text.")
     flags = ["--to", "lora", "--r", 4, "--base_model", tiny_model_dir, "--device", "cpu", "--dtype", "float32"]
     data = ["--data", questions / "train.json", "--task", "sample", "--test", questions / "test.json", "--limit", 5]
@@ -220,6 +221,7 @@ def test_a_short_test_text_and_a_whole_test_are_measured(tiny_model_dir, mixture
     rows = {kind: sum(counts.values()) for kind, counts in report_of(tmp_path / "fit")["rows"].items()}
     assert rows == {"answer": 5, "test answer": 12, "other text": 1}
     assert "Only the first 5 samples of" in caplog.text
+    assert "train.json: 5 samples of the task sample" in caplog.text
 
 
 def test_every_piece_of_a_text_begins_with_the_begin_token(tiny_model_dir, tmp_path):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class LoadedData:
         kind: what the examples are, in words such as "conversations".
         template: the template that fits the rows by default; None: the chat template of the tokenizer, else alpaca.
         path: the data source.
+        left_out: number of rows that come after the first `limit` ones.
     """
 
     examples: list[dict[str, Any]]
@@ -41,6 +42,7 @@ class LoadedData:
     kind: str
     template: str | None
     path: str
+    left_out: int = 0
 
     def summary(self, template: str, report: EncodeReport | None = None) -> str:
         """What was found, in one line for the log; `report` is about these examples, `template` describes theirs."""
@@ -99,10 +101,11 @@ def load_data(
         raise MolaError(f"`limit` must be a positive integer: got {limit!r}. Leave it out to keep all rows.")
     rows = _apply_filters(list(enumerate(read_rows(path, split))), filters or {}, path)
     if task is None:
-        data = _recognised_data(rows[:limit], split, path)
+        data, num_rows = _recognised_data(rows[:limit], split, path), len(rows)
     else:
-        examples = _task_examples(rows, task, split, limit, path)
+        examples, num_rows = _task_examples(rows, task, split, limit, path)
         data = LoadedData(examples, task, f"samples of the task {task.name}", task.template, str(path))
+    data = replace(data, left_out=num_rows - len(data.examples))
     check_ids((example["id"] for example in data.examples), str(path))
     return data
 
@@ -126,12 +129,12 @@ def _recognised_data(rows: _Rows, split: str | None, path: str | Path) -> Loaded
 
 def _task_examples(
     rows: _Rows, task: Task, split: str | None, limit: int | None, path: str | Path
-) -> list[dict[str, Any]]:
-    """Examples of prepared rows, or of raw rows that go through the task."""
+) -> tuple[list[dict[str, Any]], int]:
+    """Examples of prepared rows, or of raw rows that go through the task; and the number of rows without `limit`."""
     if all(_is_prepared(row, task) for _, row in rows):
         if reads_prompts(task):
             _check_task_filters(rows, task, path)
-        return [_prepared_example(row, index, split, task) for index, row in rows[:limit]]
+        return [_prepared_example(row, index, split, task) for index, row in rows[:limit]], len(rows)
     kept = [(index, row) for index, row in rows if task.keeps(row)]
     if not kept:
         raise MolaError(
@@ -140,7 +143,7 @@ def _task_examples(
         )
     if len(kept) < len(rows):
         logger.info("%s: filters of the task left out %d of %d rows", path, len(rows) - len(kept), len(rows))
-    return examples_of_rows(kept[:limit], task, split, path)
+    return examples_of_rows(kept[:limit], task, split, path), len(kept)
 
 
 def examples_of_rows(rows: _Rows, task: Task, split: str | None, source: str | Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,6 @@ _PIECE_LENGTH = 256  # number of tokens in a piece of text
 _BATCH_TOKENS = 1024
 _HELD_OUT_INTERVAL = 10  # one row in ten is held out
 _NO_LIMIT = 1 << 30
-
-_Item = TypeVar("_Item")
 
 
 class Row(NamedTuple):
@@ -55,8 +53,9 @@ def read_data(options: ConvertOptions, path: str, source: str) -> Calibration:
         MolaError: the file is unreadable, or fewer than two of its rows fit the model.
     """
     check_split("split", options.split, ConvertOptions.split, path)
-    samples, tokenizer = read_samples_of(options, path, source, options.split, options.limit + 1)
-    samples = samples._replace(examples=_first(samples.examples, options.limit, f"samples of {path}"))
+    samples, tokenizer = read_samples_of(options, path, source, options.split, options.limit)
+    if samples.left_out:
+        _warn_of_limit(options.limit, f"samples of {path}")
     return _hold_out(*_encode(options, samples, tokenizer, source), path)
 
 
@@ -112,10 +111,8 @@ def _encode(
     return [Row(row["input_ids"], row["labels"]) for row in dataset], report.dropped
 
 
-def _first(rows: list[_Item], limit: int, what: str) -> list[_Item]:
-    if len(rows) > limit:
-        logger.warning("Only the first %d %s are read. `limit` sets this number.", limit, what)
-    return rows[:limit]
+def _warn_of_limit(limit: int, what: str) -> None:
+    logger.warning("Only the first %d %s are read. `limit` sets this number.", limit, what)
 
 
 def read_general_text(options: ConvertOptions, option: str) -> Calibration:
@@ -140,7 +137,9 @@ def read_general_text(options: ConvertOptions, option: str) -> Calibration:
     size = min(_PIECE_LENGTH, _max_length(options)) - len(begin)
     pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
     rows = [Row([*begin, *piece], [*begin, *piece]) for piece in pieces if len(piece) + len(begin) > 1]
-    rows = _first(rows, options.limit, f"pieces of {path}")
+    if len(rows) > options.limit:
+        _warn_of_limit(options.limit, f"pieces of {path}")
+    rows = rows[: options.limit]
     if option == "text":
         return _hold_out(rows, 0, path)
     if not rows:

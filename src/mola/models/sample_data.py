@@ -23,6 +23,7 @@ class Samples(NamedTuple):
     examples: list[dict[str, Any]]  # see `load_data`
     task: Task | None  # the task that says where the answers are; None for free text
     template: Template
+    left_out: int = 0  # number of rows that come after the first `limit` ones
 
 
 def read_samples(
@@ -56,7 +57,7 @@ def read_samples(
     warn_of_other_template(adapter, layout.name)
     logger.info("%s", data.summary(layout.description))
     has_answers = data.task is not None and data.task.answer is not None
-    return Samples(data.examples, data.task if has_answers else None, layout)
+    return Samples(data.examples, data.task if has_answers else None, layout, data.left_out)
 
 
 def encode_samples(
