@@ -227,6 +227,24 @@ def test_the_task_of_a_checkpoint_and_a_moved_task(no_weights_dir, adapter, tmp_
     assert "The task of the training, moved.yaml, cannot be found: groups are left out" in caplog.text
 
 
+def test_data_of_another_kind_than_the_task_of_the_training(tiny_model_dir, no_weights_dir, adapter, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run_dir, data = shutil.copytree(adapter, tmp_path / "run"), tmp_path / "mine.jsonl"
+    (run_dir / "run.json").write_text(json.dumps({"settings": {"task": "sample"}}), encoding="utf-8")
+    row = {"question": "Where do ferns grow?", "answer": "In shade.", "category": "Plants"}
+    data.write_text(json.dumps(row), encoding="utf-8")
+    found = inspect(InspectOptions(str(tiny_model_dir), str(run_dir), str(data), device="cpu"))
+    assert "mine.jsonl has no column `choices`, which the task of the training, sample, reads." in caplog.text
+    assert "1 questions with answers" in caplog.text
+    assert not any(name.startswith("category=") for name in found["usage"])
+    base = str(no_weights_dir)
+    with pytest.raises(MolaError, match="no column `choices`, which the task `sample` needs"):
+        inspect(InspectOptions(base, str(run_dir), str(data), task="sample"))
+    data.write_text('{"ask": "Where do ferns grow?", "reply": "In shade."}')
+    with pytest.raises(MolaError, match="no column `question`, which the task `sample` needs"):
+        inspect(InspectOptions(base, str(run_dir), str(data)))
+
+
 def test_shares_equal_the_gates_of_one_sample(tiny_model_dir, adapter, sample, tmp_path):
     """Of one sample, from its text."""
     output = tmp_path / "experts.json"

@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from mola.checkpoints.adapter_folder import read_tensors
-from mola.data.read import check_split
+from mola.data.formats import find_format
+from mola.data.read import check_split, stream_rows
 from mola.data.tasks import Task, load_task
 from mola.data.templates import Template
 from mola.data.tokenized import IGNORED
@@ -136,6 +137,8 @@ def _load_samples(options: InspectOptions) -> tuple[list[dict[str, Any]], Any, A
             f"`groups` of the task {task.name!r} must not have `token`, which names token types here. Rename it."
         )
     check_split("split", options.split, InspectOptions.split, options.data)
+    if options.task is None and task is not None and not _reads_data(task, options):
+        task = None
     tokenizer = tokenizer_for(options, "right")
     samples = read_samples(
         options.data,
@@ -190,6 +193,26 @@ def _task_of(options: InspectOptions, trained: Any) -> Task | None:
     except MolaError:  # the task is a file that has been moved
         logger.warning("The task of the training, %s, cannot be found: groups are left out. Pass `task`.", trained)
         return None
+
+
+def _reads_data(task: Task, options: InspectOptions) -> bool:
+    """False if the first row lacks columns of the task and is of a known format."""
+    row = next(stream_rows(options.data, options.split, is_stored=True), {})
+    missing = task.missing_columns(row)
+    if not missing or {"instruction", "output"} <= row.keys():  # raw rows of the task, or prepared ones
+        return True
+    try:
+        kind = find_format(row, options.data).name
+    except MolaError:
+        return True  # the task's own error names the column that is missing
+    logger.info(
+        "%s has no column `%s`, which the task of the training, %s, reads. It is read as %s, without the task.",
+        options.data,
+        missing[0],
+        task.name,
+        kind,
+    )
+    return False
 
 
 def _result_table(result: Mapping[str, Any]) -> Table:
