@@ -1,8 +1,9 @@
-"""The notebook runs in a kernel, its settings do what they say, and it is stored without results."""
+"""The notebooks run in a kernel, their settings do what they say, and they are stored without results."""
 
 import contextlib
 import functools
 import io
+import os
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from peft import get_peft_model
 
@@ -18,33 +20,42 @@ from mola import cli
 from mola.options.parsing import parse
 from tests.waiting import PATIENCE
 
-NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "mola_inference.ipynb"
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+INFERENCE, CHATS = NOTEBOOKS / "mola_inference.ipynb", NOTEBOOKS / "your_chats.ipynb"
 # Libraries warn about what they will do one day; here only our own words count.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture
-def work(tmp_path, monkeypatch, tiny_model_dir, tiny_model):
-    """A working folder with the base model and the adapter that the notebook names."""
+def folder(tmp_path, monkeypatch, tiny_model_dir):
+    """A working folder with a base model."""
     (tmp_path / "my-model").symlink_to(tiny_model_dir)
-    torch.manual_seed(1)
-    model = get_peft_model(tiny_model, mola.MolaConfig(num_experts=[1, 2, 2, 3], r=4, task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "mola_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(tmp_path / "scienceqa_mola")
     for variable in ("HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
         (tmp_path / ".home" / variable).mkdir(parents=True)
         monkeypatch.setenv(variable, str(tmp_path / ".home" / variable))
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "OMP_NUM_THREADS"):
         monkeypatch.setenv(variable, "1")
+    for variable, value in (("PATH", os.environ["PATH"]), ("COLUMNS", "80")):  # a notebook changes them
+        monkeypatch.setenv(variable, value)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def notebook(**settings):
+@pytest.fixture
+def work(folder, tiny_model):
+    """The folder with the adapter that the notebook names."""
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_model, mola.MolaConfig(num_experts=[1, 2, 2, 3], r=4, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "mola_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder / "scienceqa_mola")
+    return folder
+
+
+def notebook(path, **settings):
     """The notebook, with other values in its cell of settings."""
-    content = nbformat.read(NOTEBOOK, as_version=4)
+    content = nbformat.read(path, as_version=4)
     for name, value in settings.items():
         changed = 0
         for cell in code_cells(content):
@@ -62,9 +73,15 @@ def run_cells(**settings):
     """The names the notebook defines, run without a kernel."""
     names = {"__name__": "__main__"}
     with contextlib.redirect_stdout(io.StringIO()):
-        for cell in code_cells(notebook(**settings)):
+        for cell in code_cells(notebook(INFERENCE, **settings)):
             exec(compile(cell.source, cell.id, "exec"), names)
     return names
+
+
+def run_in_kernel(content, folder):
+    NotebookClient(
+        content, timeout=PATIENCE, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
 
 
 def printed(cell) -> str:
@@ -73,10 +90,8 @@ def printed(cell) -> str:
 
 @pytest.mark.slow
 def test_notebook_in_a_kernel_prints_what_generate_text_returns(work):
-    content = notebook()
-    NotebookClient(
-        content, timeout=PATIENCE, kernel_name="python3", resources={"metadata": {"path": str(work)}}
-    ).execute()
+    content = notebook(INFERENCE)
+    run_in_kernel(content, work)
     prompt, text = (printed(cell)[:-1] for cell in code_cells(content)[2:4])
     assert "Question: Which of these animals breathes with lungs?" in prompt
     assert "(A) a trout (B) a dolphin (C) a shark" in prompt
@@ -102,8 +117,56 @@ def test_settings_of_the_notebook_take_effect(work, monkeypatch):
     assert run_cells(**{**wide, "mola_weights": None})["text"] != sampled
 
 
-def test_notebook_is_stored_without_results_and_says_nothing_of_a_machine():
-    content = nbformat.read(NOTEBOOK, as_version=4)
+class Shell:
+    """Runs the `!mola` lines of a notebook in this process, except those of one command."""
+
+    def __init__(self, names, skip):
+        self.names, self.skip = names, skip
+
+    def system(self, line):
+        program, command, *arguments = shlex.split(line.format(**self.names))
+        assert program == "mola"
+        if command != self.skip:
+            assert cli.main([command, *arguments]) == 0
+
+
+def test_chats_are_trained_shown_and_asked(folder, capsys, caplog):
+    names = {"__name__": "__main__"}
+    names["get_ipython"] = lambda: Shell(names, skip="compare")
+    outputs = []
+    for cell in code_cells(notebook(CHATS, MODEL="my-model", EPOCHS=1, LEARNING_RATE=1e-2)):
+        source = TransformerManager().transform_cell(cell.source)
+        exec(compile(source, cell.id, "exec"), names)
+        outputs.append(capsys.readouterr())
+    _, _, _, chat, _, report, ask, _ = outputs
+    assert "60 conversations, 2.0 turns each, template alpaca for conversations" in chat.out
+    marked = re.findall(r"\x1b\[30;42m(.*?)\x1b\[0m", chat.out, re.S)
+    answers = [
+        "At Pelican Cycles, a chain is 24 euros. Bring your bicycle in!",
+        "We fit a chain in 20 minutes. Tea is on the house.",
+    ]
+    assert marked == [f"{answer}</s>" for answer in answers]
+    assert re.search(r"experts per layer +2468$", caplog.text, re.M)
+    assert "report.html" in report.out
+    assert "experts" in names["page"]
+    before, after = re.fullmatch(r"Base model:   (.*)\nWith adapter: (.*)\n", ask.out, re.S).groups()
+    assert before != after
+
+
+@pytest.mark.slow
+def test_chats_in_a_kernel_end_with_a_verdict(folder):
+    content = notebook(CHATS, MODEL="my-model", EPOCHS=1, LEARNING_RATE=1e-2)
+    run_in_kernel(content, folder)
+    outputs = [printed(cell) for cell in code_cells(content)]
+    assert "experts per layer  2468" in outputs[4]
+    assert "<iframe" in code_cells(content)[5].outputs[-1].data["text/html"]
+    assert re.search(r"On 24 test rows and 2 seeds, the loss of 2468 is \S+ nats per token", outputs[7])
+    assert "Serve it: mola serve" in outputs[7]
+
+
+@pytest.mark.parametrize("path", [INFERENCE, CHATS], ids=lambda path: path.stem)
+def test_notebook_is_stored_without_results_and_says_nothing_of_a_machine(path):
+    content = nbformat.read(path, as_version=4)
     nbformat.validate(content)
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code_cells(content))
     assert all(not cell.metadata for cell in content.cells)
@@ -111,13 +174,20 @@ def test_notebook_is_stored_without_results_and_says_nothing_of_a_machine():
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    settings = code_cells(content)[0].source
+
+
+def test_sampling_of_the_notebook_is_that_of_the_research_code():
+    settings = code_cells(notebook(INFERENCE))[0].source
     assert {"temperature = 0.1", "top_p = 0.75", "top_k_g = 20"} <= set(settings.splitlines())
 
 
-def test_commands_in_the_notebook_exist():
-    text = "\n".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells)
-    (line,) = re.findall(r"^mola .*$", text, re.M)
-    _, name, *arguments = shlex.split(line)
-    command = cli.COMMANDS[name]
-    parse(cli.find(command.options), arguments, prog=name, positional=command.positional)
+@pytest.mark.parametrize("path", [INFERENCE, CHATS], ids=lambda path: path.stem)
+def test_commands_in_the_notebook_exist(path):
+    text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells).replace("\\\n", " ")
+    values = {"MODEL": "my-model", "CHATS": "chats.jsonl", "EPOCHS": 1, "LEARNING_RATE": 0.001, "FOLDER": "folder"}
+    lines = re.findall(r"^!?(mola .* --.*)$", text, re.M)
+    assert lines
+    for line in lines:
+        _, name, *arguments = shlex.split(line.format(**values))
+        command = cli.COMMANDS[name]
+        parse(cli.find(command.options), arguments, prog=name, positional=command.positional)
