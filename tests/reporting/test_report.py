@@ -251,6 +251,14 @@ def test_commands_after_training_on_a_file_without_a_task(run_dir):
     assert [(each.data, each.template) for each in found["inspect"]] == [("TEST_DATA", "alpaca")]
 
 
+def test_commands_after_training_on_a_folder_that_is_empty_now(run_dir, tmp_path):
+    (tmp_path / "data").mkdir()
+    change(run_dir / "run.json", lambda record: record["settings"].update(data=str(tmp_path / "data")))
+    assert [each.data for each in asked(run_dir, "before", "after", "inspect")["evaluate"]] == 2 * [
+        str(tmp_path / "data")
+    ]
+
+
 def test_the_command_for_a_missing_result_has_the_settings_of_the_other_result(run_dir):
     rows = {"template": "vicuna", "filters": {"category": ["Tense"]}, "split": "validation"}
     settings = rows | {"limit": 3, "scoring": "likelihood", "max_new_tokens": 7}

@@ -11,7 +11,10 @@ from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
 from mola.options.parsing import parse
 from mola.serving.options import ServeOptions
+from tests.reporting.pages import Page
 from tests.training.runs import NO_EVALUATION, read_record
+
+SECTIONS = {"accuracy": "accuracy", "loss": "free-text"}  # of a report's page, by what is measured
 
 
 @pytest.mark.parametrize(
@@ -80,16 +83,43 @@ def test_dtype_auto_says_why_and_kernels_are_for_verbose(table):
     assert "Kernels: training: " in text
 
 
-def test_a_run_ends_with_commands_that_run_as_they_are(flags, tmp_path, capsys):
-    prepare(PrepareOptions("sample", str(tmp_path / "my data"), train_size=8, validation_size=4, test_size=4))
-    data = tmp_path / "my data" / "dataset.hf"
-    assert main(flags(tmp_path / "my run", data=data, task="sample", max_steps=1, warmup_steps=0, template=None)) == 0
+def prepared_questions(folder):
+    prepare(PrepareOptions("sample", str(folder), train_size=8, validation_size=4, test_size=4))
+    return {"data": folder / "dataset.hf", "task": "sample"}
+
+
+def write_pairs(path, count):
+    rows = [{"question": f"Count to {index}.", "answer": f"{index}"} for index in range(count)]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def files_without_a_test(folder):
+    write_pairs(folder / "train.jsonl", 8)
+    write_pairs(folder / "validation.jsonl", 4)
+    return {"data": folder}
+
+
+def one_file_and_one_for_evaluation(folder):
+    write_pairs(folder / "mine.jsonl", 8)
+    write_pairs(folder / "other.jsonl", 4)
+    return {"data": folder / "mine.jsonl", "eval_data": folder / "other.jsonl"}
+
+
+@pytest.mark.parametrize("made", [prepared_questions, files_without_a_test, one_file_and_one_for_evaluation])
+def test_a_run_ends_with_commands_that_run_as_they_are(made, flags, tmp_path, capsys):
+    data = made(tmp_path / "my data")
+    assert main(flags(tmp_path / "my run", **data, max_steps=1, warmup_steps=0, template=None)) == 0
     printed = capsys.readouterr().err
     commands = [shlex.split(line) for line in printed[printed.index("Next:") :].splitlines()[1:]]
     assert [words[:2] for words in commands] == [["mola", name] for name in ("evaluate", "report", "serve")]
     evaluate, report, serve = (words[1:] for words in commands)
     assert main(evaluate) == main(report) == 0
-    assert json.loads((tmp_path / "my run" / "after.json").read_text())["total"] == 4
-    assert (tmp_path / "my run" / "report.html").is_file()
+    result = json.loads((tmp_path / "my run" / "after.json").read_text())
+    measured = "accuracy" if "task" in data else "loss"
+    assert (result["total"], measured in result) == (4, True)
+    section = Page((tmp_path / "my run" / "report.html").read_text(encoding="utf-8")).section(SECTIONS[measured])
+    assert " without the adapter has not been measured" in section.text
+    assert " with the adapter has not been measured" not in section.text
     served = parse(ServeOptions, serve[1:], prog="mola serve", positional="adapter")
     assert served.adapter == [str(tmp_path / "my run")]

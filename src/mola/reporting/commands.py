@@ -1,9 +1,11 @@
 """The commands that produce missing parts of a report."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mola.data.read import FILE_ENDINGS
+from mola.data.read import FILE_ENDINGS, split_names
 from mola.data.tasks import load_task
 from mola.errors import MolaError
 from mola.files.digests import CONFIG_FILE
@@ -69,14 +71,31 @@ def _model_and_rows(run: Run, *, with_adapter: bool) -> dict[str, Any]:
         template = settings.get("template") or (None if settings.get("task") else run.record.get("template"))
         rows["template"] = rows["template"] or template
         rows["filters"] = rows["filters"] or settings.get("filters")
-    if not result:  # a file holds only the rows of the training, a saved dataset has a split `test`
-        data = str(settings.get("data") or "")  # not known for an adapter of a different trainer
-        is_file = data.removesuffix(".gz").endswith(FILE_ENDINGS)
-        rows["data"] = "TEST_DATA" if is_file or not data else data
+    if not result:
+        rows |= _unseen_rows(settings)
     if rows["split"] == "test":  # the default
         rows["split"] = None
     is_recorded = with_adapter and (run.folder / CONFIG_FILE).is_file()
     return {"base_model": None if is_recorded else str(settings["base_model"]), **_loading(run), **rows}
+
+
+def _unseen_rows(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Data and split that a run was not trained on; the data are the placeholder `TEST_DATA` if it names none."""
+    source = str(settings.get("eval_data") or settings.get("data") or "")  # an adapter of a different trainer has none
+    is_file = source.removesuffix(".gz").endswith(FILE_ENDINGS)
+    splits, split = _splits_of_folder(source), settings.get("eval_split")
+    if settings.get("eval_data"):
+        return {"data": source, "split": split if splits else None}
+    if splits and "test" not in splits and split in splits:
+        return {"data": source, "split": split}
+    return {"data": "TEST_DATA" if is_file or not source else source}
+
+
+def _splits_of_folder(source: str) -> list[str]:
+    try:
+        return split_names(source) if os.path.isdir(os.path.expanduser(source)) else []
+    except MolaError:  # the folder has changed since the training
+        return []
 
 
 def _loading(run: Run) -> dict[str, Any]:
