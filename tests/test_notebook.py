@@ -139,13 +139,9 @@ def test_chats_are_trained_shown_and_asked(folder, capsys, caplog):
         exec(compile(source, cell.id, "exec"), names)
         outputs.append(capsys.readouterr())
     _, _, _, chat, _, report, ask, _ = outputs
-    assert "60 conversations, 2.0 turns each, template alpaca for conversations" in chat.out
+    assert "60 conversations, 1.0 turns each, template alpaca for conversations" in chat.out
     marked = re.findall(r"\x1b\[30;42m(.*?)\x1b\[0m", chat.out, re.S)
-    answers = [
-        "At Pelican Cycles, a chain is 24 euros. Bring your bicycle in!",
-        "We fit a chain in 20 minutes. Tea is on the house.",
-    ]
-    assert marked == [f"{answer}</s>" for answer in answers]
+    assert marked == ["At Pelican Cycles, a chain is 24 euros. Bring your bicycle in!</s>"]
     assert re.search(r"experts per layer +2468$", caplog.text, re.M)
     assert "report.html" in report.out
     assert "experts" in names["page"]
