@@ -186,9 +186,12 @@ def test_the_merged_model_uses_the_prompts_of_the_adapter(tiny_model_dir, lora, 
     adapter = lora("a")
     Path(adapter, "prompts.json").write_text('{"template": "meta"}', encoding="utf-8")
     run("merge", adapter, "--base_model", tiny_model_dir, "--output", tmp_path / "merged")
-    assert _choose_template(GenerateOptions(base_model=str(tmp_path / "merged"))) == "meta"
-    assert _choose_template(GenerateOptions(base_model=str(tmp_path / "merged"), template="vigogne")) == "vigogne"
-    assert _choose_template(GenerateOptions(base_model=str(tiny_model_dir))) == "alpaca"
+    merged, tokenizer = str(tmp_path / "merged"), load_tokenizer(tiny_model_dir)
+    assert _choose_template(GenerateOptions(base_model=merged), tokenizer) == "meta"
+    assert _choose_template(GenerateOptions(base_model=merged, template="vigogne"), tokenizer) == "vigogne"
+    assert _choose_template(GenerateOptions(base_model=str(tiny_model_dir)), tokenizer) == "alpaca"
+    tokenizer.chat_template = "{{ messages }}"
+    assert _choose_template(GenerateOptions(base_model=str(tiny_model_dir)), tokenizer) == "chat"
 
 
 def test_tokens_of_chats_that_the_base_does_not_have_are_named(tiny_model_dir, tmp_path, caplog):

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from mola.data.templates import Template, check_template
+from mola.data.templates import CHAT, Template, check_template
 from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings, encode_prompt, generate_text
 from mola.generation.options import GenerateOptions
@@ -34,11 +34,11 @@ def main(options: GenerateOptions) -> int:
     _check_options(options)
     if options.adapter is not None:
         check_adapter(options.adapter)
-    template_name = _choose_template(options)
-    check_template(template_name)
+    if options.template is not None:
+        check_template(options.template)
     config = check_model(options)
     tokenizer = tokenizer_for(options)
-    template = template_for(template_name, tokenizer, options.adapter)
+    template = template_for(_choose_template(options, tokenizer), tokenizer, options.adapter)
     prompt, prompt_template = options.prompt, None
     if options.instruction is not None:
         prompt, prompt_template = template.prompt(options.instruction, options.input), template
@@ -68,8 +68,11 @@ def _decoding(options: GenerateOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def _choose_template(options: GenerateOptions) -> str:
-    """Name of the template: the one that the options name, else the one used in training, else alpaca."""
+def _choose_template(options: GenerateOptions, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Name of the template: the one that the options name, else the one used in training.
+
+    A base model alone has its chat template, if there is one, else alpaca.
+    """
     if options.template is not None:
         return options.template
     if options.prompt is not None:
@@ -77,7 +80,7 @@ def _choose_template(options: GenerateOptions) -> str:
     if options.adapter is None:
         # `mola merge` records the template that the adapter was trained with.
         recorded = trained_template(options.base_model) if os.path.isdir(options.base_model) else None
-        return recorded or "alpaca"
+        return recorded or (CHAT if tokenizer.chat_template else "alpaca")
     found = template_of(options.adapter)
     if found is None:
         logger.warning(
