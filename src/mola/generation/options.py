@@ -21,7 +21,7 @@ class GenerateOptions(ModelOptions):
     template: str | None = option(
         None,
         "Prompt template for instructions. Default: the template of the training, if the folder of the adapter or "
-        "of the merged model records it, else the chat template in the folder of the adapter or base model, else alpaca.",
+        "of the merged model records it, else the chat template of the adapter or the base model, else alpaca.",
     )
     max_new_tokens: int = option(128, "Maximum length of the answer in tokens.")
     temperature: float | None = option(
