@@ -30,7 +30,8 @@ def commands(tmp_path, monkeypatch, tiny_model_dir):
 
 
 @pytest.mark.filterwarnings("default")
-def test_the_tutorial_runs_from_chats_to_an_answer_by_http(commands, tmp_path, capfd):
+def test_the_tutorial_runs_from_chats_to_an_answer_by_http(commands, tmp_path, caplog):
+    caplog.set_level("INFO")
     names = [words[1] if words[0] == "mola" else words[0] for words in commands]
     assert names == ["pip", "python", "train", "generate", "compare", "report", "serve", "curl"]
     _, make_chats, *in_process, serve, curl = commands
@@ -39,7 +40,7 @@ def test_the_tutorial_runs_from_chats_to_an_answer_by_http(commands, tmp_path, c
     for words in in_process:
         few = ["--max_steps", "2", "--warmup_steps", "0", "--dtype", "float32", "--disable_tqdm", "true"]
         assert main([*words[1:], *(few if words[1] in ("train", "compare") else [])]) == 0
-    assert "60 conversations, 1.0 turns each" in capfd.readouterr().err
+    assert "60 conversations, 1.0 turns each" in caplog.text
     assert (tmp_path / "runs" / "chats" / "report.html").is_file()
 
     port = str(free_port())

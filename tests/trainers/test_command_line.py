@@ -11,6 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from mola import MolaError
+from mola.data.examples import load_data
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "trl" / "sft.yaml"
 FLAGS = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "up_proj"]}
@@ -41,6 +42,33 @@ def test_recipe_of_trl_trains_a_mixture(trl, tiny_model_dir, tmp_path):
     weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {name.rsplit(".", 2)[1] for name in weights} == {"q_proj", "up_proj"}
     assert all(weights[name].abs().sum() > 0 for name in weights)
+
+
+@pytest.mark.slow
+def test_pairs_train_a_mixture_by_the_command_that_mola_train_names(trl, tiny_model_dir, tmp_path):
+    """`mola train` does not train on pairs of a chosen and a rejected answer, and says which command does."""
+    rows = [json.dumps({"prompt": f"{i} + {i} =", "chosen": f" {2 * i}", "rejected": " 5"}) for i in range(8)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    with pytest.raises(MolaError) as error:
+        load_data(tmp_path / "data", None, "train")
+    command = str(error.value).partition("TRL trains on them: python ")[2].partition(" (see")[0]
+    places = {"MODEL": str(tiny_model_dir), "FOLDER": str(tmp_path / "data"), "RUN": str(tmp_path / "out")}
+    words = [places.get(word, word) for word in command.split()]
+    few = [
+        "--max_steps",
+        "2",
+        "--per_device_train_batch_size",
+        "2",
+        "--use_cpu",
+        "--bf16",
+        "false",
+        "--report_to",
+        "none",
+    ]
+    process = subprocess.run([sys.executable, *words, *few], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "MOLA"
 
 
 def test_the_recipe_of_the_repository_is_read(trl, tmp_path):
