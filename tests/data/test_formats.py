@@ -140,6 +140,16 @@ OTHERS = {
         '{"question": "a", "choices": ["x", "y"], "answer": 2}',
         "must be an index from 0 to 1",
     ),
+    "a history as broken JSON": (
+        '{"instruction": "a", "output": "b"}',
+        '{"instruction": "a", "output": "b", "history": "[1"}',
+        "is not valid JSON",
+    ),
+    "a history without pairs": (
+        '{"instruction": "a", "output": "b"}',
+        '{"instruction": "a", "output": "b", "history": ["ab"]}',
+        "`history` must hold pairs",
+    ),
     "an answer of a wrong kind": (
         '{"question": "a", "answer": "b"}',
         '{"question": "a", "answer": ["b"]}',

@@ -11,12 +11,11 @@ Formats in the order in which they are looked for:
     text                                text that is trained as a whole
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mola.data.messages import CHAT_COLUMNS, read_messages, read_tools
+from mola.data.messages import CHAT_COLUMNS, parse_json_text, read_messages, read_tools
 from mola.data.tasks import Task, load_task
 from mola.errors import MolaError
 
@@ -189,7 +188,9 @@ def _pair(request: str, answer: str, name: str, columns: set[str]) -> Format:
         is_new = isinstance(system, str) and system not in question
         history = row.get("history") or []
         if isinstance(history, str):
-            history = json.loads(history)
+            history = parse_json_text(history)
+        if not all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in history):
+            raise MolaError(f"`history` must hold pairs of a request and its answer: got {history!r:.80}. Correct it.")
         if not (is_new or history):
             return parts
         turns = [text for turn in history for text in turn] + [question, parts["output"]]

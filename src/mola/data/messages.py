@@ -38,7 +38,7 @@ def read_messages(value: Any, system: Any = None) -> list[dict[str, Any]]:
         MolaError: a message has no known role, no text, or comes out of turn; it says which.
     """
     if isinstance(value, str):
-        value = _from_json(value)
+        value = parse_json_text(value)
     if not isinstance(value, (list, tuple)) or not value:
         raise MolaError(f"a conversation must be a list of messages: got {_short(value)}. Correct or remove the row.")
     messages = [_message(message, index) for index, message in enumerate(value)]
@@ -51,7 +51,7 @@ def read_messages(value: Any, system: Any = None) -> list[dict[str, Any]]:
 def read_tools(value: Any) -> list[Any] | None:
     """Descriptions of tools, as a list or as its JSON text; None without any."""
     if isinstance(value, str) and value.strip():
-        value = _from_json(value)
+        value = parse_json_text(value)
     if not value:
         return None
     if not isinstance(value, (list, tuple)):
@@ -75,7 +75,7 @@ def _message(message: Any, index: int) -> dict[str, Any]:
     if content is None:
         content = message.pop("value", None)
     if given in _CALLS:
-        calls = _from_json(content) if isinstance(content, str) else content
+        calls = parse_json_text(content) if isinstance(content, str) else content
         calls = list(calls) if isinstance(calls, (list, tuple)) else [calls]
         return {"role": role, "content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
     if content is None and role == "assistant" and message.get("tool_calls"):
@@ -114,7 +114,8 @@ def _check_turns(messages: Sequence[Mapping[str, Any]]) -> None:
         raise MolaError("a conversation must have an answer of the assistant to train on. Correct or remove the row.")
 
 
-def _from_json(text: str) -> Any:
+def parse_json_text(text: str) -> Any:
+    """The value of a JSON text in a row, which names the text in its error."""
     try:
         return json.loads(text)
     except ValueError as error:
