@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from mola.architecture.layer_names import PREFIX
 from mola.checkpoints.adapter_folder import read_tensors
 from mola.checkpoints.adapter_settings import foreign_format, read_settings
+from mola.checkpoints.plain_lora import parts_beyond_lora
 from mola.errors import MolaError
 from mola.exporting.mixtures import NAME, Mixture
 from mola.files.digests import WEIGHTS_FILE
@@ -28,21 +29,6 @@ from mola.tuner.stacked import StackedParameters
 
 # Settings that a mixture and a LoRA share, besides the adapted linears.
 _SHARED_SETTINGS = ("task_type", "modules_to_save", "trainable_token_indices", "ensure_weight_tying")
-_NOT_EXPRESSIBLE = {
-    "use_dora": "DoRA scales the base weight",
-    "lora_bias": "experts have no bias",
-    "target_parameters": "only linears can have experts",
-    "modules_to_save": "a module trained in full cannot be divided among experts",
-    "trainable_token_indices": "tokens trained in full cannot be divided among experts",
-    "layer_replication": "its layers are not the base model's layers",
-    "alora_invocation_tokens": "it acts on some of the tokens only",
-    **dict.fromkeys(
-        ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
-        "it computes more than `B A x`",
-    ),
-}
-# Other initialisations change the base weight, which the other experts need unchanged.
-_KEEP_BASE_WEIGHT = (True, False, "gaussian", "orthogonal", "eva")
 
 
 class Factors(NamedTuple):
@@ -219,12 +205,7 @@ def _check_expressible(folder: Path) -> None:
             f"`source` must be LoRA adapters of PEFT for --from lora: {str(folder)!r} has peft_type {peft_type!r}, or "
             "files of a different program. --to lora makes a LoRA of a mixture."
         )
-    reasons = {name: why for name, why in _NOT_EXPRESSIBLE.items() if settings.get(name)}
-    if settings.get("bias", "none") != "none":
-        reasons["bias"] = "trained biases belong to the base model"
-    if settings.get("init_lora_weights", True) not in _KEEP_BASE_WEIGHT:
-        reasons["init_lora_weights"] = f"{settings['init_lora_weights']!r} changes the base weight"
-    for name, why in reasons.items():
+    for name, why in parts_beyond_lora(settings).items():
         raise MolaError(
             f"`{name}` of {str(folder)!r} cannot be expressed by experts: {why}. Train the LoRA without this setting."
         )

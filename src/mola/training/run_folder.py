@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers import PretrainedConfig
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from mola.errors import MolaError
+from mola.files import locking
 from mola.files.atomic import WRITE_TEST, atomic_write_json, check_writable, flush_to_disk
 from mola.files.digests import is_own_file
 from mola.files.environment import machine_description, software_versions
@@ -115,35 +116,17 @@ def check_output_dir(options: TrainOptions) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Lock a run folder during the block, without a lock file.
 
     Raises:
         MolaError: another run on this machine uses the folder.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if isinstance(error, BlockingIOError):
-            os.close(descriptor)
-            raise MolaError(
-                f"`output_dir` must be one run's alone: another one is at work in {str(folder)!r}. Wait for its end, "
-                "or pass another folder."
-            ) from None
-        logger.warning("%s cannot be locked: another run in it would not be noticed.", folder)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # processes that were forked meanwhile hold the lock too
-        os.close(descriptor)
+    return locking.locked(
+        folder,
+        f"`output_dir` must be one run's alone: another one is at work in {str(folder)!r}. Wait for its end, or pass "
+        "another folder.",
+    )
 
 
 def start_run(folder: Path, checkpoint: Path | None, *, overwrite: bool) -> None:

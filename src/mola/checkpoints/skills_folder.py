@@ -1,0 +1,451 @@
+"""A skills folder: plain LoRAs of one base model, and what is needed to decide which of them answers a prompt.
+
+    skills.json               base model, layer and threshold of the decision; digests of the skills
+    statistics.safetensors    tensors "general/X" of general text, and "skills/NAME/X" of each skill's prompts
+    NAME/                     one skill: a plain LoRA in PEFT's format
+
+Keys are sorted and no file holds a date, so the same skills give the same bytes, whatever the order of adding.
+
+`skills.json` is written last, and counts: a skill that is not in it does not exist, even if there are files of it. So a
+command that is killed leaves the old folder or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save, save_file
+
+from mola.checkpoints.adapter_folder import read_tensors
+from mola.checkpoints.recorded_base import is_recorded_base
+from mola.errors import MolaError
+from mola.files import locking
+from mola.files.atomic import atomic_write_bytes, atomic_write_json, flush_to_disk, write_new_folder
+from mola.files.digests import CONFIG_FILE, WEIGHTS_FILE, check_finite, file_sha256
+from mola.files.failures import explain_write_errors
+from mola.files.reading import read_json
+
+SKILLS_FILE = "skills.json"
+STATISTICS_FILE = "statistics.safetensors"
+BASE = "base"  # no skill may have this name: it stands for the base model alone
+FORMAT = 1
+
+Tensors = dict[str, torch.Tensor]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+_GENERAL, _SKILLS = "general/", "skills/"
+_RUN_RECORD = "run.json"  # written by `mola train`
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SkillEntry:
+    """What `skills.json` says about a skill.
+
+    Attributes:
+        adapter_sha256: of its file of weights.
+        statistics_sha256: of its tensors in the file of statistics; see `tensors_sha256`.
+        first_layer: the lowest layer that it adapts.
+        rows: number of prompts that its statistics were measured on.
+    """
+
+    adapter_sha256: str
+    statistics_sha256: str
+    first_layer: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class SkillsFolder:
+    """The content of a skills folder, without the weights of the LoRAs.
+
+    Attributes:
+        path: the folder.
+        base_model: folder or hub id of the base model.
+        base_digest: identifies the base model's weights; see `mola.models.base_model.weights_identity`.
+        layer: the decision reads the input of this layer.
+        threshold: a prompt is answered by a skill if its score is above this share of the score of the skill's mean.
+        reject_rate: share of a skill's own prompts that `threshold` may refuse; None if `threshold` was given.
+        top_k: number of skills that answer together.
+        skills: name -> entry, sorted by name.
+        general: statistics of general text.
+        statistics: name of a skill -> its statistics.
+    """
+
+    path: Path
+    base_model: str
+    base_digest: str
+    layer: int
+    threshold: float
+    reject_rate: float | None
+    top_k: int
+    skills: dict[str, SkillEntry]
+    general: Tensors
+    statistics: dict[str, Tensors]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the skills, sorted."""
+        return sorted(self.skills)
+
+    @property
+    def decides_ahead(self) -> bool:
+        """Whether a skill adapts layers below the decision, which then needs a pass of the base model alone."""
+        return any(each.first_layer < self.layer for each in self.skills.values())
+
+    def entry(self, name: str) -> SkillEntry:
+        """The entry of a skill.
+
+        Raises:
+            MolaError: there is no such skill.
+        """
+        if name not in self.skills:
+            close = difflib.get_close_matches(name, self.names, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise MolaError(
+                f"there is no skill {name!r} in {str(self.path)!r}.{hint} Its skills are {', '.join(self.names)}."
+            )
+        return self.skills[name]
+
+    def adapter(self, name: str) -> Path:
+        """The folder of a skill's LoRA."""
+        self.entry(name)
+        return self.path / name
+
+    def read_adapter(self, name: str) -> Tensors:
+        """The weights of a skill's LoRA, on the CPU.
+
+        Raises:
+            MolaError: there is no such skill, or its weights are missing or not the ones that were added.
+        """
+        entry, folder = self.entry(name), self.path / name
+        tensors = read_tensors(folder)
+        if (found := file_sha256(folder / WEIGHTS_FILE)) != entry.adapter_sha256:
+            raise MolaError(
+                f"{str(folder / WEIGHTS_FILE)!r} is not the file that was added: its sha256 begins with {found[:12]}, "
+                f"{SKILLS_FILE} says {entry.adapter_sha256[:12]}. Copy the folder again, or add the skill again."
+            )
+        return tensors
+
+    def check_base(self, base_model: str, digest: str) -> None:
+        """Check that a base model is the one that the skills belong to; `digest` identifies its weights.
+
+        Raises:
+            MolaError: its weights are different ones.
+        """
+        if digest == self.base_digest:
+            return
+        if ("@" in digest) != ("@" in self.base_digest):  # a model on the Hub has a commit, a folder has a digest
+            logger.warning(
+                "The skills in %s were made on %s, and are used on %s: results are meaningful only if these are the "
+                "same weights.",
+                self.path,
+                self.base_model,
+                base_model,
+            )
+        elif is_recorded_base(base_model, self.base_model):
+            raise MolaError(
+                f"the weights of `base_model` {base_model!r} have changed since {str(self.path)!r} was made: their "
+                f"digest begins with {digest[:12]!r}, {SKILLS_FILE} says {self.base_digest[:12]!r}. Restore the "
+                "weights, or add the skills to a new folder."
+            )
+        else:
+            raise MolaError(
+                f"`base_model` must have the weights that {str(self.path)!r} was made on, those of "
+                f"{self.base_model!r}: got {base_model!r}, which has others. Skills of another base model need a "
+                "folder of their own."
+            )
+
+
+def is_skills_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is a skills folder."""
+    return os.path.isfile(Path(path, SKILLS_FILE))
+
+
+def check_skill_name(name: str) -> None:
+    """Raise if a name cannot be a skill's."""
+    if not _NAME.fullmatch(name) or name.lower() == BASE:
+        raise MolaError(
+            "a skill's name must be of letters, digits, '_' and '-', begin with a letter or digit, and be no "
+            f"{BASE!r}, which stands for the base model alone: got {name!r}. Rename it."
+        )
+
+
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The sha256 of named tensors, whatever their order."""
+    return hashlib.sha256(save({name: tensors[name] for name in sorted(tensors)})).hexdigest()
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_skills(path: str | os.PathLike[str]) -> SkillsFolder:
+    """Read a skills folder; the weights of its LoRAs are read by `SkillsFolder.read_adapter`.
+
+    Raises:
+        MolaError: it is no skills folder, was written by a later version, or a file is missing or damaged.
+    """
+    folder = Path(path).expanduser()
+    if not is_skills_folder(folder):
+        missing = f"no {SKILLS_FILE} in it" if folder.is_dir() else "no such folder"
+        raise MolaError(
+            f"`folder` must be a skills folder: {str(folder)!r}, {missing}. `mola skills add` makes one from LoRAs."
+        )
+    try:
+        record = read_json(folder / SKILLS_FILE)
+        if record["format"] != FORMAT:
+            raise MolaError(
+                f"{str(folder / SKILLS_FILE)!r} has format {record['format']!r}, this version of mola reads {FORMAT}. "
+                "Update mola."
+            )
+        skills = {name: SkillEntry(**record["skills"][name]) for name in sorted(record["skills"])}
+        settings = {name: record[name] for name in _SETTINGS}
+        settings |= {
+            name: kind(settings[name]) for name, kind in (("layer", int), ("threshold", float), ("top_k", int))
+        }
+        general_sha256 = record["general_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, MolaError):
+            raise
+        raise _damaged(folder / SKILLS_FILE, f"{type(error).__name__}: {error}") from error
+    general, statistics = _read_statistics(folder / STATISTICS_FILE, skills)
+    digests = {"": (general, general_sha256)}
+    digests |= {name: (statistics[name], entry.statistics_sha256) for name, entry in skills.items()}
+    for name, (tensors, recorded) in digests.items():
+        if tensors_sha256(tensors) != recorded:
+            what = f"the skill {name!r}" if name else "general text"
+            raise _damaged(folder / STATISTICS_FILE, f"the statistics of {what} are not those that were saved")
+    for name in skills:
+        check_skill_name(name)
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            if not os.path.isfile(folder / name / file):
+                raise _damaged(folder / name, f"{file} is missing")
+    return SkillsFolder(folder, skills=skills, general=general, statistics=statistics, **settings)
+
+
+_SETTINGS = [each.name for each in fields(SkillsFolder)][1:-3]  # the fields that skills.json holds as they are
+
+
+def _read_statistics(path: Path, names: Mapping[str, Any]) -> tuple[Tensors, dict[str, Tensors]]:
+    """The statistics of general text and of the named skills; an unfinished command may have left others."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, str(error)) from error
+    check_finite(tensors, str(path))
+    general: Tensors = {}
+    found: dict[str, Tensors] = {name: {} for name in names}
+    for key, tensor in tensors.items():
+        if key.startswith(_GENERAL):
+            general[key.removeprefix(_GENERAL)] = tensor
+        elif (name := key.removeprefix(_SKILLS).partition("/")[0]) in found:
+            found[name][key.removeprefix(f"{_SKILLS}{name}/")] = tensor
+    return general, found
+
+
+def _damaged(path: Path, reason: str) -> MolaError:
+    return MolaError(f"{str(path)!r} is damaged: {' '.join(reason.split())}. Copy the skills folder again.")
+
+
+# ---------------------------------------------------------------------- changes, in memory
+
+
+def add_entry(folder: SkillsFolder, name: str, entry: SkillEntry, statistics: Tensors) -> SkillsFolder:
+    """The folder with one more skill, which is not written yet; `entry.statistics_sha256` is set here.
+
+    Raises:
+        MolaError: the name cannot be a skill's.
+    """
+    check_skill_name(name)
+    entry = replace(entry, statistics_sha256=tensors_sha256(statistics))
+    skills = {**folder.skills, name: entry}
+    return replace(
+        folder,
+        skills={each: skills[each] for each in sorted(skills)},
+        statistics={**folder.statistics, name: statistics},
+    )
+
+
+def remove_entry(folder: SkillsFolder, name: str) -> SkillsFolder:
+    """The folder without a skill, which is not written yet.
+
+    Raises:
+        MolaError: there is no such skill, or no other one.
+    """
+    folder.entry(name)
+    if len(folder.skills) == 1:
+        raise MolaError(f"{name!r} is the only skill of {str(folder.path)!r}. Remove the folder itself.")
+    return replace(
+        folder,
+        skills={each: entry for each, entry in folder.skills.items() if each != name},
+        statistics={each: tensors for each, tensors in folder.statistics.items() if each != name},
+    )
+
+
+def merge_folders(folder: SkillsFolder, other: SkillsFolder) -> tuple[SkillsFolder, dict[str, Path]]:
+    """The folder with the skills of another one, which is not written yet; settings are those of `folder`.
+
+    Returns:
+        The result, and name -> LoRA of the skills that are new.
+
+    Raises:
+        MolaError: the base models or the layers of the decisions differ, or two different skills have one name.
+    """
+    folder.check_base(other.base_model, other.base_digest)
+    check_layer(folder, other.layer, str(other.path))
+    new = {}
+    for name, entry in other.skills.items():
+        if name not in folder.skills:
+            folder, new[name] = add_entry(folder, name, entry, other.statistics[name]), other.path / name
+        elif folder.skills[name] != entry:
+            raise MolaError(
+                f"both folders have a skill {name!r}, and they differ: {str(folder.path)!r} and {str(other.path)!r}. "
+                "Remove one, or add it under another name."
+            )
+    return folder, new
+
+
+def check_layer(folder: SkillsFolder, layer: int, where: str = "`layer`") -> None:
+    """Raise if statistics that were measured at the input of another layer were to be added."""
+    if layer != folder.layer:
+        raise MolaError(
+            f"the decision of {str(folder.path)!r} reads the input of layer {folder.layer}, {where} has {layer}. "
+            f"All skills of a folder share one layer: leave `layer` out, or add the skills to a new folder."
+        )
+
+
+# ---------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other commands from changing a skills folder during the block."""
+    if not path.is_dir():
+        yield
+        return
+    with locking.locked(path, f"another command is changing the skills folder {str(path)!r}. Wait for its end."):
+        yield
+
+
+def write_skills(new: SkillsFolder, adapters: Mapping[str, Path], copy: Callable[[Path, Path], None]) -> None:
+    """Write a skills folder, or change it into `new`. Call it inside `locked`.
+
+    Args:
+        new: the content; see `add_entry`.
+        adapters: name -> folder of the LoRA, for the skills that are new or replaced.
+        copy: copies a LoRA's folder to a new folder; see `copy_lora`.
+
+    Raises:
+        MolaError: a file cannot be written, or a folder of the user's is where a new skill belongs.
+    """
+    if not is_skills_folder(new.path):
+        with write_new_folder("folder", new.path) as temporary:
+            for name, source in adapters.items():
+                copy(source, temporary / name)
+            _write_files(temporary, new, new.statistics)
+        return
+    with explain_write_errors(f"`folder` {str(new.path)!r}"):
+        _change(new, read_skills(new.path), adapters, copy)
+
+
+def _change(
+    new: SkillsFolder, old: SkillsFolder, adapters: Mapping[str, Path], copy: Callable[[Path, Path], None]
+) -> None:
+    folder = new.path
+    for leftover in folder.glob(".*.tmp"):  # of commands that were killed
+        _remove(leftover)
+    written = {name: folder / f".{name}.{uuid.uuid4().hex}.tmp" for name in adapters}
+    try:
+        for name, source in adapters.items():
+            copy(source, written[name])
+            flush_to_disk(*written[name].iterdir(), written[name])
+        for name in adapters:
+            if name in old.skills:
+                # A skill that is replaced does not exist for a moment: its LoRA and statistics belong together.
+                old = replace(old, skills={each: entry for each, entry in old.skills.items() if each != name})
+                atomic_write_json(folder / SKILLS_FILE, _record(old))
+            else:
+                _check_free(folder / name, written[name])
+        for name in adapters:
+            _remove(folder / name)
+            os.replace(written[name], folder / name)
+        # Until skills.json is replaced, the statistics must serve both.
+        kept = {name: old.statistics[name] for name in old.skills}
+        _write_files(folder, new, {**kept, **new.statistics})
+        if gone := old.skills.keys() - new.skills.keys():
+            _write_statistics(folder, new, new.statistics)
+            for name in gone:
+                _remove(folder / name)
+    finally:
+        for path in written.values():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_files(folder: Path, new: SkillsFolder, statistics: Mapping[str, Tensors]) -> None:
+    _write_statistics(folder, new, statistics)
+    atomic_write_json(folder / SKILLS_FILE, _record(new))
+    flush_to_disk(folder)
+
+
+def _record(new: SkillsFolder) -> dict[str, Any]:
+    """The content of `skills.json`."""
+    return {
+        "format": FORMAT,
+        **{name: getattr(new, name) for name in _SETTINGS},
+        "general_sha256": tensors_sha256(new.general),
+        "skills": {name: asdict(new.skills[name]) for name in sorted(new.skills)},
+    }
+
+
+def _write_statistics(folder: Path, new: SkillsFolder, statistics: Mapping[str, Tensors]) -> None:
+    tensors = {f"{_GENERAL}{key}": tensor for key, tensor in new.general.items()}
+    tensors |= {f"{_SKILLS}{name}/{key}": each for name, own in statistics.items() for key, each in own.items()}
+    content = save({key: tensors[key].contiguous() for key in sorted(tensors)}, {"format": "pt"})
+    atomic_write_bytes(folder / STATISTICS_FILE, content)
+
+
+def copy_lora(source: Path, target: Path) -> None:
+    """Copy a LoRA, with the record of its training if there is one; other results of the training stay behind.
+
+    Weights in a pickle become a file of safetensors.
+    """
+    target.mkdir(parents=True)
+    for name in (CONFIG_FILE, WEIGHTS_FILE, _RUN_RECORD):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if not (source / WEIGHTS_FILE).is_file():
+        save_file(read_tensors(source), target / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _check_free(path: Path, written: Path) -> None:
+    """Raise if the place of a new skill holds anything else than what an unfinished command has written there."""
+    others = {file.name for file in path.iterdir()} - {file.name for file in written.iterdir()} if path.is_dir() else ()
+    if others or path.is_file():
+        raise MolaError(
+            f"{str(path)!r} must be free for the skill: it holds {', '.join(sorted(others)[:5]) or 'a file'}. Move it."
+        )
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it exists; a folder vanishes in one step."""
+    if path.is_dir():
+        hidden = path if path.suffix == ".tmp" else path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+        if hidden != path:
+            os.replace(path, hidden)
+        shutil.rmtree(hidden)
+    else:
+        path.unlink(missing_ok=True)
