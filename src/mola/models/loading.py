@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from mola.checkpoints.adapter_folder import read_tensors
 from mola.checkpoints.adapter_settings import read_settings
 from mola.checkpoints.recorded_base import base_model_of, is_recorded_base
+from mola.checkpoints.skills_folder import SkillsFolder, is_skills_folder, read_skills
 from mola.errors import MolaError
 from mola.files.failures import memory_error_reason
 from mola.models.adapters import as_mapping, attach, check_adapter, check_fits, check_lora, warn_other_base
-from mola.models.base_model import load_config
+from mola.models.base_model import load_config, weights_identity
 from mola.models.devices import resolve_device, resolve_dtype
 from mola.models.meta import model_on_meta
 from mola.models.quantization import (
@@ -36,7 +37,10 @@ from mola.models.quantization import (
     loading_arguments,
     stored_quantization,
 )
+from mola.models.skills import attach_skills
+from mola.models.tokenizer import load_tokenizer
 from mola.tuner import MolaConfig
+from mola.tuner.skills.loras import DEFAULT_MAX_LOADED
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +93,15 @@ def load_model(
     quantization: Quantization | None = None,
     *,
     config: PretrainedConfig | None = None,
+    max_loaded: int = DEFAULT_MAX_LOADED,
 ) -> PreTrainedModel | PeftModel:
-    """Load a base model with its adapters, ready for inference (eval mode, on its device, all weights frozen).
+    """Load a base model with its adapters or skills, ready for inference (eval mode, on its device, weights frozen).
 
     Args:
-        base_model: folder or hub id; by default the one that the adapters record.
-        adapter: an adapter folder, or several as name -> folder (the first is active); None for none.
+        base_model: folder or hub id; by default the one that the adapters record. A skills folder here is the same as
+            in `adapter`.
+        adapter: an adapter folder, or several as name -> folder (the first is active), or a skills folder; None for
+            none.
         dtype: see `resolve_dtype`. Adapters get the dtype of the base; routers stay float32. On quantised layers
             adapters keep the dtype of their file.
         device: see `resolve_device`.
@@ -102,13 +109,16 @@ def load_model(
         attn_implementation: as in Transformers (`"eager"`, `"sdpa"`, ...); None for its default.
         quantization: how to quantise the base; None loads it as it is stored, quantised or not.
         config: the base model's configuration, if it has been read.
+        max_loaded: maximum number of skills in memory; further ones are read when they are asked for.
 
     Returns:
-        The model; a `PeftModel` when an adapter was given.
+        The model; a `PeftModel` when an adapter was given. With a skills folder it is the base model, whose `skills`
+        is a `mola.tuner.skills.runtime.SkillsRuntime`: each prompt asks the skill that knows.
 
     Raises:
-        MolaError: model or adapter are missing or broken, or do not fit each other.
+        MolaError: model, adapter or skills are missing or broken, or do not fit each other.
     """
+    skills, base_model, adapter = _find_skills(base_model, adapter)
     adapters = as_mapping(adapter)
     name = base_model = base_model_of(base_model, adapters.values())
     configs = {adapter_name: check_adapter(folder) for adapter_name, folder in adapters.items()}
@@ -124,6 +134,9 @@ def load_model(
     for folder in adapters.values():
         check_adapter_fits(base_model, folder, trust_remote_code, quantization.gguf_file, config=config)
     _check_base_has_no_adapter(base_model, adapters)
+    if skills is not None:
+        skills.check_base(name, weights_identity(name))
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code, gguf_file=quantization.gguf_file)
     if quantization.quantizes_on_loading:
         check_packable(model_on_meta(name, trust_remote_code, config=config), name)
     arguments: dict[str, Any] = {"config": config, "dtype": torch_dtype, "trust_remote_code": trust_remote_code}
@@ -145,7 +158,27 @@ def load_model(
         model = attach(model, adapter_name, os.fspath(folder))
     if len(adapters) > 1:  # with tied embeddings PEFT activates the trained tokens of the last adapter
         model.set_adapter(next(iter(adapters)))
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if skills is not None:
+        attach_skills(model, skills, tokenizer, max_loaded)
+    return model
+
+
+def _find_skills(base_model: Any, adapter: Any) -> tuple[SkillsFolder | None, Any, Any]:
+    """The skills folder among the two arguments if there is one, the base model, and the adapter."""
+    if adapter is None and base_model is not None and is_skills_folder(base_model):
+        base_model, adapter = None, base_model
+    if isinstance(adapter, Mapping):
+        for name, folder in adapter.items():
+            if is_skills_folder(folder):
+                raise MolaError(
+                    f"`adapter` must be one skills folder alone: {name!r} names {os.fspath(folder)!r} among adapters. "
+                    "Pass the folder without a name."
+                )
+    if adapter is None or isinstance(adapter, Mapping) or not is_skills_folder(adapter):
+        return None, base_model, adapter
+    skills = read_skills(adapter)
+    return skills, skills.base_model if base_model is None else base_model, None
 
 
 def _load_base(name: str, arguments: Mapping[str, Any]) -> Any:

@@ -1,0 +1,387 @@
+"""Runs a base model with skills: each turn asks the skill that knows, and keeps it until its answer is complete.
+
+A turn begins with a call of `generate`, or with a forward pass whose cache is empty or missing. The decision is made in
+this pass, when it arrives at the decision's layer, from the tokens of the prompt. It is stored on the cache of keys and
+values, so that later passes with this cache need none. If the pass does not hold the whole prompt, or skills adapt
+layers below the decision, the layers below decide alone, before the pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mola.architecture.layer_stacks import LayerStacks
+from mola.errors import MolaError
+from mola.tuner.skills.content import ContentFinder
+from mola.tuner.skills.decision import Decider, Decisions, Name
+from mola.tuner.skills.loras import DEFAULT_MAX_LOADED, LoraStore
+from mola.tuner.skills.lower_layers import decoder_layers, hidden_at, hidden_states_of
+from mola.tuner.skills.prompts import Prompts, cache_in, setting, tokens_in_cache
+from mola.tuner.skills.rows import Row, RowLoras, Rows
+from mola.tuner.skills.statistics import GeneralStatistics, PromptBatch, SkillStatistics
+
+_CACHE_ROWS = "mola_skills"  # attribute of a cache: the rows that computed it
+
+
+@dataclass
+class _Turn:
+    """One call of `generate`.
+
+    Attributes:
+        num_prompts: number of prompts; `generate` may make several rows of each.
+        prompts: the prompts, if they must be decided.
+        rows: the skills of each prompt; None until they are decided.
+    """
+
+    num_prompts: int
+    prompts: Prompts | None = None
+    rows: Rows | None = None
+
+
+class SkillsRuntime:
+    """The skills of a base model; it stands at `model.skills`.
+
+    Args:
+        model: the base model of Transformers, in eval mode, without adapters.
+        layer: the decision reads the input of this layer.
+        finder: finds the tokens of the user's content in a prompt.
+        general: statistics of general text.
+        threshold: see `Decider`.
+        top_k: number of skills that answer together.
+        max_loaded: maximum number of LoRAs in memory.
+
+    Attributes:
+        last_names: who answered in the last turn, one name per prompt; None stands for the base model.
+        last_decisions: the last turn's decisions; None if its skills were named by the caller.
+
+    Raises:
+        MolaError: the model is no causal language model with a list of layers, or has no such layer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layer: int,
+        finder: ContentFinder,
+        general: GeneralStatistics,
+        threshold: float,
+        top_k: int = 1,
+        max_loaded: int = DEFAULT_MAX_LOADED,
+    ) -> None:
+        layers = decoder_layers(model)
+        if not 0 <= layer < len(layers):
+            raise MolaError(f"`layer` must be between 0 and {len(layers) - 1}, the model's layers: got {layer}.")
+        self.layer, self.threshold, self.top_k = layer, threshold, top_k
+        self.last_names: list[Name] = []
+        self.last_decisions: Decisions | None = None
+        self._model, self._finder, self._general = model, finder, general
+        self._stacks = LayerStacks.of(model)
+        self._statistics: dict[str, SkillStatistics] = {}
+        self._first_layers: dict[str, int] = {}
+        self._decider: Decider | None = None  # made when it is needed first
+        self._store = LoraStore(model, max_loaded)
+        self._loras = RowLoras(self._store)
+        self._named: tuple[Row, ...] | None = None
+        self._turn: _Turn | None = None
+        # These are of the running pass.
+        self._runs = False
+        self._undecided: Prompts | None = None
+        self._rows: Rows = ()
+        layers[layer].register_forward_pre_hook(self._decide_in_pass, with_kwargs=True)
+        vars(model)["forward"] = _Around(model.forward, self._forward)
+        vars(model)["generate"] = _Around(model.generate, self._generate)
+        vars(model)["skills"] = self
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the skills, sorted."""
+        return self._store.names
+
+    @property
+    def max_loaded(self) -> int:
+        """Maximum number of LoRAs in memory."""
+        return self._store.max_loaded
+
+    def digests(self) -> dict[str, str | None]:
+        """Name of each skill -> the sha256 that it was added with."""
+        return self._store.digests
+
+    def loaded(self) -> list[str]:
+        """Names of the skills in memory, least recently asked first."""
+        return self._store.loaded
+
+    def add(
+        self, name: str, folder: str | os.PathLike[str], statistics: SkillStatistics, sha256: str | None = None
+    ) -> None:
+        """Add a skill. Its tensors are read when it is asked for first.
+
+        Args:
+            name: a new name.
+            folder: its LoRA in PEFT's format.
+            statistics: of its prompts, measured at this runtime's layer.
+            sha256: of the LoRA's file of tensors, which is then compared when they are read.
+
+        Raises:
+            MolaError: the name is taken, or the LoRA does not fit the model or has parts that a skill cannot have.
+        """
+        linears = self._store.add(name, folder, sha256)
+        self._loras.adapt(linears)
+        self._first_layers[name] = min(self._stacks.index(each) or 0 for each in linears)
+        self._statistics[name] = statistics
+        self._decider = None
+
+    def remove(self, name: str) -> None:
+        """Remove a skill. A row that it is answering ends with an error.
+
+        Raises:
+            MolaError: there is no such skill.
+        """
+        self._store.remove(name)
+        self._loras.forget()
+        del self._statistics[name], self._first_layers[name]
+        self._decider = None
+
+    def decide_by(self, threshold: float, top_k: int) -> None:
+        """Set the threshold and the number of skills that answer together; see `Decider`."""
+        self.threshold, self.top_k, self._decider = threshold, top_k, None
+
+    @contextmanager
+    def use(self, names: Name | list[Name]) -> Iterator[None]:
+        """Ask the named skills in a `with` block, without a decision.
+
+        Args:
+            names: one name for all rows, or a list with the name of each row; None is the base model, and a tuple
+                names skills that answer together.
+
+        Raises:
+            MolaError: there is no such skill.
+        """
+        rows = tuple(map(_row, names)) if isinstance(names, list) else (_row(names),)
+        self._store.check_names(name for row in rows for name in row)
+        before, self._named = self._named, rows
+        try:
+            yield
+        finally:
+            self._named = before
+
+    def decide(self, prompt_ids: Sequence[Sequence[int]]) -> Decisions:
+        """Which skills prompts ask, from the layers below the decision alone.
+
+        Args:
+            prompt_ids: token ids of each prompt.
+        """
+        longest = max(map(len, prompt_ids))
+        device = self._model.get_input_embeddings().weight.device
+        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in prompt_ids], device=device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
+        return self._decide_ahead(Prompts.of_text(ids, mask))
+
+    # ------------------------------------------------------------------ decisions
+
+    def _decide_ahead(self, prompts: Prompts) -> Decisions:
+        """Decide by the layers below alone; nothing is adapted in them."""
+        mask = None if bool((prompts.mask == 1).all()) else prompts.mask
+        self._loras.clear_rows()
+        return self._decide(hidden_at(self._model, self.layer, prompts.ids, mask), prompts)
+
+    @torch.no_grad()
+    def _decide(self, hidden: torch.Tensor, prompts: Prompts) -> Decisions:
+        if self._decider is None:
+            self._decider = Decider(self._general, self._statistics, self.threshold, self.top_k)
+        content = prompts.content(self._finder).to(hidden.device)
+        return self._decider.decide(PromptBatch(hidden.detach(), content, prompts.ids))
+
+    def _rows_decided(self, decisions: Decisions) -> Rows:
+        self.last_decisions, self.last_names = decisions, list(decisions.names)
+        return tuple(map(_row, decisions.names))
+
+    def _decide_in_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the decision's layer: decide for a pass that begins a turn."""
+        if not self._runs and self.names:
+            raise MolaError(
+                "a model with skills must be called as a whole: its decoder was called alone, so nobody has decided "
+                "which skills its rows ask. Call the model itself."
+            )
+        if self._undecided is None:
+            return
+        prompts, self._undecided = self._undecided, None
+        hidden = hidden_states_of(args, kwargs)
+        # The first pass of assisted generation has drafted tokens after the prompt.
+        of_prompts = hidden[:: self._copies(len(hidden)), : prompts.ids.shape[1]]
+        self._set_rows(self._rows_decided(self._decide(of_prompts, prompts)), *hidden.shape[:2])
+
+    # ------------------------------------------------------------------ calls of the model
+
+    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of the model's `forward`."""
+        given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if tokens is None or not self.names:
+            return forward(*args, **kwargs)
+        self._check_checkpointing()
+        num_rows, num_tokens = tokens.shape[:2]
+        rows = self._known_rows(given, num_rows)
+        if rows is None:
+            prompts = self._turn.prompts if self._turn is not None else None
+            prompts = prompts or Prompts.of_call(given)
+            if self._decides_ahead:
+                rows = self._rows_decided(self._decide_ahead(prompts))
+            else:
+                self._undecided = prompts
+        self._runs = True
+        try:
+            if rows is not None:
+                self._set_rows(rows, num_rows, num_tokens)
+            output = forward(*args, **kwargs)
+        finally:
+            self._undecided, self._runs = None, False
+            self._loras.clear_rows()
+        cache = cache_in(output) if cache_in(given) is None else cache_in(given)
+        if cache is not None:
+            setattr(cache, _CACHE_ROWS, self._rows)
+        return output
+
+    def _set_rows(self, rows: Rows, num_rows: int, num_tokens: int) -> None:
+        """Give each row of a pass its LoRAs; `rows` has one entry per prompt."""
+        if self._turn is not None:
+            self._turn.rows = rows
+        copies = num_rows // len(rows)
+        self._rows = tuple(row for row in rows for _ in range(copies))
+        self._loras.set_rows(self._rows, num_tokens)
+
+    def _copies(self, num_rows: int) -> int:
+        """Number of rows, such as beams, that `generate` makes of each prompt. They lie side by side."""
+        num_prompts = num_rows if self._turn is None else self._turn.num_prompts
+        if num_rows % num_prompts:
+            raise MolaError(
+                f"a pass of `generate` must have the same number of rows for each prompt: got {num_rows} rows for "
+                f"{num_prompts} prompts."
+            )
+        return num_rows // num_prompts
+
+    def _known_rows(self, given: Mapping[str, Any], num_rows: int) -> Rows | None:
+        """The skills of each prompt; None if they are decided in this pass."""
+        if self._turn is not None and self._turn.rows is not None:
+            return self._turn.rows
+        if self._named is not None:
+            return self._rows_named(num_rows // self._copies(num_rows))
+        cache = cache_in(given)
+        if self._turn is not None or cache is None or not tokens_in_cache(cache):
+            return None
+        rows = getattr(cache, _CACHE_ROWS, ())
+        if len(rows) != num_rows:
+            raise MolaError(
+                "a pass with a filled cache continues a turn, and this cache does not say which skills its rows ask. "
+                "Call `generate` with the whole prompt, or name the skills: `with model.skills.use(names)`."
+            )
+        return rows
+
+    def _rows_named(self, num_prompts: int) -> Rows:
+        assert self._named is not None
+        rows = self._named * num_prompts if len(self._named) == 1 else self._named
+        if len(rows) != num_prompts:
+            raise MolaError(
+                f"`use` must name the skill of each row: got {len(rows)} names, and the batch has {num_prompts} rows."
+            )
+        self.last_decisions, self.last_names = None, [_name(row) for row in rows]
+        return rows
+
+    def _check_checkpointing(self) -> None:
+        if torch.is_grad_enabled() and self._model.training and self._model.is_gradient_checkpointing:
+            raise MolaError(
+                "a model with skills cannot be trained with gradient checkpointing, which computes layers again when "
+                "the skills of their rows are forgotten. Switch it off."
+            )
+
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of the model's `generate`."""
+        given = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+        ids = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
+        prompts = ids if ids is not None else given.get("inputs_embeds")
+        # Assisted generation may call `generate` within `generate`.
+        if self._turn is not None or prompts is None or not self.names:
+            return generate(*args, **kwargs)
+        self._turn = _Turn(len(prompts))
+        try:
+            if self._named is None:
+                self._begin(self._turn, {**given, "input_ids": ids})
+            return generate(*args, **kwargs)
+        finally:
+            self._turn = None
+
+    def _begin(self, turn: _Turn, given: Mapping[str, Any]) -> None:
+        """Read the prompts of a turn, and decide if its first pass will not hold them as a whole."""
+        cache, config = cache_in(given), self._model.generation_config
+        num_before = 0 if cache is None else tokens_in_cache(cache)
+        if num_before:
+            _check_whole(given, num_before)
+        turn.prompts = Prompts.of_generate(given, config)
+        if num_before or setting(given, config, "prefill_chunk_size") is not None:
+            turn.rows = self._rows_decided(self._decide_ahead(turn.prompts))
+        if num_before:
+            _keep_or_empty(cache, turn.rows)
+
+    @property
+    def _decides_ahead(self) -> bool:
+        """Whether skills adapt layers below the decision."""
+        return min(self._first_layers.values()) < self.layer
+
+
+class _Around:
+    """Stands in place of a model's method, whose signature it has."""
+
+    def __init__(self, method: Callable[..., Any], call: Callable[..., Any]) -> None:
+        self._method, self._call = method, call
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(self._method, *args, **kwargs)
+
+
+def _row(name: Name) -> Row:
+    return name if isinstance(name, tuple) else () if name is None else (name,)
+
+
+def _name(row: Row) -> Name:
+    return row if len(row) > 1 else row[0] if row else None
+
+
+def _check_whole(given: Mapping[str, Any], num_before: int) -> None:
+    """Raise MolaError if `generate` with a filled cache was not given the whole prompt."""
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    if ids is not None and ids.shape[1] > num_before and (mask is None or mask.shape[1] == ids.shape[1]):
+        return
+    raise MolaError(
+        f"a turn with a filled cache needs the whole prompt to decide which skills are asked: the cache has "
+        f"{num_before} tokens, and `input_ids` {0 if ids is None else ids.shape[1]}. Pass all tokens, those in the "
+        "cache too, or name the skills: `with model.skills.use(names)`."
+    )
+
+
+def _keep_or_empty(cache: Any, rows: Rows | None) -> None:
+    """Empty a filled cache that other skills have computed, so that `generate` reads the whole prompt again.
+
+    Raises:
+        MolaError: the cache cannot be emptied.
+    """
+    before = getattr(cache, _CACHE_ROWS, ((),))  # the base model has computed a cache that does not say
+    if len({*before, *(rows or ())}) == 1:
+        return
+    try:
+        cache.crop(-tokens_in_cache(cache))
+    except Exception as error:  # each kind of cache has its own
+        raise MolaError(
+            f"the cache was computed by other skills than this prompt asks, and cannot be emptied ({error}). Leave it "
+            "out."
+        ) from error
