@@ -53,6 +53,8 @@ def _section(name: str) -> str:
     intro = f"{summary}. In Python: `{command.options}`."
     if command.positional:
         intro += f" The first word after the command may be the {command.positional}, without a flag."
+    if command.further:
+        intro += f" The words after it may be the {command.further}."
     lines = [f"## mola {name}", "", intro]
     declared, base = _own(options)
     kinds = typing.get_type_hints(options)

@@ -405,7 +405,7 @@ def test_names_of_other_programs_are_answered_only_where_the_command_has_the_opt
         parse(TrainOptions, ["--config", str(tmp_path / "recipe.yaml")], prog="mola train")
 
 
-@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.positional])
+@pytest.mark.parametrize("name", [name for name, each in COMMANDS.items() if each.positional and not each.further])
 def test_first_word_and_its_flag_are_the_same(name):
     positional, options = COMMANDS[name].positional, options_of(name)
     required = {"base_model", *(each.name for each in fields(options) if is_required(each))}
@@ -467,7 +467,7 @@ def test_usage_names_every_command(capsys):
     usage = capsys.readouterr().out
     assert main([]) == 2
     assert capsys.readouterr().out == usage
-    assert all(f"  {name} " in usage for name in COMMANDS)
+    assert all(f"  {name.split()[0]} " in usage for name in COMMANDS)
 
 
 def test_version(capsys):
@@ -496,8 +496,10 @@ def test_help_of_every_command(name, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     words = {"run_dir": "RUN ", "task": "TASK ", "source": "SOURCE ... "}
+    words |= {"folder": "FOLDER "}
+    further = {"skills add": "NAME=ADAPTER ... ", "skills remove": "NAME ... ", "skills merge": "OTHER ... "}
     words |= {"adapter": "ADAPTER " if name in ("merge", "reallocate", "inspect", "demo") else "[ADAPTER] "}
-    word = "[ADAPTER ...] " if name == "serve" else words.get(COMMANDS[name].positional, "")
+    word = "[ADAPTER ...] " if name == "serve" else words.get(COMMANDS[name].positional, "") + further.get(name, "")
     assert text.startswith(f"usage: mola {name} {word}[--config RECIPE.yaml] [--flag value ...]\n")
     assert "--config" in text
 

@@ -27,6 +27,7 @@ __all__ = [
     "MolaLinear",
     "MolaModel",
     "PlanOptions",
+    "Skills",
     "TrainOptions",
     "TrainResult",
     "__version__",

@@ -12,6 +12,7 @@ from mola.models.loading import load_model as load_model
 from mola.models.plan import PlanOptions as PlanOptions
 from mola.models.plan import plan as plan
 from mola.models.tokenizer import load_tokenizer as load_tokenizer
+from mola.skills.skills import Skills as Skills
 from mola.studies.continual_learning.continual import ContinualOptions as ContinualOptions
 from mola.studies.continual_learning.continual import ContinualResult as ContinualResult
 from mola.studies.continual_learning.continual import continual as continual

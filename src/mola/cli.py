@@ -31,12 +31,14 @@ _LESS_MEMORY = (
 class Command(NamedTuple):
     """Where the code of a command is, and how the help text describes the command."""
 
-    module: str  # its function `main` runs the command
+    module: str  # its function `function` runs the command
     options: str  # path of the options dataclass
     summary: str  # one line for the help text
     positional: str | None = None  # the option that the first positional argument sets
+    further: str | None = None  # the option, a list, that the positional arguments after the first one set
     # Path of the class with mola's own options, for a command that has those of `TrainingArguments` too.
     own_options: str | None = None
+    function: str = "main"
 
 
 COMMANDS = {
@@ -81,6 +83,51 @@ COMMANDS = {
         "mola.serving.options.ServeOptions",
         "answer over HTTP, with an OpenAI-compatible API",
         "adapter",
+    ),
+    "skills add": Command(
+        "mola.skills.commands",
+        "mola.skills.options.AddOptions",
+        "make LoRAs of one base model skills: each prompt asks the one that knows it",
+        "folder",
+        "skills",
+        function="add_skills",
+    ),
+    "skills remove": Command(
+        "mola.skills.commands",
+        "mola.skills.options.RemoveOptions",
+        "remove skills: the files are as if they had never been added",
+        "folder",
+        "skills",
+        function="remove_skills",
+    ),
+    "skills list": Command(
+        "mola.skills.commands",
+        "mola.skills.options.ListOptions",
+        "show rank, layers and size of each skill",
+        "folder",
+        function="list_skills",
+    ),
+    "skills test": Command(
+        "mola.skills.commands",
+        "mola.skills.options.TestOptions",
+        "show which skill is asked for which data, and what goes to the base model",
+        "folder",
+        function="test_skills",
+    ),
+    "skills merge": Command(
+        "mola.skills.commands",
+        "mola.skills.options.MergeOptions",
+        "add the skills of other folders of the same base model; needs no data",
+        "folder",
+        "others",
+        function="merge_skills",
+    ),
+    "skills suggest": Command(
+        "mola.skills.commands",
+        "mola.skills.options.SuggestOptions",
+        "find the layer whose input tells the data of skills apart",
+        "folder",
+        function="suggest_layer",
     ),
     "plan": Command(
         "mola.models.plan",
@@ -144,6 +191,9 @@ COMMANDS = {
     ),
 }
 
+# First word of commands of two words -> what they are about.
+GROUPS = {"skills": "a mixture that grows: LoRAs trained apart, of which each prompt asks the one that knows it"}
+
 # Commands of other programs -> mola's command for the same thing.
 _OTHER_NAMES = {"sft": "train", "finetune": "train", "fine-tune": "train", "chat": "generate", "infer": "generate"}
 _OTHER_NAMES |= {"test": "evaluate", "export": "convert", "check": "doctor", "preprocess": "prepare"}
@@ -157,11 +207,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reader of the output closed the pipe.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0] in COMMANDS:
-        return run(words[0], words[1:])
+    name, rest = split_command(words)
+    if name in COMMANDS:
+        return run(name, rest)
     if words and words[0] == "with":
         return _run_and_report("mola with", lambda: _run_with(words[1:]))
-    return _run_and_report("mola", lambda: _print_usage_or_version(words))
+    prog = f"mola {words[0]}" if words and words[0] in GROUPS else "mola"
+    return _run_and_report(prog, lambda: _print_usage_or_version(words))
+
+
+def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that words begin with, which may not exist, and its arguments."""
+    length = 2 if words and words[0] in GROUPS else 1
+    return " ".join(words[:length]), list(words[length:])
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
@@ -217,6 +275,7 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, accept_noflag
         prog=name,
         summary=command.summary,
         positional=command.positional,
+        further=command.further,
         accept_noflag=accept_noflag,
         read=functools.cache(read_recipe),  # a recipe may come from a pipe, which can be read once
         warn=functools.cache(logging.getLogger("mola").warning),  # options may be parsed twice
@@ -245,7 +304,7 @@ def _parse_and_run(command: Command, arguments: Sequence[str], parse_as: Callabl
                 if is_launcher(quick_options.nproc):
                     return launch(quick_options.nproc, arguments)
                 check_nproc(quick_options.nproc)
-    main = find(f"{command.module}.main")  # from here on torch and Transformers may be imported
+    main = find(f"{command.module}.{command.function}")  # from here on torch and Transformers may be imported
     if options is None:
         options = parse_as(find(command.options))
     with explain_out_of_memory(_LESS_MEMORY):
@@ -287,22 +346,30 @@ def _run_with(arguments: Sequence[str]) -> int:
 
 
 def _print_usage_or_version(words: Sequence[str]) -> int:
-    if words and words[0] == "--version":
+    group = words[0] if words and words[0] in GROUPS else None
+    names = {name.removeprefix(f"{group} "): each.summary for name, each in COMMANDS.items() if _group(name) == group}
+    if group is None:
+        names |= GROUPS | {"with": "run another program (transformers, lm_eval, accelerate ...) with mola registered"}
+    word = words[0 if group is None else 1] if len(words) > (group is not None) else None
+    prog = f"mola {group}" if group else "mola"
+    if word == "--version":
         print(f"mola {__version__}")
-    elif not words or words[0] in ("-h", "--help", "help"):
-        width = max(map(len, COMMANDS))
-        print("usage: mola COMMAND [ARGUMENT] [--config RECIPE.yaml] [--flag value ...]\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:<{width}}  {command.summary}")
-        print(f"  {'with':<{width}}  run another program (transformers, lm_eval, accelerate ...) with mola registered")
-        print("\nRun `mola COMMAND --help` for the options of a command.")
+    elif word in (None, "-h", "--help", "help"):
+        width = max(map(len, names))
+        print(f"usage: {prog} COMMAND [ARGUMENT] [--config RECIPE.yaml] [--flag value ...]\n")
+        for name, summary in names.items():
+            print(f"  {name:<{width}}  {summary}")
+        print(f"\nRun `{prog} COMMAND --help` for the options of a command.")
     else:
-        names = [*COMMANDS, "with"]
-        word = words[0].lower()
-        meant = _OTHER_NAMES.get(word) or next(iter(difflib.get_close_matches(word, names)), None)
-        hint = f" Did you mean `{meant}`?" if meant else ""
-        raise MolaError(f"there is no command {words[0]!r}.{hint} The commands are {', '.join(names)}.")
-    return 0 if words else 2  # `mola` alone is a usage error
+        meant = _OTHER_NAMES.get(word.lower()) or next(iter(difflib.get_close_matches(word.lower(), names)), None)
+        hint = f" Did you mean `{meant}`?" if meant in names else ""
+        raise MolaError(f"there is no command {word!r}.{hint} The commands are {', '.join(names)}.")
+    return 0 if word else 2  # `mola` alone is a usage error
+
+
+def _group(name: str) -> str | None:
+    """The first word of a command of two words; None for other commands."""
+    return name.split()[0] if " " in name else None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from mola.options.fields import group_options, is_required, shown_name
 from tests.versions import needs
 
 FEW = ("prepare", "lm-eval", "plan", "allocate", "reallocate", "merge", "report", "doctor", "quickstart")
+FEW += ("skills remove", "skills list", "skills merge")
 OF_THE_TRAINER = ("train", "continual", "compare")
 FIRST = (
     *("base_model", "data", "task", "output", "num_experts", "r", "top_k", "cutoff_len", "num_train_epochs"),

@@ -36,8 +36,9 @@ def answers(*calls):
 
 
 def test_help_and_wrong_flags():
-    calls = [["--help"], *([name, "--help"] for name in COMMANDS), *([name, "--dta=x"] for name in COMMANDS)]
+    calls = [["--help"], *([*name.split(), word] for name in COMMANDS for word in ("--help", "--dta=x"))]
     calls += [["train", "--optm", "sgd"], ["train", "--config", "nowhere.yaml"], ["nosuch"]]
+    calls += [["skills", "--help"], ["skills", "ad"]]
     for words, (code, text, imported) in zip(calls, answers(*calls), strict=True):
         assert (words, imported) == (words, [])
         assert code == (0 if "--help" in words else 2)

@@ -1,6 +1,6 @@
 """The settings of an adapter folder: what its `adapter_config.json` says, and which program wrote it.
 
-Reading them needs neither torch nor PEFT.
+Also those of a skills folder, which holds several adapters. Reading them needs neither torch nor PEFT.
 """
 
 import os
@@ -12,6 +12,9 @@ from typing import Any
 from mola.errors import MolaError
 from mola.files.digests import CONFIG_FILE
 from mola.files.reading import read_json
+
+SKILLS_FILE = "skills.json"
+SKILLS_FORMAT = 1
 
 
 def adapter_settings(adapter: str | os.PathLike[str]) -> dict[str, Any]:
@@ -31,6 +34,36 @@ def adapter_settings(adapter: str | os.PathLike[str]) -> dict[str, Any]:
             f"Pass the folder that training or `mola convert` wrote.{hint if is_hub_name else ''}"
         )
     return read_settings(folder)
+
+
+def is_skills_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is a skills folder; see `mola.checkpoints.skills_folder`."""
+    return os.path.isfile(Path(path, SKILLS_FILE))
+
+
+def skills_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a skills folder's `skills.json`.
+
+    Raises:
+        MolaError: it is no skills folder, was written by a later version, or `skills.json` is damaged.
+    """
+    folder = Path(path)
+    if not is_skills_folder(folder):
+        missing = f"no {SKILLS_FILE} in it" if folder.is_dir() else "no such folder"
+        raise MolaError(
+            f"`folder` must be a skills folder: {str(folder)!r}, {missing}. `mola skills add` makes one from LoRAs."
+        )
+    try:
+        record = read_json(folder / SKILLS_FILE)
+        found = record["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MolaError(f"{str(folder / SKILLS_FILE)!r} is damaged ({error}). Copy the skills folder again.") from error
+    if found != SKILLS_FORMAT:
+        raise MolaError(
+            f"{str(folder / SKILLS_FILE)!r} has format {found!r}, this version of mola reads {SKILLS_FORMAT}. Update "
+            "mola."
+        )
+    return dict(record)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

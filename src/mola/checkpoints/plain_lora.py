@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from mola.architecture.layer_names import layer_index
 from mola.checkpoints.adapter_settings import adapter_settings, foreign_format
 from mola.errors import MolaError
-
-if TYPE_CHECKING:
-    import torch
 
 _BEYOND_LORA = {
     "use_dora": "DoRA scales the base weight",
@@ -39,12 +36,10 @@ class PlainLora(NamedTuple):
     Attributes:
         rank: the largest rank of a module.
         layers: the adapted layers, 0 = nearest the input; a module outside the layers counts for none.
-        parameters: number of parameters.
     """
 
     rank: int
     layers: list[int]
-    parameters: int
 
 
 def parts_beyond_lora(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -81,20 +76,20 @@ def check_plain_lora(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     return settings
 
 
-def describe_lora(tensors: Mapping[str, torch.Tensor], folder: Path) -> PlainLora:
-    """What the tensors of a LoRA say; `folder` is for messages.
+def describe_lora(shapes: Mapping[str, Sequence[int]], folder: Path) -> PlainLora:
+    """What the names and shapes of a LoRA's tensors say; `folder` is for messages.
 
     Raises:
-        MolaError: a tensor is no factor of a linear's update, as those of adapted embeddings.
+        MolaError: a tensor is no factor of a linear's update, such as those of adapted embeddings.
     """
     ranks, layers = [0], set()
-    for name, tensor in tensors.items():
+    for name, shape in shapes.items():
         if name.endswith(".base_layer.weight"):  # PEFT also saves the frozen weight of an adapted head
             continue
-        if not _FACTOR.fullmatch(name) or tensor.ndim != 2:
+        if not _FACTOR.fullmatch(name) or len(shape) != 2:
             raise MolaError(f"a skill must be a plain LoRA of linears: {str(folder)!r} has the tensor {name!r}.")
-        ranks.append(min(tensor.shape))
+        ranks.append(min(shape))
         layer = layer_index(name)
         if layer is not None:
             layers.add(layer)
-    return PlainLora(max(ranks), sorted(layers), sum(tensor.numel() for tensor in tensors.values()))
+    return PlainLora(max(ranks), sorted(layers))

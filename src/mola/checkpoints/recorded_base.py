@@ -1,4 +1,4 @@
-"""The base model of an adapter, as its `adapter_config.json` records it."""
+"""The base model of an adapter or of a skills folder, as its settings record it."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from mola.checkpoints.adapter_settings import adapter_settings
+from mola.checkpoints.adapter_settings import adapter_settings, is_skills_folder, skills_settings
 from mola.errors import MolaError
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,11 @@ def base_model_of(base_model: str | os.PathLike[str] | None, adapters: Iterable[
 
 
 def _recorded_base(adapter: str | os.PathLike[str]) -> str:
-    settings, name = adapter_settings(adapter), os.fspath(adapter)
+    name = os.fspath(adapter)
+    if is_skills_folder(adapter):
+        settings = {"base_model_name_or_path": skills_settings(adapter).get("base_model")}
+    else:
+        settings = adapter_settings(adapter)
     base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not base:
         raise MolaError(f"`base_model` must be given: {name!r} does not record which model it was trained on.")

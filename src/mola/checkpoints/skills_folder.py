@@ -30,18 +30,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 
 from mola.checkpoints.adapter_folder import read_tensors
+from mola.checkpoints.adapter_settings import SKILLS_FILE, SKILLS_FORMAT, is_skills_folder, skills_settings
 from mola.checkpoints.recorded_base import is_recorded_base
 from mola.errors import MolaError
 from mola.files import locking
 from mola.files.atomic import atomic_write_bytes, atomic_write_json, flush_to_disk, write_new_folder
 from mola.files.digests import CONFIG_FILE, WEIGHTS_FILE, check_finite, file_sha256
 from mola.files.failures import explain_write_errors
-from mola.files.reading import read_json
 
-SKILLS_FILE = "skills.json"
 STATISTICS_FILE = "statistics.safetensors"
 BASE = "base"  # no skill may have this name: it stands for the base model alone
-FORMAT = 1
 
 Tensors = dict[str, torch.Tensor]
 
@@ -171,11 +169,6 @@ class SkillsFolder:
             )
 
 
-def is_skills_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is a skills folder."""
-    return os.path.isfile(Path(path, SKILLS_FILE))
-
-
 def check_skill_name(name: str) -> None:
     """Raise if a name cannot be a skill's."""
     if not _NAME.fullmatch(name) or name.lower() == BASE:
@@ -187,7 +180,7 @@ def check_skill_name(name: str) -> None:
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     """The sha256 of named tensors, whatever their order."""
-    return hashlib.sha256(save({name: tensors[name] for name in sorted(tensors)})).hexdigest()
+    return hashlib.sha256(save({name: tensors[name].contiguous() for name in sorted(tensors)})).hexdigest()
 
 
 # ---------------------------------------------------------------------- reading
@@ -200,27 +193,15 @@ def read_skills(path: str | os.PathLike[str]) -> SkillsFolder:
         MolaError: it is no skills folder, was written by a later version, or a file is missing or damaged.
     """
     folder = Path(path).expanduser()
-    if not is_skills_folder(folder):
-        missing = f"no {SKILLS_FILE} in it" if folder.is_dir() else "no such folder"
-        raise MolaError(
-            f"`folder` must be a skills folder: {str(folder)!r}, {missing}. `mola skills add` makes one from LoRAs."
-        )
+    record = skills_settings(folder)
     try:
-        record = read_json(folder / SKILLS_FILE)
-        if record["format"] != FORMAT:
-            raise MolaError(
-                f"{str(folder / SKILLS_FILE)!r} has format {record['format']!r}, this version of mola reads {FORMAT}. "
-                "Update mola."
-            )
         skills = {name: SkillEntry(**record["skills"][name]) for name in sorted(record["skills"])}
         settings = {name: record[name] for name in _SETTINGS}
         settings |= {
             name: kind(settings[name]) for name, kind in (("layer", int), ("threshold", float), ("top_k", int))
         }
         general_sha256 = record["general_sha256"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, MolaError):
-            raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder / SKILLS_FILE, f"{type(error).__name__}: {error}") from error
     general, statistics = _read_statistics(folder / STATISTICS_FILE, skills)
     digests = {"": (general, general_sha256)}
@@ -404,7 +385,7 @@ def _write_files(folder: Path, new: SkillsFolder, statistics: Mapping[str, Tenso
 def _record(new: SkillsFolder) -> dict[str, Any]:
     """The content of `skills.json`."""
     return {
-        "format": FORMAT,
+        "format": SKILLS_FORMAT,
         **{name: getattr(new, name) for name in _SETTINGS},
         "general_sha256": tensors_sha256(new.general),
         "skills": {name: asdict(new.skills[name]) for name in sorted(new.skills)},
@@ -429,6 +410,13 @@ def copy_lora(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
     if not (source / WEIGHTS_FILE).is_file():
         save_file(read_tensors(source), target / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def lora_sha256(source: Path) -> str:
+    """The sha256 of the weights that `copy_lora` writes."""
+    if (source / WEIGHTS_FILE).is_file():
+        return file_sha256(source / WEIGHTS_FILE)
+    return hashlib.sha256(save(read_tensors(source), {"format": "pt"})).hexdigest()
 
 
 def _check_free(path: Path, written: Path) -> None:

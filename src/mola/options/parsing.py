@@ -59,6 +59,7 @@ def parse(
     prog: str,
     summary: str = "",
     positional: str | None = None,
+    further: str | None = None,
     accept_noflag: bool = False,
     read: Callable[[str], Mapping[str, Any]] | None = None,
     warn: Callable[[str], None] = logger.warning,
@@ -72,6 +73,7 @@ def parse(
         summary: one line for the help text.
         positional: option that the first word sets if it has no dashes; a list option gets all words before the first
             flag.
+        further: list option that the words after the first one set, up to the first flag.
         accept_noflag: accept `--noflag` for `--flag=false`.
         read: reads the recipe; default: `read_recipe`.
         warn: called with a sentence about each option that has been renamed.
@@ -86,7 +88,7 @@ def parse(
     if accept_noflag:
         spelled = {f"--no{name}": f"--{name}=false" for name, kind in parser.kinds.items() if kind is bool}
         arguments = [spelled.get(word, word) for word in arguments]
-    parser.usage = _usage(prog, flags[f"--{positional}"] if positional else None)
+    parser.usage = _usage(prog, [flags[f"--{name}"] for name in (positional, further) if name])
     parser.add_argument("--config", metavar="RECIPE.yaml", help="Read options from a YAML file; flags win.")
     text = "Show this help; all: every option."
     parser.add_argument("-h", "--help", action=ShowHelp, nargs="?", choices=["all"], metavar="[all]", help=text)
@@ -96,6 +98,8 @@ def parse(
         end = [*is_word, False].index(False) if action.nargs == "+" else 1
         if not _adds_up(action) and any(flags.get(word.partition("=")[0]) is action for word in arguments[end:]):
             raise MolaError(f"`{positional}` must be given once: got the first word {arguments[0]!r} and a flag too.")
+        if further and len(arguments) > 1 and not arguments[1].startswith("-"):
+            arguments.insert(1, f"--{further}")
         arguments = [f"--{positional}", *arguments]
     _check_words(arguments, flags)
     recipe = _find_recipe(arguments)
@@ -179,11 +183,11 @@ def _converter(options_class: Any) -> OptionsParser:
     return OptionsParser(options_class)
 
 
-def _usage(prog: str, positional: Action | None) -> str:
+def _usage(prog: str, positional: Sequence[Action]) -> str:
     words = [prog]
-    if positional is not None:
-        word = positional.dest.removesuffix("_dir").upper() + " ..." * (positional.nargs == "+")
-        words.append(word if positional.required else f"[{word}]")
+    for action in positional:
+        word = str(action.metavar or action.dest.removesuffix("_dir").upper()) + " ..." * (action.nargs == "+")
+        words.append(word if action.required else f"[{word}]")
     return " ".join([*words, "[--config RECIPE.yaml]", "[--flag value ...]"])
 
 

@@ -78,6 +78,11 @@ class TrainFields(Quantization):
     use_rslora: bool | None = option(None, "Scale by lora_alpha / sqrt(r).", nargs="?", const=True)
     init_lora_weights: str | None = option(None, "Start: true (default), gaussian, orthogonal or principal.")
 
+    _skill: ClassVar = Group("skill")
+    skill: str | None = option(None, "Train a plain LoRA, and add it to `into` as the skill of this name.")
+    into: str | None = option(None, "Skills folder; a new one is created. See docs/skills.md.")
+    layer: int | None = option(None, "Lowest layer of the skill. Default: that of `into`, else a third up.")
+
     _data: ClassVar = Group("data")
     train_split: str = option("train", "Split to train on where the data has several.")
     eval_data: str | None = option(None, "Data to evaluate the loss on; default: the same as `data`.")

@@ -30,6 +30,7 @@ from mola.options.fields import split_names, split_to_list
 from mola.training.distributed import uses_fsdp
 from mola.training.fields import TRAINING_ONLY
 from mola.training.options import TrainOptions
+from mola.training.skill import lora_config
 from mola.tuner import MolaConfig
 from mola.tuner.saved_modules import resolve_modules_to_save
 
@@ -54,7 +55,7 @@ def check_model_options(
 
     Returns:
         The configuration of the adapter, and the allocation's totals as `mola plan --json` prints them; the latter is
-        empty when an existing adapter is trained.
+        empty when an existing adapter or a skill is trained.
 
     Raises:
         MolaError: base model, adapter and allocation do not fit each other.
@@ -68,6 +69,10 @@ def check_model_options(
         check_losses(options, continued, config)
         check_adapter_fits(base_model, folder, options.trust_remote_code, options.gguf_file, config=config)
         return continued, {}
+    if options.skill is not None:
+        lora = lora_config(options, config)
+        check_losses(options, lora, config)
+        return lora, {}
     adapter = adapter_config(options)
     check_losses(options, adapter, config)
     model = model_on_meta(base_model, options.trust_remote_code, options.gguf_file, config=config)
@@ -207,7 +212,8 @@ def build_model(options: TrainOptions, config: PretrainedConfig, checkpoint: Pat
     set_all_seeds(options.seed)
     model: Any
     if options.adapter is None:
-        model = get_peft_model(base, adapter_config(options))
+        new = adapter_config(options) if options.skill is None else lora_config(options, config)
+        model = get_peft_model(base, new)
     else:
         folder = str(checkpoint or options.adapter)
         adapter = continued_config(options, folder)

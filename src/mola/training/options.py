@@ -24,6 +24,7 @@ from mola.training.option_checks import (
     check_values,
     settle_schedule,
 )
+from mola.training.skill import settle_skill
 
 
 @dataclass
@@ -36,6 +37,7 @@ class TrainOptions(TrainFields, TrainingArguments):
 
     def __post_init__(self) -> None:
         convert_paths(self)
+        settle_skill(self)
         if self.adapter is not None and self.resume_from_checkpoint is None:
             self.base_model = base_model_of(self.base_model, [self.adapter])
         for name in ("filters", "num_experts_pattern", "rank_pattern", "alpha_pattern"):

@@ -48,6 +48,7 @@ from mola.training.data import TrainingData
 from mola.training.fields import ADAPTER_DEFAULTS
 from mola.training.model import recorded_quantization, training_changes
 from mola.training.options import TrainOptions
+from mola.training.skill import skill_settings
 
 METRICS_FILE = "metrics.jsonl"
 SAVING = ".saving-"  # names of folders in which an adapter or a checkpoint is written
@@ -187,9 +188,7 @@ def describe_run(
     return {
         "command": without_token(sys.argv, options.hub_token),
         "settings": options.to_dict(),
-        "adapter_settings": training_changes(options)
-        if options.adapter
-        else {name: options.adapter_setting(name) for name in ADAPTER_DEFAULTS},
+        "adapter_settings": adapter_settings(options),
         "effective_batch_size": options.effective_batch_size,
         "processes": options.world_size,
         "allocation": allocation,
@@ -200,6 +199,15 @@ def describe_run(
         "versions": software_versions(),
         "machine": machine_description(options.device),
     }
+
+
+def adapter_settings(options: TrainOptions) -> dict[str, Any]:
+    """The settings of a new adapter; of an existing one, those that the run changes."""
+    if options.adapter is not None:
+        return training_changes(options)
+    if options.skill is not None:
+        return skill_settings(options)
+    return {name: options.adapter_setting(name) for name in ADAPTER_DEFAULTS}
 
 
 def without_token(command: Sequence[str], token: str | None) -> list[str]:

@@ -42,6 +42,7 @@ from mola.training.needed_logits import NeededLogits
 from mola.training.options import TrainOptions
 from mola.training.overview import overview
 from mola.training.run_folder import check_output_dir, locked, start_run
+from mola.training.skill import add_trained_skill
 from mola.training.trainer import MolaTrainer, compiler_settings, make_trainer
 
 __all__ = ["TrainOptions", "TrainResult", "main", "train"]
@@ -122,6 +123,9 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
             metrics, seconds = _train_and_evaluate(options, trainer, run)
             result = _result_of(options, trainer, run, metrics, seconds)
             _save(options, trainer, run, result)
+            if options.skill is not None and result.status == "finished" and is_main:
+                base = None if shards_weights(options) else model.get_base_model().eval()
+                add_trained_skill(options, run.folder, base)
             return result
 
 

@@ -84,7 +84,11 @@ class SkillStatistics:
         Raises:
             MolaError: there is no prompt, or a prompt has no content.
         """
-        features = _features(batches)
+        return cls.of_features(_features(batches))
+
+    @classmethod
+    def of_features(cls, features: Tensor) -> Self:
+        """Like `measure`, from the features `(N, d)` of the prompts."""
         held_out = torch.zeros(len(features), dtype=torch.bool)
         held_out[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY] = True
         held_out &= held_out.cumsum(0) <= _MAX_HELD_OUT
@@ -132,7 +136,11 @@ class GeneralStatistics:
         Raises:
             MolaError: there is no text, or a text has no content.
         """
-        features = _features(batches)
+        return cls.of_features(_features(batches))
+
+    @classmethod
+    def of_features(cls, features: Tensor) -> Self:
+        """Like `measure`, from the features `(N, d)` of the texts."""
         return cls(*_moments(features, _GENERAL_DIRECTIONS), torch.tensor(len(features)))
 
     def tensors(self) -> dict[str, Tensor]:

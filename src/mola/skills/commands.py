@@ -1,0 +1,121 @@
+"""The commands `mola skills add`, `remove`, `list`, `test`, `merge` and `suggest`.
+
+mola skills add my-skills birds=runs/birds rivers=runs/rivers
+mola skills add my-skills tools=lora_from_elsewhere --data tools.json
+mola skills test my-skills --data birds=birds_test.json rivers=rivers_test.json base=other_questions.json
+mola skills list my-skills
+mola skills remove my-skills birds
+mola skills merge my-skills skills_of_a_colleague
+mola skills suggest my-model --data birds=birds.json rivers=rivers.json
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+from rich.markup import escape
+from rich.table import Table
+
+from mola.checkpoints.skills_folder import BASE, SkillsFolder, read_skills
+from mola.files.atomic import atomic_write_json, check_new_file
+from mola.files.terminal import make_table_console
+from mola.options.command_line import next_steps
+from mola.skills import changing
+from mola.skills.adding import add
+from mola.skills.options import AddOptions, ListOptions, MergeOptions, RemoveOptions, SuggestOptions, TestOptions
+from mola.skills.suggesting import TOLERANCE, suggest
+from mola.skills.summary import decision_line, summarize, summary_dict, summary_table
+from mola.skills.testing import TestResult, test
+
+
+def add_skills(options: AddOptions) -> int:
+    """Add the skills, and print what the folder holds; returns 0, the exit code."""
+    result = add(options)
+    _print_change(result.folder, result.moved)
+    for name, count in result.too_long.items():
+        print(f"warning: {count} prompts of {name} are longer than the model's positions, and were left out.")
+    folder = shlex.quote(str(result.folder.path))
+    print(next_steps(f"mola skills test {folder} --data NAME=TEST_DATA ...", f"mola serve {folder}"))
+    return 0
+
+
+def remove_skills(options: RemoveOptions) -> int:
+    """Remove the skills, and print what the folder holds; returns 0, the exit code."""
+    _print_change(*changing.remove(options))
+    return 0
+
+
+def merge_skills(options: MergeOptions) -> int:
+    """Merge the folders, and print what the first one holds; returns 0, the exit code."""
+    _print_change(*changing.merge(options))
+    return 0
+
+
+def list_skills(options: ListOptions) -> int:
+    """Print the skills as a table or as JSON; returns 0, the exit code."""
+    if options.json not in (None, "-"):
+        check_new_file("json", options.json, options.overwrite)
+    folder = read_skills(options.folder)
+    skills = summarize(folder)
+    if options.json == "-":
+        print(json.dumps(summary_dict(folder, skills), indent=2))
+        return 0
+    make_table_console().print(summary_table(folder, skills))
+    print(decision_line(folder))
+    if options.json is not None:
+        print(f"Written to {atomic_write_json(options.json, summary_dict(folder, skills))}.")
+    return 0
+
+
+def test_skills(options: TestOptions) -> int:
+    """Run the command and print the table; returns 0, the exit code."""
+    result = test(options)
+    make_table_console().print(_asked_table(result, options.folder))
+    print(f"{result.right:.1%} right; {result.to_base:.1%} of the skills' own prompts go to the base model.")
+    for (name, asked), share in result.mixed_up.items():
+        print(f"warning: {share:.1%} of the prompts of {name} ask {asked}. `mola skills suggest` compares layers.")
+    for name, count in result.too_long.items():
+        print(f"warning: {count} prompts of {name} are longer than the model's positions, and were left out.")
+    if options.output is not None:
+        print(f"Written to {options.output}.")
+    return 0
+
+
+def suggest_layer(options: SuggestOptions) -> int:
+    """Run the command, print the layers and the suggestion; returns 0, the exit code."""
+    result = suggest(options)
+    table = Table(title=f"decisions on {sum(result.prompts.values())} held-out prompts of {len(result.prompts)} skills")
+    for column in ("layer", "right", "threshold", "to the base model"):
+        table.add_column(column, justify="right")
+    for each in result.layers:
+        values = f"{each.right:.1%}", f"{each.threshold:.3f}", f"{each.to_base:.1%}"
+        table.add_row(str(each.layer), *values, style="bold" if each.layer == result.layer else None)
+    make_table_console().print(table)
+    print(
+        f"Suggested: --layer {result.layer}, the lowest layer within {TOLERANCE:.0%} of the best. Not measured: what "
+        "LoRAs on fewer layers can learn."
+    )
+    if options.output is not None:
+        print(f"Written to {options.output}.")
+    return 0
+
+
+def _print_change(folder: SkillsFolder, moved: list[str]) -> None:
+    """Print a folder that has changed, and which decisions on prompts of earlier skills have moved."""
+    make_table_console().print(summary_table(folder, summarize(folder)))
+    print(decision_line(folder))
+    if moved:
+        print("\n".join(["Decisions that have moved:", *(f"  {line}" for line in moved)]))
+
+
+def _asked_table(result: TestResult, folder: str) -> Table:
+    found = sorted({*result.asked, *(name for counts in result.asked.values() for name in counts)} - {BASE})
+    table = Table(title=escape(f"{folder}: who is asked"))
+    table.add_column("prompts of")
+    for name in (*found, BASE, "right"):
+        table.add_column(escape(name), justify="right")
+    for name, counts in result.asked.items():
+        right = counts.get(name, 0) / sum(counts.values())
+        table.add_row(escape(name), *(str(counts.get(each, 0)) for each in (*found, BASE)), f"{right:.1%}")
+    return table

@@ -1,0 +1,140 @@
+"""Which layer's input tells the data of skills apart.
+
+One pass of the base model per prompt measures all layers. Every second prompt of each source is held out, and the
+decision is made from the others. The suggestion is the lowest layer whose decisions are right for as many prompts as
+those of the best layer, or up to one per cent fewer: a lower decision leaves more layers to the skills.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mola.checkpoints.adapter_settings import is_skills_folder
+from mola.checkpoints.skills_folder import read_skills
+from mola.data.read import check_split
+from mola.errors import MolaError
+from mola.files.atomic import atomic_write_json, check_new_file
+from mola.files.environment import software_versions
+from mola.generation.predicting import encode_prompts
+from mola.models.base_model import max_positions, weights_identity
+from mola.models.from_options import check_model, model_for, tokenizer_for
+from mola.skills.deciding import first_name
+from mola.skills.measuring import content_finder, features_of_layers
+from mola.skills.options import SuggestOptions, split_pairs
+from mola.skills.prompts import DataSource, read_prompts
+from mola.tuner.skills.content import ContentFinder
+from mola.tuner.skills.decision import Decider, suggest_threshold
+from mola.tuner.skills.general_text import general_texts
+from mola.tuner.skills.statistics import GeneralStatistics, SkillStatistics
+
+TOLERANCE = 0.01  # below the accuracy of the best layer
+_FEWEST = 4  # prompts of each source
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """How a decision at the input of one layer does on held-out prompts.
+
+    Attributes:
+        layer: 0 = nearest the input.
+        right: share of the prompts whose own skill has the highest score.
+        threshold: the threshold that the reject rate sets, from prompts of the fitted half.
+        to_base: share of the prompts that the base model answers at this threshold.
+    """
+
+    layer: int
+    right: float
+    threshold: float
+    to_base: float
+
+
+@dataclass(frozen=True)
+class SuggestResult:
+    """The suggestion.
+
+    Attributes:
+        layer: the suggested layer.
+        layers: the result of every layer.
+        prompts: name of a skill -> number of held-out prompts.
+        settings: the options.
+    """
+
+    layer: int
+    layers: list[LayerResult]
+    prompts: dict[str, int]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "versions": software_versions()}
+
+
+def suggest(options: SuggestOptions) -> SuggestResult:
+    """Compare decisions at the inputs of all layers.
+
+    Args:
+        options: see `SuggestOptions`.
+
+    Returns:
+        The result; also written to `options.output`, if that is given.
+
+    Raises:
+        MolaError: data are unreadable or too few, or the base model of a skills folder is another one.
+    """
+    if options.output is not None:
+        check_new_file("output", options.output, options.overwrite)
+    sources, adapters = split_pairs("data", options.data, "NAME=DATA"), _adapters(options)
+    config, tokenizer = check_model(options), tokenizer_for(options)
+    prompts = {}
+    for name, path in sources.items():
+        check_split("split", options.split, SuggestOptions.split, path)
+        source = DataSource(path, options.task, options.split, options.template, adapter=adapters.get(name))
+        prompts[name] = read_prompts(source, tokenizer, options.limit, max_positions(config)).ids
+        if len(prompts[name]) < _FEWEST:
+            raise MolaError(f"`data` must have at least {_FEWEST} prompts each: {path!r} has {len(prompts[name])}.")
+    model = model_for(options, None)
+    finder = content_finder(tokenizer, list(adapters.values()))
+    features = {name: features_of_layers(model, tokenizer, finder, ids) for name, ids in prompts.items()}
+    general = features_of_layers(
+        model, tokenizer, ContentFinder(tokenizer), encode_prompts(tokenizer, list(general_texts()))
+    )
+    layers = [
+        _compare(layer, general[layer], {name: each[layer] for name, each in features.items()}, options.reject_rate)
+        for layer in range(len(general))
+    ]
+    best = max(each.right for each in layers)
+    layer = next(each.layer for each in layers if each.right >= best - TOLERANCE)
+    held_out = {name: len(ids) // 2 for name, ids in prompts.items()}
+    result = SuggestResult(layer, layers, held_out, asdict(options))
+    if options.output is not None:
+        atomic_write_json(options.output, result.to_dict())
+    return result
+
+
+def _adapters(options: SuggestOptions) -> dict[str, Path]:
+    """Name -> LoRA of the skills in `folder`, if it is a skills folder."""
+    if not is_skills_folder(path := os.path.expanduser(options.folder)):
+        return {}
+    folder = read_skills(path)
+    folder.check_base(options.base_model, weights_identity(options.base_model))
+    return {name: folder.adapter(name) for name in folder.names}
+
+
+def _compare(layer: int, general: torch.Tensor, features: dict[str, torch.Tensor], reject_rate: float) -> LayerResult:
+    """How a decision at one layer does; rows 1, 3, 5, ... of the features are held out."""
+    base = GeneralStatistics.of_features(general)
+    skills = {name: SkillStatistics.of_features(each[::2]) for name, each in features.items()}
+    threshold = suggest_threshold(base, skills, reject_rate)
+    everyone, decider = Decider(base, skills, float("-inf")), Decider(base, skills, threshold)
+    total = right = to_base = 0
+    for name, each in features.items():
+        held_out = each[1::2]
+        total += len(held_out)
+        right += sum(first_name(found) == name for found in everyone.decide_features(held_out).names)
+        to_base += sum(found is None for found in decider.decide_features(held_out).names)
+    return LayerResult(layer, right / total, threshold, to_base / total)

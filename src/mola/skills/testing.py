@@ -1,0 +1,118 @@
+"""`mola skills test`: who is asked for which data. Nobody answers: one pass through the lower layers decides.
+
+mola skills test skills --data birds=birds_test.json rivers=rivers_test.json base=other_questions.json
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mola.checkpoints.skills_folder import BASE, SkillsFolder, read_skills
+from mola.data.read import check_split
+from mola.files.atomic import atomic_write_json, check_new_file
+from mola.files.environment import software_versions
+from mola.models.base_model import max_positions, weights_identity
+from mola.models.from_options import check_model, model_for, tokenizer_for
+from mola.skills.deciding import decider_of, first_name
+from mola.skills.measuring import content_finder, features_at
+from mola.skills.options import TestOptions
+from mola.skills.prompts import DataSource, named_sources, read_prompts
+
+MIXED_UP = 0.05  # share of a skill's prompts for which another one is asked, above which a warning is due
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """Who is asked for which prompts.
+
+    Attributes:
+        asked: name of the data -> name of a skill, or "base" for the base model -> number of prompts. With `top_k` 2
+            the skill that is asked first counts.
+        margins: name of the data -> for each prompt the score of its best skill, as a share of the score of the skill's
+            mean; below the threshold the base model answers.
+        too_long: name of the data -> number of prompts left out, because the model cannot read them.
+        settings: the options.
+    """
+
+    __test__ = False  # pytest would look for tests in it
+
+    asked: dict[str, dict[str, int]]
+    margins: dict[str, list[float]]
+    too_long: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def right(self) -> float:
+        """Share of the prompts for which the skill of their data is asked; of data called "base" the base model."""
+        return sum(counts.get(name, 0) for name, counts in self.asked.items()) / self._total
+
+    @property
+    def to_base(self) -> float:
+        """Share of the skills' own prompts that the base model answers."""
+        own = {name: counts for name, counts in self.asked.items() if name != BASE}
+        return sum(counts.get(BASE, 0) for counts in own.values()) / max(
+            sum(sum(each.values()) for each in own.values()), 1
+        )
+
+    @property
+    def _total(self) -> int:
+        return sum(sum(counts.values()) for counts in self.asked.values())
+
+    @property
+    def mixed_up(self) -> dict[tuple[str, str], float]:
+        """Pairs of a skill's data and another skill, which is asked for more than 5 % of them -> the share."""
+        return {
+            (name, asked): count / sum(counts.values())
+            for name, counts in self.asked.items()
+            for asked, count in counts.items()
+            if BASE not in (name, asked) and asked != name and count > MIXED_UP * sum(counts.values())
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "right": self.right, "to_base": self.to_base, "versions": software_versions()}
+
+
+def test(options: TestOptions) -> TestResult:
+    """Decide for each prompt who is asked.
+
+    Args:
+        options: see `TestOptions`.
+
+    Returns:
+        The result; also written to `options.output`, if that is given.
+
+    Raises:
+        MolaError: the folder is damaged, its base model is another one, or data are unreadable or have unknown names.
+    """
+    if options.output is not None:
+        check_new_file("output", options.output, options.overwrite)
+    folder = read_skills(options.folder)
+    sources = named_sources(options.data, folder.path, folder.names, [BASE])
+    folder.check_base(options.base_model, weights_identity(options.base_model))
+    config, tokenizer = check_model(options), tokenizer_for(options)
+    prompts = {
+        name: read_prompts(_source(options, folder, name, path), tokenizer, options.limit, max_positions(config))
+        for name, path in sources.items()
+    }
+    model, decider = model_for(options, None), decider_of(folder)
+    finder = content_finder(tokenizer, [folder.adapter(name) for name in folder.names])
+    asked, margins = {}, {}
+    for name, each in prompts.items():
+        decisions = decider.decide_features(features_at(model, folder.layer, tokenizer, finder, each.ids))
+        asked[name] = dict(Counter(first_name(found) or BASE for found in decisions.names))
+        margins[name] = [round(margin, 4) for margin in decisions.margins.tolist()]
+    too_long = {name: each.too_long for name, each in prompts.items() if each.too_long}
+    result = TestResult(asked, margins, too_long, asdict(options))
+    if options.output is not None:
+        atomic_write_json(options.output, result.to_dict())
+    return result
+
+
+def _source(options: TestOptions, folder: SkillsFolder, name: str, path: str) -> DataSource:
+    check_split("split", options.split, TestOptions.split, path)
+    adapter: Path | None = None if name == BASE else folder.adapter(name)
+    return DataSource(path, options.task, options.split, options.template, adapter=adapter)

@@ -1,0 +1,182 @@
+"""`mola train --skill NAME --into FOLDER`: a plain LoRA on the layers from the decision on, which becomes a skill."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, TaskType
+from transformers import PretrainedConfig
+
+from mola.architecture.layer_stacks import LayerStacks
+from mola.architecture.targets import resolve_target_modules
+from mola.checkpoints.adapter_settings import is_skills_folder
+from mola.checkpoints.recorded_base import base_model_of
+from mola.checkpoints.skills_folder import check_layer, check_skill_name, read_skills
+from mola.errors import MolaError
+from mola.files.atomic import check_new_folder
+from mola.models.base_model import weights_identity
+from mola.models.meta import model_on_meta
+from mola.models.options import QUANTIZATION_OPTIONS
+from mola.options.fields import split_names
+from mola.skills.adding import AddResult, add
+from mola.skills.options import AddOptions
+from mola.tuner.skills.lower_layers import decoder_layers
+
+logger = logging.getLogger(__name__)
+
+_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+# What a plain LoRA does not have.
+_REFUSED = (
+    "adapter",
+    "num_experts",
+    "top_k",
+    "num_experts_pattern",
+    "target_parameters",
+    "modules_to_save",
+    "router_aux_loss_coef",
+    "router_aux_loss_reduction",
+    "router_z_loss_coef",
+    "router_jitter_noise",
+    "loraplus_lr_ratio",
+)
+_STARTS = ("true", "gaussian", "orthogonal")
+
+
+def settle_skill(options: Any) -> None:
+    """Check the options of a skill against each other, and set the base model and the run folder by its skills folder.
+
+    `options` is a `TrainOptions` that is being made.
+
+    Raises:
+        MolaError: an option is missing, or would be ignored.
+    """
+    if options.skill is None:
+        for name in ("into", "layer"):
+            if getattr(options, name) is not None:
+                raise MolaError(f"`{name}` has no effect without `skill`. Pass --skill NAME, or leave it out.")
+        return
+    check_skill_name(options.skill)
+    if options.into is None:
+        raise MolaError("`skill` needs a skills folder to be added to. Pass --into FOLDER; a new one is created.")
+    for name in _REFUSED:
+        if (value := getattr(options, name)) is not None:
+            raise MolaError(f"`{name}` ({value!r}) is not for skills, which are new plain LoRAs. Leave it out.")
+    folder = options.into = os.path.expanduser(options.into)
+    if is_skills_folder(folder):
+        options.base_model = base_model_of(options.base_model, [folder])
+    options.output_dir = options.output_dir or f"{folder.rstrip('/')}-runs/{options.skill}"
+
+
+def settle_layer(options: Any, config: PretrainedConfig) -> None:
+    """Check that the trained LoRA can be added to the skills folder, and set `layer`, the lowest layer to train.
+
+    `config` is the base model's configuration.
+
+    Raises:
+        MolaError: the name is taken, the folder has another base model or another layer, or there is no such layer.
+    """
+    num_layers = len(_layers(options, config)[1])
+    if is_skills_folder(options.into):
+        folder = read_skills(options.into)
+        folder.check_base(options.base_model, weights_identity(options.base_model))
+        options.layer = folder.layer if options.layer is None else options.layer
+        check_layer(folder, options.layer)
+        if options.skill in folder.skills and not options.overwrite_output_dir:
+            raise MolaError(
+                f"{str(folder.path)!r} has a skill {options.skill!r} already. Choose another name, or pass --overwrite "
+                "to replace the skill."
+            )
+    else:
+        check_new_folder("into", options.into)
+        options.layer = num_layers // 3 if options.layer is None else options.layer
+    if not 0 <= options.layer < num_layers:
+        raise MolaError(f"`layer` must be between 0 and {num_layers - 1}, the model's layers: got {options.layer}.")
+
+
+def lora_config(options: Any, config: PretrainedConfig) -> LoraConfig:
+    """The configuration of the LoRA, on the linears of the layers from `options.layer` on.
+
+    Raises:
+        MolaError: a setting is out of range, or a name in `target_modules` matches no linear.
+    """
+    model, layers = _layers(options, config)
+    names = split_names(options.target_modules)
+    targets, _ = resolve_target_modules(model, LayerStacks.of(model), names)
+    if isinstance(targets, str):
+        raise MolaError(f"`target_modules` of a skill must be names between commas: got {names!r}.")
+    name = next(name for name, module in model.named_modules() if module is layers)
+    settings = skill_settings(options)
+    start: Any = str(settings["init_lora_weights"]).lower()
+    if start not in _STARTS:
+        raise MolaError(f"`init_lora_weights` of a skill must be one of {', '.join(_STARTS)}: got {start!r}.")
+    start = True if start == "true" else start
+    return LoraConfig(
+        r=settings["r"],
+        lora_alpha=settings["lora_alpha"],
+        lora_dropout=settings["lora_dropout"],
+        use_rslora=settings["use_rslora"],
+        rank_pattern=settings["rank_pattern"] or {},
+        alpha_pattern=settings["alpha_pattern"] or {},
+        init_lora_weights=start,
+        target_modules=sorted({each.rpartition(".")[2] for each in targets}),
+        layers_to_transform=list(range(options.layer, len(layers))),
+        layers_pattern=name.rpartition(".")[2],
+        task_type=TaskType.CAUSAL_LM,
+    )
+
+
+def skill_settings(options: Any) -> dict[str, Any]:
+    """The settings of the LoRA, for the run's record.
+
+    Raises:
+        MolaError: `r` is not one positive number.
+    """
+    found = {name: options.adapter_setting(name) for name in _SETTINGS}
+    if not str(found["r"]).isdecimal() or int(found["r"]) < 1:
+        raise MolaError(f"`r` of a skill must be one positive number: got {found['r']!r}. `rank_pattern` has others.")
+    start = options.adapter_setting("init_lora_weights")
+    return {
+        **found,
+        "r": int(found["r"]),
+        "use_rslora": bool(found["use_rslora"]),
+        "init_lora_weights": True if start is None else start,
+        "skill": options.skill,
+        "layer": options.layer,
+    }
+
+
+def add_trained_skill(options: Any, folder: Path, model: Any) -> AddResult:
+    """Add the LoRA of a finished run to the skills folder.
+
+    Args:
+        options: the run's options.
+        folder: the run folder.
+        model: the base model, if it is not sharded; the LoRA may still be in it. None loads it again.
+    """
+    result = add(
+        AddOptions(
+            folder=options.into,
+            skills=[f"{options.skill}={folder}"],
+            base_model=options.base_model,
+            layer=options.layer,
+            overwrite=options.overwrite_output_dir,
+            trust_remote_code=options.trust_remote_code,
+            dtype=options.base_dtype,
+            device=str(options.device),
+            **{name: getattr(options, name) for name in QUANTIZATION_OPTIONS},
+        ),
+        model,
+    )
+    logger.info("The skill %s is in %s.", options.skill, options.into)
+    for line in result.moved:
+        logger.info("A decision has moved: %s.", line)
+    return result
+
+
+def _layers(options: Any, config: PretrainedConfig) -> tuple[Any, Any]:
+    """The model without weights, and its decoder layers."""
+    model = model_on_meta(options.base_model, options.trust_remote_code, options.gguf_file, config=config)
+    return model, decoder_layers(model)

@@ -1,0 +1,253 @@
+"""`mola skills add`, `remove`, `list`, `test`, `merge` and `suggest`, and `mola.Skills`."""
+
+import copy
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import mola
+from mola import MolaConfig, Skills
+from mola.checkpoints.skills_folder import read_skills
+from mola.cli import main
+from tests.checkpoints.test_skills_folder import content
+from tests.conftest import save_adapter
+from tests.damage import change_settings
+from tests.grids import slow
+from tests.skills.conftest import WORDS, make_lora, write_rows
+
+
+def test_any_order_gives_the_same_bytes_and_removing_those_of_never_having_added(add, run, folder, tmp_path, data):
+    for name in ("tools", "rivers", "birds"):
+        add(tmp_path / "others", name)
+    assert "removed" not in run("skills", "remove", tmp_path / "others", "tools")
+    assert content(tmp_path / "others") == content(folder)
+    add(folder, "tools")
+    add(tmp_path / "at once", "tools", "birds", "rivers")
+    assert content(tmp_path / "at once") == content(folder)
+
+
+def test_merged_without_data_or_base_model(add, run, folder, tmp_path):
+    add(tmp_path / "other", "tools", "rivers")
+    run("skills", "merge", folder, tmp_path / "other")
+    add(tmp_path / "all", "birds", "rivers", "tools")
+    assert content(folder) == content(tmp_path / "all")
+
+
+def test_what_is_printed(add, run, folder, data, tmp_path):
+    printed = add(folder, "tools")
+    assert "3 skills of" in printed
+    assert "The decision reads the input of layer 1; threshold" in printed
+    assert "(reject rate 0.02)" in printed
+    assert "mola skills test" in printed
+    printed = run("skills", "list", folder)
+    assert re.search(r"birds +│ +2 +│ +1-3 +│ +20 +│ +\d+ kB +│", printed)
+    listed = json.loads(run("skills", "list", folder, "--json"))
+    assert (listed["layer"], listed["reject_rate"], listed["top_k"]) == (1, 0.02, 1)
+    assert listed["skills"]["tools"]["rows"] == 20
+
+
+def test_who_is_asked(run, folder, data, tmp_path):
+    write_rows(tmp_path / "other.json", ("ééé", "ôô", "ùùù"))
+    words = [f"{name}={data[name]}" for name in ("birds", "rivers")]
+    words.append(f"base={tmp_path / 'other.json'}")
+    printed = run("skills", "test", folder, "--data", *words, "--output", tmp_path / "result.json")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["asked"]) == {"birds", "rivers", "base"}
+    assert result["asked"]["birds"]["birds"] + result["asked"]["birds"].get("base", 0) == 20
+    assert len(result["margins"]["rivers"]) == 20
+    assert f"{result['right']:.1%} right" in printed
+    assert "warning" not in printed
+    in_order = run("skills", "test", folder, "--data", data["birds"], data["rivers"])
+    assert re.search(r"rivers +│ +0 +│", in_order)
+
+
+def test_skills_with_the_same_prompts_are_reported(add, run, folder, loras, data):
+    """Equal scores: the first name is asked, so the prompts of `rivers` move."""
+    printed = run("skills", "add", folder, f"again={loras['tools']}", "--data", data["rivers"])
+    assert "Decisions that have moved:" in printed
+    assert "4 of 4 held-out prompts of rivers: from rivers to again" in printed
+    printed = run("skills", "test", folder, "--data", f"rivers={data['rivers']}")
+    assert re.search(r"warning: \d+\.\d% of the prompts of rivers ask again", printed)
+
+
+def test_the_threshold_follows_the_reject_rate_unless_it_is_given(add, folder, tmp_path):
+    assert add(tmp_path / "given", "birds", "rivers", threshold=0.25).count("threshold 0.250;") == 0
+    given = read_skills(tmp_path / "given")
+    assert (given.threshold, given.reject_rate) == (0.25, None)
+    add(tmp_path / "given", "tools")
+    assert read_skills(tmp_path / "given").threshold == 0.25
+    low, high = read_skills(folder).threshold, add(folder, "tools", reject_rate=0.5) and read_skills(folder)
+    assert high.reject_rate == 0.5
+    assert high.threshold > low
+
+
+def test_a_skill_is_a_lora_that_peft_loads(folder, loras, tiny_model):
+    ids = torch.arange(3, 23).view(1, 20)
+    paths = folder / "birds", loras["birds"]
+    logits = [PeftModel.from_pretrained(copy.deepcopy(tiny_model), path)(ids).logits for path in paths]
+    assert torch.equal(*logits)
+
+
+def test_weights_in_a_pickle_become_safetensors(run, loras, data, tmp_path):
+    lora = shutil.copytree(loras["birds"], tmp_path / "lora")
+    tensors = load_file(lora / "adapter_model.safetensors")
+    torch.save(tensors, lora / "adapter_model.bin")
+    (lora / "adapter_model.safetensors").unlink()
+    run("skills", "add", tmp_path / "skills", f"birds={lora}", "--data", data["birds"])
+    found = read_skills(tmp_path / "skills").read_adapter("birds")
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_layers_below_the_decision_are_refused_or_read_ahead(run, refused, tiny_model_dir, data, tmp_path):
+    lora = make_lora(tiny_model_dir, tmp_path / "low", 0, layers=range(4))
+    words = ["skills", "add", tmp_path / "skills", f"low={lora}", "--data", data["birds"]]
+    line = refused(*words)
+    assert "adapts layers from 0 on, and the decision reads the input of layer 1" in line
+    assert "Pass --from_layer 0" in line
+    assert "in a pass of the base model alone" in run(*words, "--from_layer", 0)
+    folder = read_skills(tmp_path / "skills")
+    assert folder.decides_ahead
+    assert folder.skills["low"].first_layer == 0
+
+
+def test_training_data_of_the_adapters_run(run, refused, loras, data, tmp_path):
+    lora = shutil.copytree(loras["birds"], tmp_path / "birds")
+    words = ["skills", "add", tmp_path / "skills", f"birds={lora}"]
+    assert "the skill 'birds' needs data" in refused(*words)
+    settings = {"data": str(data["birds"]), "train_split": "train", "limit": 7}
+    (lora / "run.json").write_text(json.dumps({"template": "alpaca_short", "settings": settings}))
+    run(*words)
+    assert read_skills(tmp_path / "skills").skills["birds"].rows == 7
+    assert json.loads((tmp_path / "skills" / "birds" / "prompts.json").read_text()) == {"template": "alpaca_short"}
+    settings["data"] = str(tmp_path / "nowhere.json")
+    (lora / "run.json").write_text(json.dumps({"settings": settings}))
+    assert "nowhere.json', which" in refused(*words[:2], tmp_path / "new", words[3])
+
+
+@pytest.mark.parametrize("kind", ["skills folder", *slow("base model")])
+def test_the_layer_is_suggested(kind, run, tiny_model_dir, folder, data, tmp_path):
+    words = [f"{name}={data[name]}" for name in WORDS]
+    place = folder if kind == "skills folder" else tiny_model_dir
+    printed = run("skills", "suggest", place, "--data", *words, "--output", tmp_path / "result.json")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [each["layer"] for each in result["layers"]] == [0, 1, 2, 3]
+    best = max(each["right"] for each in result["layers"])
+    assert best > 0.9
+    assert result["layers"][result["layer"]]["right"] >= best - 0.01
+    assert f"Suggested: --layer {result['layer']}," in printed
+
+
+def test_the_layer_can_be_set_and_is_then_the_folders(run, refused, loras, data, tmp_path):
+    words = ["skills", "add", tmp_path / "skills"]
+    run(*words, f"birds={loras['birds']}", "--data", data["birds"], "--layer", 0)
+    assert read_skills(tmp_path / "skills").layer == 0
+    line = refused(*words, f"tools={loras['tools']}", "--data", data["tools"], "--layer", 1)
+    assert "reads the input of layer 0, `layer` has 1" in line
+    assert "between 0 and 3" in refused(
+        "skills", "add", tmp_path / "new", f"a={loras['birds']}", "--data", data["birds"], "--layer", 4
+    )
+
+
+def test_python(loras, data, tmp_path):
+    skills = Skills(tmp_path / "skills")
+    assert skills.names == []
+    added = skills.add({name: loras[name] for name in ("birds", "tools")}, data)
+    assert added.added == skills.names == ["birds", "tools"]
+    assert [each.layers for each in skills.summary()] == [[1, 2, 3]] * 2
+    result = skills.test({"tools": data["tools"]})
+    assert result.asked["tools"]["tools"] >= 18
+    assert result.right == result.asked["tools"]["tools"] / 20
+    other = Skills(tmp_path / "other")
+    other.add({"rivers": loras["rivers"]}, data)
+    skills.merge(other.folder)
+    skills.remove("birds")
+    assert skills.names == ["rivers", "tools"]
+
+
+# ---------------------------------------------------------------------- wrong input
+
+
+def test_other_base_models(refused, folder, loras, data, small_model_dir, tiny_model_dir, tmp_path):
+    words = ["skills", "add", folder, f"tools={loras['tools']}", "--data", data["tools"]]
+    line = refused(*words, "--base_model", small_model_dir)
+    assert "`base_model` must have the weights that" in line
+    changed = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    record = json.loads((folder / "skills.json").read_text()) | {"base_model": str(changed)}
+    (folder / "skills.json").write_text(json.dumps(record))
+    weights = load_file(changed / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    assert "have changed since" in refused(*words)
+    assert "have changed since" in refused("skills", "test", folder, "--data", f"birds={data['birds']}")
+    assert read_skills(folder).names == ["birds", "rivers"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["add", "{folder}", "birds={loras}/birds", "--data", "{data}/birds.json"], "has a skill 'birds' already"),
+        (["add", "{folder}", "base={loras}/birds", "--data", "{data}/birds.json"], "a skill's name must be of"),
+        (["add", "{folder}", "{loras}/birds", "--data", "{data}/birds.json"], "must have the form NAME=ADAPTER"),
+        (["add", "{folder}", "a={loras}", "b={loras}", "--data", "{data}/birds.json"], "one source per skill"),
+        (["add", "{folder}", "a={loras}", "a={loras}"], "'a' is given twice"),
+        (["add", "{folder}", "a={loras}/nowhere"], "no such folder"),
+        (["add", "{folder}"], "skills"),
+        (["add", "{folder}", "a={loras}/birds", "--reject_rate=1"], "`reject_rate` must be"),
+        (["add", "{folder}", "a={loras}/birds", "--threshold=0", "--reject_rate=0.1"], "both set the threshold"),
+        (["add", "{data}", "a={loras}/birds", "--data", "{data}/birds.json"], "`folder` must be new or empty"),
+        (["remove", "{folder}", "river"], "no skill 'river' in .* Did you mean 'rivers'?"),
+        (["remove", "{folder}", "birds", "rivers"], "'rivers' is the only skill"),
+        (["remove", "{loras}", "birds"], "must be a skills folder: .*no skills.json in it"),
+        (["list", "{folder}/nowhere"], "no such folder"),
+        (["test", "{folder}", "--data", "brids={data}/birds.json"], "must name skills of .*birds, rivers.*'brids'"),
+        (["test", "{folder}", "--data", "{data}/birds.json"], "one source per skill, in the order of their names"),
+        (["suggest", "{folder}", "--data", "a={data}/birds.json"], "at least two skills"),
+        (["tset", "{folder}"], "there is no command 'tset'. Did you mean `test`?"),
+        (["add", "{folder}", "a={loras}/birds", "--layr", "1"], "Did you mean --layer"),
+    ],
+)
+def test_wrong_input(words, message, folder, loras, data, refused):
+    places = {"folder": folder, "loras": loras["birds"].parent, "data": data["birds"].parent}
+    before = content(folder)
+    line = refused("skills", *(word.format(**places) for word in words))
+    assert re.search(message.replace("?", r"\?"), line), line
+    assert line.startswith("mola skills")
+    assert content(folder) == before
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_adapters_that_cannot_be_skills(refused, folder, tiny_model_dir, data, tmp_path):
+    mixture = save_adapter(tiny_model_dir, tmp_path / "mixture", MolaConfig(num_experts=2, top_k=1))
+    tied = make_lora(tiny_model_dir, tmp_path / "embedding", 0, target_modules=["q_proj", "embed_tokens"])
+    wide = make_lora(tiny_model_dir, tmp_path / "wide", 0)
+    change_settings(wide, r=3)
+    dora = make_lora(tiny_model_dir, tmp_path / "dora", 0, use_dora=True)
+    messages = {
+        mixture: "has `peft_type` 'MOLA'. `mola convert --to lora`",
+        tied: "LoRA of linears",
+        wide: "the adapter does not fit",
+        dora: "DoRA scales the base weight",
+    }
+    for adapter, message in messages.items():
+        assert message in refused("skills", "add", folder, f"new={adapter}", "--data", data["birds"])
+
+
+def test_help(capsys):
+    assert main(["skills"]) == 2
+    usage = capsys.readouterr().out
+    assert main(["skills", "--help"]) == 0
+    assert capsys.readouterr().out == usage
+    assert [line.split()[0] for line in usage.splitlines() if line.startswith("  ")] == [
+        "add", "remove", "list", "test", "merge", "suggest",
+    ]  # fmt: skip
+    assert main(["--help"]) == 0
+    assert "  skills " in capsys.readouterr().out
+
+
+def test_skills_is_a_public_name():
+    assert "Skills" in mola.__all__
