@@ -91,7 +91,7 @@ def add(options: AddOptions, model: Any = None) -> AddResult:
             folder = replace(folder, general=measure_general_text(model, folder.layer, tokenizer).tensors())
         for name, adapter in adapters.items():
             finder = content_finder(tokenizer, [adapter])
-            features = features_at(model, folder.layer, tokenizer, finder, prompts[name].ids)
+            features = features_at(model, folder.layer, finder, prompts[name].ids)
             statistics = SkillStatistics.of_features(features).tensors()
             entry = SkillEntry(lora_sha256(adapter), "", first_layers[name], len(features))
             folder = add_entry(folder, name, entry, statistics)

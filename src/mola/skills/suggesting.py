@@ -99,10 +99,8 @@ def suggest(options: SuggestOptions) -> SuggestResult:
             raise MolaError(f"`data` must have at least {_FEWEST} prompts each: {path!r} has {len(prompts[name])}.")
     model = model_for(options, None)
     finder = content_finder(tokenizer, list(adapters.values()))
-    features = {name: features_of_layers(model, tokenizer, finder, ids) for name, ids in prompts.items()}
-    general = features_of_layers(
-        model, tokenizer, ContentFinder(tokenizer), encode_prompts(tokenizer, list(general_texts()))
-    )
+    features = {name: features_of_layers(model, finder, ids) for name, ids in prompts.items()}
+    general = features_of_layers(model, ContentFinder(tokenizer), encode_prompts(tokenizer, list(general_texts())))
     layers = [
         _compare(layer, general[layer], {name: each[layer] for name, each in features.items()}, options.reject_rate)
         for layer in range(len(general))
@@ -125,7 +123,9 @@ def _adapters(options: SuggestOptions) -> dict[str, Path]:
     return {name: folder.adapter(name) for name in folder.names}
 
 
-def _compare(layer: int, general: torch.Tensor, features: dict[str, torch.Tensor], reject_rate: float) -> LayerResult:
+def _compare(
+    layer: int, general: list[torch.Tensor], features: dict[str, list[torch.Tensor]], reject_rate: float
+) -> LayerResult:
     """How a decision at one layer does; rows 1, 3, 5, ... of the features are held out."""
     base = GeneralStatistics.of_features(general)
     skills = {name: SkillStatistics.of_features(each[::2]) for name, each in features.items()}

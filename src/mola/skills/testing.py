@@ -102,7 +102,7 @@ def test(options: TestOptions) -> TestResult:
     finder = content_finder(tokenizer, [folder.adapter(name) for name in folder.names])
     asked, margins = {}, {}
     for name, each in prompts.items():
-        decisions = decider.decide_features(features_at(model, folder.layer, tokenizer, finder, each.ids))
+        decisions = decider.decide_features(features_at(model, folder.layer, finder, each.ids))
         asked[name] = dict(Counter(first_name(found) or BASE for found in decisions.names))
         margins[name] = [round(margin, 4) for margin in decisions.margins.tolist()]
     too_long = {name: each.too_long for name, each in prompts.items() if each.too_long}

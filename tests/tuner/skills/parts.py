@@ -4,9 +4,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mola.tuner.skills.content import ContentFinder
-from mola.tuner.skills.lower_layers import hidden_at
+from mola.tuner.skills.reading import read_prompts
 from mola.tuner.skills.runtime import SkillsRuntime
-from mola.tuner.skills.statistics import GeneralStatistics, PromptBatch, SkillStatistics
+from mola.tuner.skills.statistics import GeneralStatistics, SkillStatistics
 
 LAYER, NUM_LAYERS = 2, 4
 UPPER = [2, 3]
@@ -54,9 +54,7 @@ def features(model, tokenizer, texts, layer=LAYER):
     """One batch per text."""
     finder = ContentFinder(tokenizer)
     for text in texts:
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
-        content = torch.tensor([finder.mask(ids[0].tolist())])
-        yield PromptBatch(hidden_at(model, layer, ids), content, ids)
+        yield read_prompts(model, layer, finder, [tokenizer(text)["input_ids"]])
 
 
 def with_skills(model, tokenizer, folders, layer=LAYER, **options):

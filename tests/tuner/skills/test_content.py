@@ -21,9 +21,7 @@ def content(tiny_tokenizer):
 
     def find(prompt, adds_special_tokens=True):
         ids = tiny_tokenizer(prompt, add_special_tokens=adds_special_tokens)["input_ids"]
-        mask = finder.mask(ids)
-        assert len(mask) == len(ids)
-        return tiny_tokenizer.decode([token for token, is_content in zip(ids, mask, strict=True) if is_content])
+        return tiny_tokenizer.decode(finder.content(ids), skip_special_tokens=True)
 
     return find
 
@@ -42,7 +40,7 @@ def test_templates_leave_the_content(content, name):
 
 @pytest.mark.parametrize("name", ["alpaca", "alpaca_legacy", "alpaca_short", "vigogne"])
 def test_instruction_and_input_are_content(content, name):
-    assert content(get_template(name).prompt(QUESTION, "red, green")) == QUESTION + "red, green"
+    assert content(get_template(name).prompt(QUESTION, "red, green")) == QUESTION + "\nred, green"
 
 
 def test_last_turn_of_a_chat(content, tiny_tokenizer):
@@ -58,23 +56,25 @@ def test_without_a_layout_all_but_special_tokens_count(content):
     assert content("USER: " + QUESTION + "</s>") == "USER: " + QUESTION
 
 
-def test_first_token_is_left_out_if_there_are_others(tiny_tokenizer):
-    finder = ContentFinder(tiny_tokenizer)
-    ids = tiny_tokenizer("ab", add_special_tokens=False)["input_ids"]
-    assert finder.mask(ids) == [False, True]
-    assert finder.mask(ids[:1]) == [True]
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("WHICH IS IT? THE CAT.\n(A) ONE", "Which is it? The cat.\n(a) one"),
+        ("which is it\nthe cat", "Which is it\nThe cat"),
+        ("Which is IT?", "Which is IT?"),
+        ("17 + 4 =", "17 + 4 ="),
+    ],
+)
+def test_text_of_one_case_is_read_as_sentences(content, text, read):
+    assert content(text) == read
 
 
-def test_some_token_counts_in_an_empty_question(tiny_tokenizer):
+def test_some_token_is_read_of_an_empty_question(tiny_tokenizer):
     finder = ContentFinder(tiny_tokenizer, chat_layouts(tiny_tokenizer, CHAT))
     ids = tiny_tokenizer(conversation(tiny_tokenizer, " "), add_special_tokens=False)["input_ids"]
-    assert any(finder.mask(ids))
-    assert finder.mask([tiny_tokenizer.bos_token_id]) == [True]
-
-
-def test_no_token_is_an_error(tiny_tokenizer):
+    assert finder.content(ids) == [tiny_tokenizer.bos_token_id]
     with pytest.raises(MolaError, match="at least one token"):
-        ContentFinder(tiny_tokenizer).mask([])
+        finder.content([])
 
 
 def test_tokenizers_without_chat_template_have_no_layout(tiny_tokenizer):

@@ -70,11 +70,18 @@ def test_statistics_come_back_from_their_tensors(general, skills):
 
 
 def test_threshold_rejects_at_most_the_share(general, skills):
-    held_out = torch.cat([each.held_out for each in skills.values()])
+    held_out = [each[None].float() for skill in skills.values() for each in skill.held_out]
     for rate in (0.0, 0.1, 0.5):
         decider = Decider(general, skills, suggest_threshold(general, skills, rate))
         rejected = decider.decide_features(held_out).names.count(None)
         assert rejected == int(rate * len(held_out))
+
+
+def test_a_question_is_found_in_long_other_text(general, skills):
+    """Its windows are near the skill; the windows of the other text are near no skill."""
+    batch = prompts(None, rows=10, seed=6, tokens=200)
+    batch.hidden[:, 120:155, 2] += 4
+    assert Decider(general, skills, 0.0).decide(batch).names == ["names"] * 10
 
 
 def test_two_skills_are_asked_if_both_are_known(general, skills):

@@ -166,13 +166,13 @@ def test_labels_say_where_a_prompt_ends(skilled_model, tokenizer):
     torch.testing.assert_close(found.scores, skilled_model.skills.decide(prompts).scores, rtol=1e-4, atol=1e-3)
 
 
-def test_decisions_ahead_are_those_of_the_pass(skilled_model, tokenizer):
+def test_decisions_of_text_are_those_of_a_call(skilled_model, tokenizer):
     inputs = encode(tokenizer, MIXED)
     skilled_model(**inputs)
-    in_pass = skilled_model.skills.last_decisions
-    ahead = skilled_model.skills.decide([tokenizer(text)["input_ids"] for text in MIXED])
-    assert ahead.names == in_pass.names == NAMES
-    torch.testing.assert_close(ahead.scores, in_pass.scores, rtol=1e-4, atol=1e-3)
+    in_call = skilled_model.skills.last_decisions
+    of_text = skilled_model.skills.decide([tokenizer(text)["input_ids"] for text in MIXED])
+    assert of_text.names == in_call.names == NAMES
+    assert torch.equal(of_text.scores, in_call.scores)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_at_most_max_loaded_skills_stay_in_memory(loaded_tiny_model, lora_models
     torch.testing.assert_close(found, own_logits(lora_models, NAMES, inputs), rtol=1e-4, atol=1e-4)
 
 
-def test_skills_with_layers_below_the_decision_are_asked_ahead(loaded_tiny_model, tokenizer, tmp_path):
+def test_skills_may_have_layers_below_the_decision(loaded_tiny_model, tokenizer, tmp_path):
     folder = save_lora(copy.deepcopy(loaded_tiny_model), tmp_path, layers=[0, 3], r=2, target_modules=["q_proj"])
     from peft import PeftModel
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,21 +44,20 @@ class ContentFinder:
         self._special = set(tokenizer.all_special_ids)
         # In one order, whatever order the layouts came in.
         self._layouts = sorted(set(layouts), key=lambda layout: (-_size(layout), layout.before, layout.after))
-        self._is_blank: dict[int, bool] = {}
         self._tokenizer = tokenizer
 
-    def mask(self, ids: Sequence[int]) -> list[bool]:
-        """Which tokens are the user's content in the last user's turn.
+    def content(self, ids: Sequence[int]) -> list[int]:
+        """The tokens that a decision reads: the user's content in the last user's turn, as a text of its own.
 
-        Without a layout that fits, all tokens count that are not special. The first token of the prompt is left out,
-        because models use it as a place to attend to; so are blanks around the content. At least one token counts in
-        every prompt.
+        So a decision does not depend on the template, a system prompt or earlier turns. Without a layout that fits, all
+        tokens count that are not special. Content that is all upper case or all lower case is read as sentences that
+        begin with a capital, because models read such text differently.
 
         Args:
             ids: the tokens of one prompt, without padding.
 
         Returns:
-            One value for each token.
+            Token ids, with the tokenizer's begin token if it adds one; at least one.
 
         Raises:
             MolaError: `ids` is empty.
@@ -65,18 +65,16 @@ class ContentFinder:
         if not len(ids):
             raise MolaError("a prompt must have at least one token to decide which skill is asked: got none.")
         ids = list(ids)
-        positions = self._content(ids)
-        while positions and self._blank(ids[positions[0]]):
-            positions = positions[1:]
-        while positions and self._blank(ids[positions[-1]]):
-            positions = positions[:-1]
-        positions = positions or [index for index, token in enumerate(ids) if token not in self._special]
-        if len(positions) > 1 and positions[0] == 0:
-            positions = positions[1:]
-        found = set(positions or [len(ids) - 1])
-        return [index in found for index in range(len(ids))]
+        texts = [
+            self._tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+            for part in self._content(ids)
+        ]
+        read = self._tokenizer(_sentence_case("\n".join(filter(None, texts))))["input_ids"]
+        while len(read) > 1 and read[-1] in self._special:  # an end token
+            read = read[:-1]
+        return list(read) or ids[-1:]
 
-    def _content(self, ids: list[int]) -> list[int]:
+    def _content(self, ids: list[int]) -> list[list[int]]:
         for layout in self._layouts:
             begin, end = 0, len(ids)
             if layout.before:
@@ -87,18 +85,22 @@ class ContentFinder:
                 if (stop := _first(ids, layout.after, begin)) is None:
                     continue
                 end = stop
-            inner = range(begin, end)
             if layout.between:
                 if (middle := _first(ids, layout.between, begin, end)) is None:
                     continue
-                inner = [*range(begin, middle), *range(middle + len(layout.between), end)]  # type: ignore[assignment]
-            return [index for index in inner if ids[index] not in self._special]
-        return [index for index, token in enumerate(ids) if token not in self._special]
+                return [ids[begin:middle], ids[middle + len(layout.between) : end]]
+            return [ids[begin:end]]
+        return [ids]
 
-    def _blank(self, token: int) -> bool:
-        if token not in self._is_blank:
-            self._is_blank[token] = not self._tokenizer.decode([token]).strip()
-        return self._is_blank[token]
+
+_SENTENCE_BEGIN = re.compile(r"(?:^|[.!?:]\s+|\n\s*)\w")
+
+
+def _sentence_case(text: str) -> str:
+    """A text of one case with capitals at the beginning of sentences and lines; any other text as it is."""
+    if not (text.isupper() or text.islower()):
+        return text
+    return _SENTENCE_BEGIN.sub(lambda match: match.group().upper(), text.lower())
 
 
 def template_layouts(tokenizer: Any) -> list[Layout]:

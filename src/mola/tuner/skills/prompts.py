@@ -10,7 +10,6 @@ from transformers import GenerationConfig
 
 from mola.data.tokenized import IGNORED
 from mola.errors import MolaError
-from mola.tuner.skills.content import ContentFinder
 
 _CACHES = ("cache", "past_key_values")  # the argument's name since Transformers 5.24, and before
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # arguments that bound several texts in one row
@@ -77,14 +76,10 @@ class Prompts(NamedTuple):
             return prompts
         return prompts._replace(mask=(prompts.ids != padding).long())  # like `generate` itself
 
-    def content(self, finder: ContentFinder) -> torch.Tensor:
-        """Which tokens are the user's content, `(B, T)` bool on the CPU."""
-        content = torch.zeros(self.ids.shape, dtype=torch.bool)
+    def token_ids(self) -> list[list[int]]:
+        """The tokens of each prompt, without padding and answer."""
         rows = zip(self.ids.tolist(), self.mask.tolist(), self.lengths, strict=True)
-        for index, (ids, mask, length) in enumerate(rows):
-            columns = [column for column in range(length) if mask[column]]
-            content[index, columns] = torch.tensor(finder.mask([ids[column] for column in columns]), dtype=torch.bool)
-        return content
+        return [[ids[column] for column in range(length) if mask[column]] for ids, mask, length in rows]
 
 
 def setting(given: Mapping[str, Any], config: GenerationConfig, name: str) -> Any:

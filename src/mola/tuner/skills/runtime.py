@@ -1,9 +1,8 @@
 """Runs a base model with skills: each turn asks the skill that knows, and keeps it until its answer is complete.
 
-A turn begins with a call of `generate`, or with a forward pass whose cache is empty or missing. The decision is made in
-this pass, when it arrives at the decision's layer, from the tokens of the prompt. It is stored on the cache of keys and
-values, so that later passes with this cache need none. If the pass does not hold the whole prompt, or skills adapt
-layers below the decision, the layers below decide alone, before the pass.
+A turn begins with a call of `generate`, or with a forward pass whose cache is empty or missing. The decision is made
+before this pass: the layers below the decision's layer read the user's content alone, without template and earlier
+turns. It is stored on the cache of keys and values, so that later passes with this cache need none.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ from mola.errors import MolaError
 from mola.tuner.skills.content import ContentFinder
 from mola.tuner.skills.decision import Decider, Decisions, Name
 from mola.tuner.skills.loras import DEFAULT_MAX_LOADED, LoraStore
-from mola.tuner.skills.lower_layers import decoder_layers, hidden_at, hidden_states_of
-from mola.tuner.skills.prompts import Prompts, cache_in, setting, tokens_in_cache
+from mola.tuner.skills.lower_layers import decoder_layers
+from mola.tuner.skills.prompts import Prompts, cache_in, tokens_in_cache
+from mola.tuner.skills.reading import read_prompts
 from mola.tuner.skills.rows import Row, RowLoras, Rows
-from mola.tuner.skills.statistics import GeneralStatistics, PromptBatch, SkillStatistics
+from mola.tuner.skills.statistics import GeneralStatistics, SkillStatistics
 
 _CACHE_ROWS = "mola_skills"  # attribute of a cache: the rows that computed it
 
@@ -37,12 +37,10 @@ class _Turn:
 
     Attributes:
         num_prompts: number of prompts; `generate` may make several rows of each.
-        prompts: the prompts, if they must be decided.
-        rows: the skills of each prompt; None until they are decided.
+        rows: the skills of each prompt; None if the caller named them.
     """
 
     num_prompts: int
-    prompts: Prompts | None = None
     rows: Rows | None = None
 
 
@@ -85,7 +83,6 @@ class SkillsRuntime:
         self._model, self._finder, self._general = model, finder, general
         self._stacks = LayerStacks.of(model)
         self._statistics: dict[str, SkillStatistics] = {}
-        self._first_layers: dict[str, int] = {}
         self._decider: Decider | None = None  # made when it is needed first
         self._store = LoraStore(model, max_loaded)
         self._loras = RowLoras(self._store)
@@ -93,9 +90,8 @@ class SkillsRuntime:
         self._turn: _Turn | None = None
         # These are of the running pass.
         self._runs = False
-        self._undecided: Prompts | None = None
         self._rows: Rows = ()
-        layers[layer].register_forward_pre_hook(self._decide_in_pass, with_kwargs=True)
+        layers[layer].register_forward_pre_hook(self._check_runs)
         vars(model)["forward"] = _Around(model.forward, self._forward)
         vars(model)["generate"] = _Around(model.generate, self._generate)
         vars(model)["skills"] = self
@@ -134,7 +130,6 @@ class SkillsRuntime:
         """
         linears = self._store.add(name, folder, sha256)
         self._loras.adapt(linears)
-        self._first_layers[name] = min(self._stacks.index(each) or 0 for each in linears)
         self._statistics[name] = statistics
         self._decider = None
 
@@ -146,7 +141,7 @@ class SkillsRuntime:
         """
         self._store.remove(name)
         self._loras.forget()
-        del self._statistics[name], self._first_layers[name]
+        del self._statistics[name]
         self._decider = None
 
     def decide_by(self, threshold: float, top_k: int) -> None:
@@ -172,51 +167,30 @@ class SkillsRuntime:
         finally:
             self._named = before
 
+    @torch.no_grad()
     def decide(self, prompt_ids: Sequence[Sequence[int]]) -> Decisions:
         """Which skills prompts ask, from the layers below the decision alone.
 
         Args:
-            prompt_ids: token ids of each prompt.
+            prompt_ids: token ids of each prompt, without padding.
         """
-        longest = max(map(len, prompt_ids))
-        device = self._model.get_input_embeddings().weight.device
-        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in prompt_ids], device=device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
-        return self._decide_ahead(Prompts.of_text(ids, mask))
-
-    # ------------------------------------------------------------------ decisions
-
-    def _decide_ahead(self, prompts: Prompts) -> Decisions:
-        """Decide by the layers below alone; nothing is adapted in them."""
-        mask = None if bool((prompts.mask == 1).all()) else prompts.mask
-        self._loras.clear_rows()
-        return self._decide(hidden_at(self._model, self.layer, prompts.ids, mask), prompts)
-
-    @torch.no_grad()
-    def _decide(self, hidden: torch.Tensor, prompts: Prompts) -> Decisions:
         if self._decider is None:
             self._decider = Decider(self._general, self._statistics, self.threshold, self.top_k)
-        content = prompts.content(self._finder).to(hidden.device)
-        return self._decider.decide(PromptBatch(hidden.detach(), content, prompts.ids))
+        self._loras.clear_rows()
+        return self._decider.decide(read_prompts(self._model, self.layer, self._finder, prompt_ids))
+
+    # ------------------------------------------------------------------ decisions
 
     def _rows_decided(self, decisions: Decisions) -> Rows:
         self.last_decisions, self.last_names = decisions, list(decisions.names)
         return tuple(map(_row, decisions.names))
 
-    def _decide_in_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the decision's layer: decide for a pass that begins a turn."""
+    def _check_runs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not self._runs and self.names:
             raise MolaError(
                 "a model with skills must be called as a whole: its decoder was called alone, so nobody has decided "
                 "which skills its rows ask. Call the model itself."
             )
-        if self._undecided is None:
-            return
-        prompts, self._undecided = self._undecided, None
-        hidden = hidden_states_of(args, kwargs)
-        # The first pass of assisted generation has drafted tokens after the prompt.
-        of_prompts = hidden[:: self._copies(len(hidden)), : prompts.ids.shape[1]]
-        self._set_rows(self._rows_decided(self._decide(of_prompts, prompts)), *hidden.shape[:2])
 
     # ------------------------------------------------------------------ calls of the model
 
@@ -230,19 +204,13 @@ class SkillsRuntime:
         num_rows, num_tokens = tokens.shape[:2]
         rows = self._known_rows(given, num_rows)
         if rows is None:
-            prompts = self._turn.prompts if self._turn is not None else None
-            prompts = prompts or Prompts.of_call(given)
-            if self._decides_ahead:
-                rows = self._rows_decided(self._decide_ahead(prompts))
-            else:
-                self._undecided = prompts
+            rows = self._rows_decided(self.decide(Prompts.of_call(given).token_ids()))
         self._runs = True
         try:
-            if rows is not None:
-                self._set_rows(rows, num_rows, num_tokens)
+            self._set_rows(rows, num_rows, num_tokens)
             output = forward(*args, **kwargs)
         finally:
-            self._undecided, self._runs = None, False
+            self._runs = False
             self._loras.clear_rows()
         cache = cache_in(output) if cache_in(given) is None else cache_in(given)
         if cache is not None:
@@ -251,8 +219,6 @@ class SkillsRuntime:
 
     def _set_rows(self, rows: Rows, num_rows: int, num_tokens: int) -> None:
         """Give each row of a pass its LoRAs; `rows` has one entry per prompt."""
-        if self._turn is not None:
-            self._turn.rows = rows
         copies = num_rows // len(rows)
         self._rows = tuple(row for row in rows for _ in range(copies))
         self._loras.set_rows(self._rows, num_tokens)
@@ -268,7 +234,7 @@ class SkillsRuntime:
         return num_rows // num_prompts
 
     def _known_rows(self, given: Mapping[str, Any], num_rows: int) -> Rows | None:
-        """The skills of each prompt; None if they are decided in this pass."""
+        """The skills of each prompt; None if this pass begins a turn."""
         if self._turn is not None and self._turn.rows is not None:
             return self._turn.rows
         if self._named is not None:
@@ -318,21 +284,14 @@ class SkillsRuntime:
             self._turn = None
 
     def _begin(self, turn: _Turn, given: Mapping[str, Any]) -> None:
-        """Read the prompts of a turn, and decide if its first pass will not hold them as a whole."""
+        """Decide who is asked in a turn."""
         cache, config = cache_in(given), self._model.generation_config
         num_before = 0 if cache is None else tokens_in_cache(cache)
         if num_before:
             _check_whole(given, num_before)
-        turn.prompts = Prompts.of_generate(given, config)
-        if num_before or setting(given, config, "prefill_chunk_size") is not None:
-            turn.rows = self._rows_decided(self._decide_ahead(turn.prompts))
+        turn.rows = self._rows_decided(self.decide(Prompts.of_generate(given, config).token_ids()))
         if num_before:
             _keep_or_empty(cache, turn.rows)
-
-    @property
-    def _decides_ahead(self) -> bool:
-        """Whether skills adapt layers below the decision."""
-        return min(self._first_layers.values()) < self.layer
 
 
 class _Around:

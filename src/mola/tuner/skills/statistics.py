@@ -1,12 +1,15 @@
 """What a skill keeps of the prompts it was trained on, and what a base model keeps of general text.
 
-The feature of a prompt is the mean over its content tokens of the input of decoder layer L, each token divided by its
-own root mean square. All sums are per skill, so adding a skill changes nothing that other skills keep.
+The features of a prompt are means of the input of decoder layer L over parts of its content, each token divided by
+its own root mean square. The parts are the whole, each half, and in long prompts windows that overlap. In a causal
+model the first half is also what a prompt would be that ends there, so that halves cost no pass of their own.
+
+All sums are per skill, so adding a skill changes nothing that other skills keep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -15,10 +18,13 @@ from torch import Tensor
 
 from mola.errors import MolaError
 
+WHOLE, HALVES, NUM_PARTS = 0, slice(1, 3), 3  # rows of a prompt's features, before those of the windows
+_WINDOW, _STRIDE = 32, 16  # tokens
 _DIRECTIONS = 16  # of a skill's prompts, beside which the variance is taken to be the same in all directions
 _GENERAL_DIRECTIONS = 64
 _HELD_OUT_EVERY = 5
-_MAX_HELD_OUT = 20
+_MAX_HELD_OUT = 16
+_STORED = torch.float16  # of directions and features: halves the file, and moves scores by less than a thousandth
 
 
 class PromptBatch(NamedTuple):
@@ -35,40 +41,58 @@ class PromptBatch(NamedTuple):
     input_ids: Tensor
 
 
-def prompt_features(batch: PromptBatch) -> Tensor:
-    """Mean of the content tokens' hidden states, each divided by its root mean square: `(B, d)` in float32.
+def prompt_features(batch: PromptBatch) -> list[Tensor]:
+    """Features of each prompt, on the CPU.
 
-    A row's feature does not depend on the rows and the padding beside it.
+    A prompt's features do not depend on the rows and the padding beside it.
+
+    Returns:
+        `(3 + windows, d)` in float32 for each row of the batch: means over the whole content, its first and its second
+        half, and windows of 32 tokens that begin 16 tokens apart. Content of up to 48 tokens has no windows.
 
     Raises:
         MolaError: a row has no content.
     """
-    rows = []
-    for hidden, content in zip(batch.hidden, batch.content, strict=True):
-        tokens = hidden[content].float()
-        if not len(tokens):
-            raise MolaError("`content` must hold at least one token of every prompt: a row has none.")
-        rows.append((tokens * tokens.square().mean(-1, keepdim=True).add(1e-6).rsqrt()).mean(0))
-    return torch.stack(rows)
+    return [_parts(hidden[content]) for hidden, content in zip(batch.hidden, batch.content, strict=True)]
+
+
+def _parts(tokens: Tensor) -> Tensor:
+    tokens = tokens.float()
+    length = len(tokens)
+    if not length:
+        raise MolaError("`content` must hold at least one token of every prompt: a row has none.")
+    tokens = tokens * tokens.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+    middle = (length + 1) // 2
+    spans = [(0, length), (0, middle), (min(middle, length - 1), length)]
+    if length > _WINDOW + _STRIDE:
+        begins = [*range(0, length - _WINDOW, _STRIDE), length - _WINDOW]
+        spans += [(begin, begin + _WINDOW) for begin in begins]
+    return torch.stack([tokens[begin:end].mean(0) for begin, end in spans]).cpu()
 
 
 @dataclass(frozen=True)
 class SkillStatistics:
     """What a skill keeps of its prompts.
 
+    A covariance is kept as its main directions, scaled so that `directions.T @ directions` is their part of it, and the
+    remaining variance for each of the d dimensions.
+
     Attributes:
-        mean: mean feature, `(d)`.
-        directions: the main directions of the prompts' covariance, scaled so that `directions.T @ directions` is its
-            part, `(r, d)`.
-        rest: the remaining variance for each of the d dimensions, a scalar.
-        held_out: features of prompts that the other tensors do not contain, `(h, d)`; for thresholds and for decisions
-            that move.
+        means: mean features of whole prompts, first halves and second halves, `(3, d)`.
+        whole_directions: of the covariance of whole prompts, `(r, d)`.
+        whole_rest: a scalar.
+        half_directions: of the covariance of halves around their own means, `(r, d)`.
+        half_rest: a scalar.
+        held_out: features of whole prompts that the other tensors do not contain, `(h, d)`; for thresholds and for
+            decisions that move.
         count: number of prompts measured, those held out included.
     """
 
-    mean: Tensor
-    directions: Tensor
-    rest: Tensor
+    means: Tensor
+    whole_directions: Tensor
+    whole_rest: Tensor
+    half_directions: Tensor
+    half_rest: Tensor
     held_out: Tensor
     count: Tensor
 
@@ -76,7 +100,7 @@ class SkillStatistics:
     def measure(cls, batches: Iterable[PromptBatch]) -> Self:
         """Statistics of a skill's prompts.
 
-        Every fifth prompt is held out, at most 20.
+        Every fifth prompt is held out, at most 16.
 
         Args:
             batches: the skill's prompts. Their order matters; how they are divided into batches does not.
@@ -84,16 +108,21 @@ class SkillStatistics:
         Raises:
             MolaError: there is no prompt, or a prompt has no content.
         """
-        return cls.of_features(_features(batches))
+        return cls.of_features([each for batch in batches for each in prompt_features(batch)])
 
     @classmethod
-    def of_features(cls, features: Tensor) -> Self:
-        """Like `measure`, from the features `(N, d)` of the prompts."""
-        held_out = torch.zeros(len(features), dtype=torch.bool)
+    def of_features(cls, features: Sequence[Tensor]) -> Self:
+        """Like `measure`, from the features of the prompts."""
+        parts = _first_parts(features)
+        held_out = torch.zeros(len(parts), dtype=torch.bool)
         held_out[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY] = True
         held_out &= held_out.cumsum(0) <= _MAX_HELD_OUT
-        mean, directions, rest = _moments(features[~held_out], _DIRECTIONS)
-        return cls(mean, directions, rest, features[held_out], torch.tensor(len(features)))
+        measured = parts[~held_out].double()
+        means = measured.mean(0)
+        away = measured - means
+        whole = _directions(away[:, WHOLE], _DIRECTIONS)
+        half = _directions(away[:, HALVES].flatten(0, 1), _DIRECTIONS)
+        return cls(means.float(), *whole, *half, parts[held_out, WHOLE].to(_STORED), torch.tensor(len(parts)))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors to write into a file, by name."""
@@ -114,9 +143,9 @@ class GeneralStatistics:
     """What a base model keeps of general text, once for all skills.
 
     Attributes:
-        mean: mean feature, `(d)`.
-        directions: the main directions of the covariance, as in `SkillStatistics`, `(r, d)`.
-        rest: the remaining variance for each of the d dimensions, a scalar.
+        mean: mean feature of whole texts, `(d)`.
+        directions: of their covariance, as in `SkillStatistics`, `(r, d)`.
+        rest: a scalar.
         count: number of texts measured.
     """
 
@@ -136,12 +165,14 @@ class GeneralStatistics:
         Raises:
             MolaError: there is no text, or a text has no content.
         """
-        return cls.of_features(_features(batches))
+        return cls.of_features([each for batch in batches for each in prompt_features(batch)])
 
     @classmethod
-    def of_features(cls, features: Tensor) -> Self:
-        """Like `measure`, from the features `(N, d)` of the texts."""
-        return cls(*_moments(features, _GENERAL_DIRECTIONS), torch.tensor(len(features)))
+    def of_features(cls, features: Sequence[Tensor]) -> Self:
+        """Like `measure`, from the features of the texts."""
+        values = _first_parts(features)[:, WHOLE].double()
+        mean = values.mean(0)
+        return cls(mean.float(), *_directions(values - mean, _GENERAL_DIRECTIONS), torch.tensor(len(values)))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors to write into a file, by name."""
@@ -157,21 +188,18 @@ class GeneralStatistics:
         return cls(**_check_names(cls, tensors))
 
 
-def _features(batches: Iterable[PromptBatch]) -> Tensor:
-    rows = [prompt_features(batch).cpu() for batch in batches]
-    if not rows:
+def _first_parts(features: Sequence[Tensor]) -> Tensor:
+    """Whole and halves of each prompt, `(N, 3, d)`."""
+    if not features:
         raise MolaError("a skill is measured on at least one prompt: got none. Pass data of the skill.")
-    return torch.cat(rows)
+    return torch.stack([each[:NUM_PARTS] for each in features])
 
 
-def _moments(features: Tensor, directions: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, main directions and remaining variance for each dimension; sums in float64."""
-    values = features.double()
-    mean = values.mean(0)
-    _, sizes, main = torch.linalg.svd((values - mean) / len(values) ** 0.5, full_matrices=False)
-    rest = sizes[directions:].square().sum() / len(mean)
-    scaled = sizes[:directions, None] * main[:directions]
-    return mean.float(), scaled.float(), rest.float()
+def _directions(away: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Main directions of a covariance, and the remaining variance for each dimension; sums in float64."""
+    _, sizes, main = torch.linalg.svd(away / len(away) ** 0.5, full_matrices=False)
+    rest = sizes[number:].square().sum() / away.shape[1]
+    return (sizes[:number, None] * main[:number]).to(_STORED), rest.float()
 
 
 def _check_names(cls: type, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
