@@ -34,8 +34,9 @@ from mola.models.base_model import max_positions, weights_identity
 from mola.models.from_options import check_model, model_for, tokenizer_for
 from mola.models.meta import model_on_meta
 from mola.models.prompts import hand_on_prompts
+from mola.models.skills import content_finder
 from mola.skills.deciding import describe_moves, with_threshold
-from mola.skills.measuring import content_finder, features_at, measure_general_text
+from mola.skills.measuring import features_at, measure_general_text
 from mola.skills.options import REJECT_RATE, AddOptions
 from mola.skills.prompts import DataSource, read_prompts, recorded_source
 from mola.tuner.skills.lower_layers import decoder_layers

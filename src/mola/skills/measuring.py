@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,24 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from mola.files.terminal import show_progress
 from mola.generation.predicting import base_of, device_of, encode_prompts
-from mola.models.prompts import own_chat
-from mola.tuner.skills.content import ContentFinder, chat_layouts, template_layouts
+from mola.tuner.skills.content import ContentFinder
 from mola.tuner.skills.general_text import general_texts
 from mola.tuner.skills.lower_layers import hidden_at
 from mola.tuner.skills.reading import Compute, read_layers
 from mola.tuner.skills.statistics import GeneralStatistics, prompt_features
 
 _BATCH = 8
-
-
-def content_finder(
-    tokenizer: PreTrainedTokenizerBase, adapters: Sequence[str | os.PathLike[str]] = ()
-) -> ContentFinder:
-    """Finds the user's content in prompts of mola's templates and of the chat templates of base model and adapters."""
-    layouts = [*template_layouts(tokenizer), *chat_layouts(tokenizer)]
-    for template in sorted({chat.template for adapter in adapters if (chat := own_chat(adapter)) is not None}):
-        layouts += chat_layouts(tokenizer, template)
-    return ContentFinder(tokenizer, layouts)
 
 
 def features_at(model: Any, layer: int, finder: ContentFinder, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:

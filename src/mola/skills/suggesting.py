@@ -23,8 +23,9 @@ from mola.files.environment import software_versions
 from mola.generation.predicting import encode_prompts
 from mola.models.base_model import max_positions, weights_identity
 from mola.models.from_options import check_model, model_for, tokenizer_for
+from mola.models.skills import content_finder
 from mola.skills.deciding import first_name
-from mola.skills.measuring import content_finder, features_of_layers
+from mola.skills.measuring import features_of_layers
 from mola.skills.options import SuggestOptions, split_pairs
 from mola.skills.prompts import DataSource, read_prompts
 from mola.tuner.skills.content import ContentFinder

@@ -16,8 +16,9 @@ from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import software_versions
 from mola.models.base_model import max_positions, weights_identity
 from mola.models.from_options import check_model, model_for, tokenizer_for
+from mola.models.skills import content_finder
 from mola.skills.deciding import decider_of, first_name
-from mola.skills.measuring import content_finder, features_at
+from mola.skills.measuring import features_at
 from mola.skills.options import TestOptions
 from mola.skills.prompts import DataSource, named_sources, read_prompts
 

@@ -125,6 +125,17 @@ def test_a_prefix_that_was_computed_before(prefix_by, skilled_model, lora_models
         skilled_model.generate(rest, attention_mask=mask, **{CACHE: cache}, **NEW)
 
 
+def test_a_prefix_of_several_skills_is_read_again(skilled_model, lora_models, tokenizer):
+    whole = encode(tokenizer, ["the old house"])["input_ids"]
+    cache = DynamicCache(config=skilled_model.config)
+    for name, ids in (("digits", whole[:, :4]), ("words", whole[:, 4:8])):
+        with skilled_model.skills.use(name):
+            skilled_model(ids, **{CACHE: cache})
+    found = skilled_model.generate(whole, **{CACHE: cache}, **NEW)
+    assert skilled_model.skills.last_names == ["words"]
+    assert found.tolist() == lora_models["words"].generate(whole, **NEW).tolist()
+
+
 def test_a_loop_of_passes_keeps_its_skills(skilled_model, lora_models, tokenizer):
     inputs = encode(tokenizer, ["+-*/ ?!"])
     cache, ids = None, inputs["input_ids"]

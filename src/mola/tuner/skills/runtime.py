@@ -28,7 +28,8 @@ from mola.tuner.skills.reading import read_prompts
 from mola.tuner.skills.rows import Row, RowLoras, Rows
 from mola.tuner.skills.statistics import GeneralStatistics, SkillStatistics
 
-_CACHE_ROWS = "mola_skills"  # attribute of a cache: the rows that computed it
+_CACHE_ROWS = "mola_skills"  # attribute of a cache: the skills of the rows that computed it
+_SEVERAL: Rows = ()  # its value if a row was computed by different skills in turn
 
 
 @dataclass
@@ -45,7 +46,7 @@ class _Turn:
 
 
 class SkillsRuntime:
-    """The skills of a base model; it stands at `model.skills`.
+    """The skills of a base model; it stands at `model.skills`. Call it and the model on one thread.
 
     Args:
         model: the base model of Transformers, in eval mode, without adapters.
@@ -186,7 +187,7 @@ class SkillsRuntime:
         return tuple(map(_row, decisions.names))
 
     def _check_runs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self._runs and self.names:
+        if not self._runs and self._statistics:
             raise MolaError(
                 "a model with skills must be called as a whole: its decoder was called alone, so nobody has decided "
                 "which skills its rows ask. Call the model itself."
@@ -198,23 +199,24 @@ class SkillsRuntime:
         """In place of the model's `forward`."""
         given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs} if args else kwargs
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        if tokens is None or not self.names:
+        if tokens is None or not self._statistics:
             return forward(*args, **kwargs)
         self._check_checkpointing()
         num_rows, num_tokens = tokens.shape[:2]
         rows = self._known_rows(given, num_rows)
         if rows is None:
             rows = self._rows_decided(self.decide(Prompts.of_call(given).token_ids()))
-        self._runs = True
+        cache, self._runs = cache_in(given), True
         try:
             self._set_rows(rows, num_rows, num_tokens)
+            is_mixed = cache is not None and _is_of_others(cache, self._rows)
             output = forward(*args, **kwargs)
         finally:
             self._runs = False
             self._loras.clear_rows()
-        cache = cache_in(output) if cache_in(given) is None else cache_in(given)
+        cache = cache_in(output) if cache is None else cache
         if cache is not None:
-            setattr(cache, _CACHE_ROWS, self._rows)
+            setattr(cache, _CACHE_ROWS, _SEVERAL if is_mixed else self._rows)
         return output
 
     def _set_rows(self, rows: Rows, num_rows: int, num_tokens: int) -> None:
@@ -261,7 +263,9 @@ class SkillsRuntime:
         return rows
 
     def _check_checkpointing(self) -> None:
-        if torch.is_grad_enabled() and self._model.training and self._model.is_gradient_checkpointing:
+        if not (torch.is_grad_enabled() and self._model.training):
+            return
+        if any(getattr(module, "gradient_checkpointing", False) for module in self._model.modules()):
             raise MolaError(
                 "a model with skills cannot be trained with gradient checkpointing, which computes layers again when "
                 "the skills of their rows are forgotten. Switch it off."
@@ -273,7 +277,7 @@ class SkillsRuntime:
         ids = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
         prompts = ids if ids is not None else given.get("inputs_embeds")
         # Assisted generation may call `generate` within `generate`.
-        if self._turn is not None or prompts is None or not self.names:
+        if self._turn is not None or prompts is None or not self._statistics:
             return generate(*args, **kwargs)
         self._turn = _Turn(len(prompts))
         try:
@@ -328,14 +332,20 @@ def _check_whole(given: Mapping[str, Any], num_before: int) -> None:
     )
 
 
-def _keep_or_empty(cache: Any, rows: Rows | None) -> None:
+def _is_of_others(cache: Any, rows: Rows) -> bool:
+    """Whether a filled cache was computed by other skills than the rows of a pass ask."""
+    before = getattr(cache, _CACHE_ROWS, ((),) * len(rows))
+    return before != rows and tokens_in_cache(cache) > 0  # in this order: asking a cache may wait for a GPU
+
+
+def _keep_or_empty(cache: Any, rows: Rows) -> None:
     """Empty a filled cache that other skills have computed, so that `generate` reads the whole prompt again.
 
     Raises:
         MolaError: the cache cannot be emptied.
     """
-    before = getattr(cache, _CACHE_ROWS, ((),))  # the base model has computed a cache that does not say
-    if len({*before, *(rows or ())}) == 1:
+    before = getattr(cache, _CACHE_ROWS, ((),))  # a cache that does not say was computed by the base model
+    if before and len({*before, *rows}) == 1:
         return
     try:
         cache.crop(-tokens_in_cache(cache))
