@@ -90,10 +90,12 @@ def measure(options: SkillsBenchmarkOptions, folder: Path) -> dict[str, Any]:
     lora, skilled = _models(options, folder)
     runtime: SkillsRuntime = skilled.skills
     seconds: dict[str, list[float]] = {"add": [], "load": [], "peft_load_adapter": []}
+    statistics = [SkillStatistics.of_features(_features(skilled, 100)) for _ in range(_DIFFERENT_FILES)]
     rows = []
     for count in options.skills:
         for index in range(len(runtime.names), count):
-            _timed(seconds["add"], lambda index=index: _add(runtime, folder, index))
+            own = statistics[index % _DIFFERENT_FILES]
+            _timed(seconds["add"], lambda index=index, own=own: _add(runtime, folder, index, own))
         logger.info("%d skills", count)
         rows.append({"skills": count, **_compare(options, lora, skilled)})
     for name in runtime.names[:_DIFFERENT_FILES]:
@@ -104,8 +106,8 @@ def measure(options: SkillsBenchmarkOptions, folder: Path) -> dict[str, Any]:
     mixed = _mixed(options, lora, skilled) if 1 < options.mixed_rows <= min(8, options.skills[-1]) else None
     medians = {name: sorted(values)[len(values) // 2] for name, values in seconds.items() if values}
     size = (folder / "0" / "adapter_model.safetensors").stat().st_size
-    statistics = sum(each.nbytes for each in _statistics(skilled.config.hidden_size).tensors().values())
-    _print(rows, mixed, medians, size, statistics)
+    size_of_statistics = sum(each.nbytes for each in statistics[0].tensors().values())
+    _print(rows, mixed, medians, size, size_of_statistics)
     return {
         "options": asdict(options),
         "machine": machine_description(),
@@ -114,7 +116,7 @@ def measure(options: SkillsBenchmarkOptions, folder: Path) -> dict[str, Any]:
         "mixed": mixed,
         "median_seconds": medians,
         "bytes_of_lora": size,
-        "bytes_of_statistics": statistics,
+        "bytes_of_statistics": size_of_statistics,
     }
 
 
@@ -143,25 +145,22 @@ def _models(options: SkillsBenchmarkOptions, folder: Path) -> tuple[Any, Any]:
         lora.save_pretrained(folder / f"{index}")
     lora = PeftModel.from_pretrained(lora.unload(), str(folder / "0"), autocast_adapter_dtype=False).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.base_model)
-    size = skilled.config.hidden_size
-    general = GeneralStatistics(torch.zeros(size), torch.randn(64, size) / 8, torch.tensor(0.01), torch.tensor(64))
+    general = GeneralStatistics.of_features(_features(skilled, 64))
     # Under this threshold the best skill is always asked.
     SkillsRuntime(skilled, first, ContentFinder(tokenizer), general, threshold=-1e9)
     return lora, skilled
 
 
-def _statistics(size: int) -> SkillStatistics:
-    """Random statistics of the size that real ones have."""
-    return SkillStatistics(
-        torch.randn(size) / 8, torch.randn(16, size) / 8, torch.tensor(0.01), torch.randn(20, size), torch.tensor(100)
-    )
+def _features(model: Any, count: int) -> list[torch.Tensor]:
+    """Random features of short prompts."""
+    return [*torch.randn(count, 3, model.config.hidden_size)]
 
 
-def _add(runtime: SkillsRuntime, folder: Path, index: int) -> None:
+def _add(runtime: SkillsRuntime, folder: Path, index: int, statistics: SkillStatistics) -> None:
     path = folder / f"{index}"
     if not path.exists():
         os.symlink(folder / f"{index % _DIFFERENT_FILES}", path)
-    runtime.add(f"{index}", path, _statistics(runtime._model.config.hidden_size))
+    runtime.add(f"{index}", path, statistics)
 
 
 def _timed(seconds: list[float], action: Callable[[], Any]) -> None:
