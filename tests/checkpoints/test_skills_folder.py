@@ -25,6 +25,7 @@ from mola.checkpoints.skills_folder import (
 from mola.errors import MolaError
 from mola.files.digests import file_sha256
 from tests.damage import WEIGHTS, change_settings, change_tensors, cut_off, flip_bit
+from tests.grids import slow
 
 NAMES = "birds", "rivers", "tools"
 
@@ -128,7 +129,7 @@ def killed(work, step: int) -> bool:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-@pytest.mark.parametrize("change", ["create", "add", "remove"])
+@pytest.mark.parametrize("change", ["add", *slow("create", "remove")])
 def test_killed_at_any_step_it_is_the_old_or_the_new_folder_and_again_gives_the_new_one(
     change, tmp_path, loras, monkeypatch
 ):

@@ -19,7 +19,7 @@ def make_lora(model_dir, folder, seed, layers=(1, 2, 3), **settings) -> Path:
         r=2,
         lora_alpha=4,
         target_modules=settings.pop("target_modules", ["q_proj", "down_proj"]),
-        layers_to_transform=list(layers),
+        layers_to_transform=None if layers is None else list(layers),
         init_lora_weights=False,
         task_type="CAUSAL_LM",
         **settings,

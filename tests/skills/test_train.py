@@ -11,17 +11,8 @@ from mola.checkpoints.skills_folder import read_skills
 from mola.cli import main
 from tests.checkpoints.test_skills_folder import content
 
-SETTINGS = [
-    "--max_steps",
-    "2",
-    "--save_strategy",
-    "steps",
-    "--save_steps",
-    "1",
-    "--warmup_steps",
-    "0",
-    "--batch_size=4",
-]
+SETTINGS = ["--max_steps=2", "--save_strategy=steps", "--save_steps=1", "--eval_strategy=no", "--warmup_steps=0"]
+SETTINGS += ["--batch_size=4"]
 
 
 @pytest.fixture
@@ -53,6 +44,7 @@ def test_a_skill_is_trained_and_added(train, run, tiny_model_dir, data, tmp_path
     assert json.loads((folder / "rivers" / "adapter_config.json").read_text())["r"] == 3
 
 
+@pytest.mark.slow
 def test_resumed_and_then_added(train, made_folder, tmp_path):
     folder = shutil.copytree(made_folder, tmp_path / "skills")
     train(folder, "tools")

@@ -25,7 +25,7 @@ from mola.skills import changing
 from mola.skills.adding import add
 from mola.skills.options import AddOptions, ListOptions, MergeOptions, RemoveOptions, SuggestOptions, TestOptions
 from mola.skills.suggesting import TOLERANCE, suggest
-from mola.skills.summary import decision_line, summarize, summary_dict, summary_table
+from mola.skills.summary import describe, summarize, summary_dict, summary_table
 from mola.skills.testing import TestResult, test
 
 
@@ -61,8 +61,8 @@ def list_skills(options: ListOptions) -> int:
     if options.json == "-":
         print(json.dumps(summary_dict(folder, skills), indent=2))
         return 0
-    make_table_console().print(summary_table(folder, skills))
-    print(decision_line(folder))
+    make_table_console().print(summary_table(skills))
+    print(describe(folder))
     if options.json is not None:
         print(f"Written to {atomic_write_json(options.json, summary_dict(folder, skills))}.")
     return 0
@@ -71,7 +71,7 @@ def list_skills(options: ListOptions) -> int:
 def test_skills(options: TestOptions) -> int:
     """Run the command and print the table; returns 0, the exit code."""
     result = test(options)
-    make_table_console().print(_asked_table(result, options.folder))
+    make_table_console().print(_asked_table(result))
     print(f"{result.right:.1%} right; {result.to_base:.1%} of the skills' own prompts go to the base model.")
     for (name, asked), share in result.mixed_up.items():
         print(f"warning: {share:.1%} of the prompts of {name} ask {asked}. `mola skills suggest` compares layers.")
@@ -85,13 +85,14 @@ def test_skills(options: TestOptions) -> int:
 def suggest_layer(options: SuggestOptions) -> int:
     """Run the command, print the layers and the suggestion; returns 0, the exit code."""
     result = suggest(options)
-    table = Table(title=f"decisions on {sum(result.prompts.values())} held-out prompts of {len(result.prompts)} skills")
+    table = Table()
     for column in ("layer", "right", "threshold", "to the base model"):
         table.add_column(column, justify="right")
     for each in result.layers:
         values = f"{each.right:.1%}", f"{each.threshold:.3f}", f"{each.to_base:.1%}"
         table.add_row(str(each.layer), *values, style="bold" if each.layer == result.layer else None)
     make_table_console().print(table)
+    print(f"{sum(result.prompts.values())} held-out prompts of {len(result.prompts)} skills.")
     print(
         f"Suggested: --layer {result.layer}, the lowest layer within {TOLERANCE:.0%} of the best. Not measured: what "
         "LoRAs on fewer layers can learn."
@@ -103,17 +104,17 @@ def suggest_layer(options: SuggestOptions) -> int:
 
 def _print_change(folder: SkillsFolder, moved: list[str]) -> None:
     """Print a folder that has changed, and which decisions on prompts of earlier skills have moved."""
-    make_table_console().print(summary_table(folder, summarize(folder)))
-    print(decision_line(folder))
+    make_table_console().print(summary_table(summarize(folder)))
+    print(describe(folder))
     if moved:
         print("\n".join(["Decisions that have moved:", *(f"  {line}" for line in moved)]))
 
 
-def _asked_table(result: TestResult, folder: str) -> Table:
+def _asked_table(result: TestResult) -> Table:
     found = sorted({*result.asked, *(name for counts in result.asked.values() for name in counts)} - {BASE})
-    table = Table(title=escape(f"{folder}: who is asked"))
+    table = Table()
     table.add_column("prompts of")
-    for name in (*found, BASE, "right"):
+    for name in (*(f"ask {each}" for each in (*found, BASE)), "right"):
         table.add_column(escape(name), justify="right")
     for name, counts in result.asked.items():
         right = counts.get(name, 0) / sum(counts.values())

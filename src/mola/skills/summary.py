@@ -48,9 +48,9 @@ def summarize(folder: SkillsFolder) -> list[SkillSummary]:
     return found
 
 
-def summary_table(folder: SkillsFolder, skills: list[SkillSummary]) -> Table:
+def summary_table(skills: list[SkillSummary]) -> Table:
     """The skills as a table."""
-    table = Table(title=escape(f"{folder.path}: {len(folder.skills)} skills of {folder.base_model}"))
+    table = Table()
     table.add_column("skill")
     for column in ("rank", "layers", "prompts", "LoRA", "statistics"):
         table.add_column(column, justify="right")
@@ -60,13 +60,16 @@ def summary_table(folder: SkillsFolder, skills: list[SkillSummary]) -> Table:
     return table
 
 
-def decision_line(folder: SkillsFolder) -> str:
-    """How the folder decides, in one sentence."""
+def describe(folder: SkillsFolder) -> str:
+    """The base model of the folder, and how the folder decides."""
     rate = "" if folder.reject_rate is None else f" (reject rate {folder.reject_rate:g})"
     ahead = ", in a pass of the base model alone" if folder.decides_ahead else ""
     together = "" if folder.top_k == 1 else f", at most {folder.top_k} skills answer together"
     threshold = f"threshold {folder.threshold:.3f}{rate}"
-    return f"The decision reads the input of layer {folder.layer}{ahead}; {threshold}{together}."
+    return (
+        f"Base model: {folder.base_model}. The decision reads the input of layer {folder.layer}{ahead}; "
+        f"{threshold}{together}."
+    )
 
 
 def summary_dict(folder: SkillsFolder, skills: list[SkillSummary]) -> dict[str, Any]:
