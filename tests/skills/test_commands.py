@@ -100,16 +100,12 @@ def test_weights_in_a_pickle_become_safetensors(run, loras, data, tmp_path):
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
-def test_layers_below_the_decision_are_refused_or_read_ahead(run, refused, tiny_model_dir, data, tmp_path):
+def test_layers_below_the_decision_may_be_adapted(run, tiny_model_dir, folder, data, tmp_path):
+    """The base model alone reads what is decided from."""
     lora = make_lora(tiny_model_dir, tmp_path / "low", 0, layers=range(4))
-    words = ["skills", "add", tmp_path / "skills", f"low={lora}", "--data", data["birds"]]
-    line = refused(*words)
-    assert "adapts layers from 0 on, and the decision reads the input of layer 1" in line
-    assert "Pass --from_layer 0" in line
-    assert "in a pass of the base model alone" in run(*words, "--from_layer", 0)
-    folder = read_skills(tmp_path / "skills")
-    assert folder.decides_ahead
-    assert folder.skills["low"].first_layer == 0
+    run("skills", "add", folder, f"low={lora}", "--data", data["tools"])
+    assert read_skills(folder).skills["low"].first_layer == 0
+    assert "0-3" in run("skills", "list", folder)
 
 
 def test_training_data_of_the_adapters_run(run, refused, loras, data, tmp_path):

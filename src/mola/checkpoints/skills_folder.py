@@ -100,11 +100,6 @@ class SkillsFolder:
         """The names of the skills, sorted."""
         return sorted(self.skills)
 
-    @property
-    def decides_ahead(self) -> bool:
-        """Whether a skill adapts layers below the decision, which then needs a pass of the base model alone."""
-        return any(each.first_layer < self.layer for each in self.skills.values())
-
     def entry(self, name: str) -> SkillEntry:
         """The entry of a skill.
 

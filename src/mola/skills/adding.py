@@ -65,7 +65,7 @@ def add(options: AddOptions, model: Any = None) -> AddResult:
 
     Args:
         options: see `AddOptions`.
-        model: the base model if it is loaded, in eval mode; a LoRA in it must not adapt layers below the decision.
+        model: the base model if it is loaded, in eval mode; nothing may be adapted below the decision's layer.
 
     Raises:
         MolaError: an adapter cannot be a skill of this folder, data are missing, or the base model is a different one.
@@ -131,8 +131,7 @@ def check_adapter(folder: SkillsFolder, name: str, adapter: Path, options: AddOp
         The lowest layer that it adapts.
 
     Raises:
-        MolaError: the name is wrong or taken, or the adapter is no plain LoRA that fits the base model, or it adapts
-            layers below `from_layer`.
+        MolaError: the name is wrong or taken, or the adapter is no plain LoRA that fits the base model.
     """
     check_skill_name(name)
     if name in folder.skills and not options.overwrite:
@@ -145,16 +144,7 @@ def check_adapter(folder: SkillsFolder, name: str, adapter: Path, options: AddOp
     layers = describe_lora({key: each.shape for key, each in tensors.items()}, adapter).layers
     warn_other_base(options.base_model, adapter, settings)
     check_lora(adapter, model_on_meta(options.base_model, options.trust_remote_code, options.gguf_file))
-    lowest = min(layers, default=folder.layer)
-    from_layer = folder.layer if options.from_layer is None else options.from_layer
-    if lowest < from_layer:
-        raise MolaError(
-            f"the skill {name!r} adapts layers from {lowest} on, and the decision reads the input of layer "
-            f"{folder.layer}, which its LoRA would change. Pass --from_layer {lowest}: the base model then reads each "
-            f"prompt alone first, up to layer {folder.layer}. Or train it on the layers from {folder.layer} on, such "
-            f"as by `mola train --skill {name} --into {folder.path}`."
-        )
-    return lowest
+    return min(layers, default=folder.layer)
 
 
 def _sources(options: AddOptions) -> dict[str, DataSource]:

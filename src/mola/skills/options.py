@@ -46,11 +46,6 @@ class AddOptions(ModelOptions):
         "The decision reads the input of this layer. Default: the folder's; in a new folder a third of the layers, "
         "rounded down.",
     )
-    from_layer: int | None = option(
-        None,
-        "The lowest layer that the skills may adapt. Below `layer`, the base model alone reads each prompt first. "
-        "Default: `layer`.",
-    )
     reject_rate: float | None = option(
         None,
         "Share of a skill's own prompts that may be left to the base model; sets the threshold. Default: the "

@@ -63,12 +63,10 @@ def summary_table(skills: list[SkillSummary]) -> Table:
 def describe(folder: SkillsFolder) -> str:
     """The base model of the folder, and how the folder decides."""
     rate = "" if folder.reject_rate is None else f" (reject rate {folder.reject_rate:g})"
-    ahead = ", in a pass of the base model alone" if folder.decides_ahead else ""
     together = "" if folder.top_k == 1 else f", at most {folder.top_k} skills answer together"
     threshold = f"threshold {folder.threshold:.3f}{rate}"
     return (
-        f"Base model: {folder.base_model}. The decision reads the input of layer {folder.layer}{ahead}; "
-        f"{threshold}{together}."
+        f"Base model: {folder.base_model}. The decision reads the input of layer {folder.layer}; {threshold}{together}."
     )
 
 
