@@ -275,12 +275,12 @@ def test_skills_may_have_layers_below_the_decision(loaded_tiny_model, tokenizer,
 
 
 def test_two_skills_answer_together(skilled_model, loaded_tiny_model, folders, tokenizer):
-    """Their outputs are averaged: as PEFT's combination of both with weights of a half, on linears that both adapt."""
+    """Their outputs are added, like in PEFT's combination of both with weights of one."""
     from peft import PeftModel
 
     expected = PeftModel.from_pretrained(copy.deepcopy(loaded_tiny_model), folders["digits"], "digits")
     expected.load_adapter(folders["words"], "words")
-    expected.add_weighted_adapter(["digits", "words"], [0.5, 0.5], "both", combination_type="cat")
+    expected.add_weighted_adapter(["digits", "words"], [1.0, 1.0], "both", combination_type="cat")
     expected.set_adapter("both")
     inputs = encode(tokenizer, MIXED)
     with skilled_model.skills.use(("digits", "words")):

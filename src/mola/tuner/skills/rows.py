@@ -21,7 +21,7 @@ from torch import nn
 from mola.errors import MolaError
 from mola.tuner.skills.loras import LinearLora, LoraStore
 
-Row: TypeAlias = tuple[str, ...]  # the skills that a row asks, each with the same gate; empty for the base model
+Row: TypeAlias = tuple[str, ...]  # the skills that a row asks, whose outputs are added; empty for the base model
 Rows: TypeAlias = tuple[Row, ...]
 
 # Prompts are read and answers continued in turns, so two compositions alternate.
@@ -113,7 +113,7 @@ def _compose(rows: Rows, skills: Mapping[str, Mapping[str, LinearLora]]) -> dict
 
 
 def _loras_of_row(skills: Sequence[Mapping[str, LinearLora]]) -> dict[str, LinearLora]:
-    """Linear -> LoRA of a row. The outputs of several skills are averaged: their matrices become one larger LoRA."""
+    """Linear -> LoRA of a row. The outputs of several skills are added: their matrices become one larger LoRA."""
     if len(skills) == 1:
         return dict(skills[0])
     found: dict[str, list[LinearLora]] = {}
@@ -124,7 +124,7 @@ def _loras_of_row(skills: Sequence[Mapping[str, LinearLora]]) -> dict[str, Linea
         name: LinearLora(
             torch.cat([each.down for each in several]),
             torch.cat([each.up * each.scale for each in several], dim=1),
-            1 / len(skills),
+            1.0,
         )
         for name, several in found.items()
     }
