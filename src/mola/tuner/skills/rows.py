@@ -1,6 +1,6 @@
 """The LoRA of each row of a batch: hooks on the base model's linears add the LoRAs' outputs.
 
-The hooks read tensors that are prepared once for each composition of a batch, not for each token:
+The hooks read tensors that are prepared when rows change, not for each token:
 
 - All rows ask the same skill: its tensors, computed exactly like PEFT's own LoRA.
 - Rows ask different skills, or only some rows ask one: one tensor of stacked matrices per linear, computed by two
@@ -20,12 +20,13 @@ from torch import nn
 
 from mola.errors import MolaError
 from mola.tuner.skills.loras import LinearLora, LoraStore
+from mola.tuner.skills.stacks import Row, Stacks, highest_rank
 
-Row: TypeAlias = tuple[str, ...]  # the skills that a row asks, whose outputs are added; empty for the base model
 Rows: TypeAlias = tuple[Row, ...]
 
-# Prompts are read and answers continued in turns, so two compositions alternate.
-_MAX_KEPT_COMPOSITIONS = 2
+# Prompts are read and answers continued in turns, so two batches alternate.
+_MAX_KEPT = 2
+_ROW_BLOCK = 4  # stacks have room for a multiple of this number of rows
 
 
 class RowLoras:
@@ -38,9 +39,11 @@ class RowLoras:
     def __init__(self, store: LoraStore) -> None:
         self.store = store
         self._hooked: set[str] = set()
-        self._kept: OrderedDict[Any, dict[str, LinearLora]] = OrderedDict()
+        self._kept: OrderedDict[Row, dict[str, LinearLora]] = OrderedDict()
+        self._stacks: list[Stacks] = []  # least recently used first
+        self._placement: Any = None
         # These are of the next forward pass.
-        self._loras: dict[str, LinearLora] = {}  # stacks of matrices, unless all rows have the same skills
+        self._loras: Mapping[str, LinearLora] = {}  # stacks of matrices, unless all rows have the same skills
         self._num_rows = self._num_tokens = 0
 
     def adapt(self, linears: Iterable[str]) -> None:
@@ -61,18 +64,48 @@ class RowLoras:
             MolaError: there is no such skill.
         """
         self._num_rows, self._num_tokens = len(rows), num_tokens
+        if self._placement != (placement := self.store.placement()):
+            self.forget()
+            self._placement = placement
+        self.store.touch(name for row in rows for name in row)
         if not any(rows):
             self._loras = {}
-            return
-        key = rows, self.store.placement()
-        if key in self._kept:
-            self.store.touch(name for row in rows for name in row)
+        elif len(set(rows)) == 1:
+            self._loras = self._of_all(rows[0])
         else:
-            self._kept[key] = _compose(rows, self.store.get(name for row in rows for name in row))
-            if len(self._kept) > _MAX_KEPT_COMPOSITIONS:
+            self._loras = self._stacked(rows)
+
+    def _of_all(self, row: Row) -> Mapping[str, LinearLora]:
+        """The LoRA of rows that are all the same."""
+        if row not in self._kept:
+            self._kept[row] = self._read([row])[row]
+            if len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        self._loras = self._kept[key]
+        self._kept.move_to_end(row)
+        return self._kept[row]
+
+    def _stacked(self, rows: Rows) -> Mapping[str, LinearLora]:
+        """The stacks of rows that differ: those that are most like them already, changed where they differ."""
+        if torch.is_grad_enabled():  # a backward pass reads the stacks later, so nothing may change them
+            loras = self._read(rows)
+            return Stacks(len(rows), highest_rank(loras)).set_rows(rows, loras)
+        fitting = [each for each in self._stacks if len(rows) <= each.capacity]
+        stacks = min(fitting, key=lambda each: len(each.changed(rows)), default=None)
+        changed = range(len(rows)) if stacks is None else stacks.changed(rows)
+        loras = self._read(rows[index] for index in changed)
+        has_room = len(self._stacks) < _MAX_KEPT
+        if stacks is None or highest_rank(loras) > stacks.rank or (changed and has_room):
+            loras = self._read(rows)
+            stacks = Stacks(-(-len(rows) // _ROW_BLOCK) * _ROW_BLOCK, highest_rank(loras))
+        others = [each for each in self._stacks if each is not stacks]
+        self._stacks = [*others[1 - _MAX_KEPT :], stacks]
+        return stacks.set_rows(rows, loras)
+
+    def _read(self, rows: Iterable[Row]) -> dict[Row, dict[str, LinearLora]]:
+        """The LoRAs of rows by linear; none for rows that ask the base model."""
+        distinct = [row for row in dict.fromkeys(rows) if row]
+        skills = self.store.get(name for row in distinct for name in row)
+        return {row: _loras_of_row([skills[name] for name in row]) for row in distinct}
 
     def clear_rows(self) -> None:
         """Leave all rows unchanged, until `set_rows` is called again."""
@@ -81,6 +114,7 @@ class RowLoras:
     def forget(self) -> None:
         """Drop what was prepared, because skills have changed."""
         self._kept.clear()
+        self._stacks = []
         self.clear_rows()
 
     def _add_lora(self, name: str, linear: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
@@ -103,15 +137,6 @@ class RowLoras:
         return (output + added.view_as(output)).to(output.dtype)
 
 
-def _compose(rows: Rows, skills: Mapping[str, Mapping[str, LinearLora]]) -> dict[str, LinearLora]:
-    """The tensors of each linear: those of one LoRA if all rows ask the same skills, else one stack of matrices."""
-    distinct = {row: _loras_of_row([skills[name] for name in row]) for row in dict.fromkeys(rows)}
-    if len(distinct) == 1:
-        return distinct[rows[0]]
-    linears = dict.fromkeys(name for loras in distinct.values() for name in loras)
-    return {name: _stack([distinct[row].get(name) for row in rows]) for name in linears}
-
-
 def _loras_of_row(skills: Sequence[Mapping[str, LinearLora]]) -> dict[str, LinearLora]:
     """Linear -> LoRA of a row. The outputs of several skills are added: their matrices become one larger LoRA."""
     if len(skills) == 1:
@@ -128,19 +153,3 @@ def _loras_of_row(skills: Sequence[Mapping[str, LinearLora]]) -> dict[str, Linea
         )
         for name, several in found.items()
     }
-
-
-def _stack(loras: Sequence[LinearLora | None]) -> LinearLora:
-    """`down (rows, r, in)` and `up (rows, out, r)`, which includes the scale; zeros for rows without a LoRA."""
-    given = [lora for lora in loras if lora is not None]
-    rank = max(len(lora.down) for lora in given)
-    padded = {
-        id(lora): (
-            F.pad(lora.down, (0, 0, 0, rank - len(lora.down))),
-            F.pad(lora.up * lora.scale, (0, rank - len(lora.down))),
-        )
-        for lora in given
-    }
-    zeros = tuple(torch.zeros_like(each) for each in padded[id(given[0])])
-    downs, ups = zip(*(zeros if lora is None else padded[id(lora)] for lora in loras), strict=True)
-    return LinearLora(torch.stack(downs), torch.stack(ups), 1.0)

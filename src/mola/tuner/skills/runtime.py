@@ -103,6 +103,11 @@ class SkillsRuntime:
         return self._store.names
 
     @property
+    def asked(self) -> list[str]:
+        """Names of the skills that a decision may choose, sorted: all that are not retired."""
+        return sorted(self._statistics)
+
+    @property
     def max_loaded(self) -> int:
         """Maximum number of LoRAs in memory."""
         return self._store.max_loaded
@@ -134,16 +139,25 @@ class SkillsRuntime:
         self._statistics[name] = statistics
         self._decider = None
 
-    def remove(self, name: str) -> None:
-        """Remove a skill. A row that it is answering ends with an error.
+    def retire(self, name: str) -> None:
+        """Let no decision choose a skill any more. Rows may still name it, until it is removed.
 
         Raises:
             MolaError: there is no such skill.
         """
+        self._store.check_names([name])
+        self._statistics.pop(name, None)
+        self._decider = None
+
+    def remove(self, name: str) -> None:
+        """Remove a skill. A row that it is answering ends with an error; see `retire`.
+
+        Raises:
+            MolaError: there is no such skill.
+        """
+        self.retire(name)
         self._store.remove(name)
         self._loras.forget()
-        del self._statistics[name]
-        self._decider = None
 
     def decide_by(self, threshold: float, top_k: int) -> None:
         """Set the threshold and the number of skills that answer together; see `Decider`."""
@@ -187,7 +201,7 @@ class SkillsRuntime:
         return tuple(map(_row, decisions.names))
 
     def _check_runs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self._runs and self._statistics:
+        if not self._runs and self.names:
             raise MolaError(
                 "a model with skills must be called as a whole: its decoder was called alone, so nobody has decided "
                 "which skills its rows ask. Call the model itself."
@@ -199,7 +213,7 @@ class SkillsRuntime:
         """In place of the model's `forward`."""
         given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs} if args else kwargs
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        if tokens is None or not self._statistics:
+        if tokens is None or not self.names:
             return forward(*args, **kwargs)
         self._check_checkpointing()
         num_rows, num_tokens = tokens.shape[:2]
@@ -277,7 +291,7 @@ class SkillsRuntime:
         ids = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
         prompts = ids if ids is not None else given.get("inputs_embeds")
         # Assisted generation may call `generate` within `generate`.
-        if self._turn is not None or prompts is None or not self._statistics:
+        if self._turn is not None or prompts is None or not self.names:
             return generate(*args, **kwargs)
         self._turn = _Turn(len(prompts))
         try:
