@@ -85,14 +85,15 @@ def run(options: LoadOptions) -> int:
             _save_adapter(options.base_model, folder, seed)
         expected, rows = _offline(options, folders)
         with ExitStack() as stack:
-            urls = {"server": stack.enter_context(_server(options, folders))}
+            words = ["--base_name", "base", "--adapter", *(f"{name}={folder}" for name, folder in folders.items())]
+            urls = {"server": stack.enter_context(serving(options, words))[0]}
             if options.before is not None:
-                urls["before"] = stack.enter_context(_server(options, folders, options.before))
+                urls["before"] = stack.enter_context(serving(options, words, options.before))[0]
             for clients in options.clients:
                 for name, url in urls.items():
                     logger.info("%s, %s clients", name, clients)
                     rows.append(asyncio.run(_load(name, url, expected, clients, options)))
-    _print(rows)
+    print_rows(rows)
     if output is not None:
         record = {"options": asdict(options), "machine": machine_description(), "versions": software_versions()}
         atomic_write_json(output, record | {"rows": rows})
@@ -144,10 +145,12 @@ def _save_adapter(base_model: str, folder: Path, seed: int) -> None:
 
 
 @contextmanager
-def _server(options: LoadOptions, folders: dict[str, Path], sources: str | None = None) -> Iterator[str]:
-    """Start `mola serve` on a free port, from the version in the folder `sources`; yield its address."""
-    command = [sys.executable, "-m", "mola.cli", "serve", "--base_name", "base", "--port", "0"]
-    command += ["--adapter", *(f"{name}={folder}" for name, folder in folders.items())]
+def serving(options: Any, words: Sequence[str], sources: str | None = None) -> Iterator[tuple[str, int]]:
+    """Start `mola serve` on a free port with further `words`; yield its address and the number of its process.
+
+    `sources` is a folder with a different version of mola.
+    """
+    command = [sys.executable, "-m", "mola.cli", "serve", "--port", "0", *words]
     command += ["--base_model", options.base_model, "--dtype", options.dtype]
     command += ["--max_waiting", str(max(options.clients))]
     command += [] if options.device is None else ["--device", options.device]
@@ -161,7 +164,7 @@ def _server(options: LoadOptions, folders: dict[str, Path], sources: str | None 
         subprocess.Popen(command, env=environment, stderr=log) as process,
     ):
         try:
-            yield _wait_for_address(process, log)
+            yield _wait_for_address(process, log), process.pid
         finally:
             process.terminate()
 
@@ -211,18 +214,20 @@ async def _load(
         "what": f"{server}, {clients} client{'s' if clients > 1 else ''}",
         "requests": len(times),
         "seconds": seconds,
-        "first_text": _spread(firsts),
-        "answer": _spread(wholes),
+        "first_text": spread(firsts),
+        "answer": spread(wholes),
         "wrong": wrong,
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and 95th percentile."""
     p95 = quantiles(values, n=20)[-1] if len(values) > 1 else values[0]
     return {"median": median(values), "p95": p95}
 
 
-def _print(rows: Sequence[dict[str, Any]]) -> None:
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the rows as a table."""
     table = Table(title="mola serve")
     for name in ("", "requests", "requests/s", "first text, s: median (p95)", "answer, s: median (p95)", "other text"):
         table.add_column(name)

@@ -12,6 +12,8 @@ from mola.generation.decoding import generate_text
 from mola.models.loading import load_model
 from mola.models.tokenizer import load_tokenizer
 
+from .skills_folders import FOLDER, NO_KIND, PROMPTS, make_skills_folder
+
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 NEW_TOKENS = 4
 
@@ -79,4 +81,30 @@ def offline(chat_model_dir, adapters):
             known[key] = generate_text(models[name], tokenizer, prompt, **options)
         return known[key]
 
+    return answer
+
+
+@pytest.fixture(scope="session")
+def skills_root(chat_model_dir, tmp_path_factory):
+    """A skills folder to serve, one with one more skill, one whose decision reads another layer, and plain LoRAs."""
+    root = tmp_path_factory.mktemp("root")
+    served = {name: PROMPTS[name] for name in ("numbers", "shouts")}
+    make_skills_folder(chat_model_dir, root / FOLDER, served, root / "loras")
+    make_skills_folder(chat_model_dir, root / "more", {"marks": PROMPTS["marks"]}, root / "other", seed=7)
+    make_skills_folder(chat_model_dir, root / "deeper", {"deep": PROMPTS["marks"]}, root / "third", layer=3)
+    return root
+
+
+@pytest.fixture(scope="session")
+def own_answer(chat_model_dir, skills_root):
+    """Function (skill or None, prompt) -> what this skill's LoRA in PEFT, or the base model alone, answers."""
+    tokenizer = load_tokenizer(chat_model_dir)
+    models = {None: load_model(chat_model_dir, dtype="float32", device="cpu")}
+    for name, folder in (("numbers", FOLDER), ("shouts", FOLDER), ("marks", "more")):
+        models[name] = load_model(chat_model_dir, skills_root / folder / name, dtype="float32", device="cpu")
+
+    def answer(skill, prompt, max_new_tokens=12):
+        return generate_text(models[skill], tokenizer, prompt, max_new_tokens=max_new_tokens)
+
+    assert len({answer(skill, NO_KIND) for skill in models}) == 4
     return answer

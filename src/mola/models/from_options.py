@@ -12,6 +12,7 @@ from mola.models.loading import load_model
 from mola.models.options import ModelOptions
 from mola.models.quantization import check_quantization, check_quantized_base
 from mola.models.tokenizer import load_tokenizer
+from mola.tuner.skills.loras import DEFAULT_MAX_LOADED
 
 
 def check_model(options: ModelOptions) -> PretrainedConfig:
@@ -36,9 +37,11 @@ def tokenizer_for(options: ModelOptions, padding_side: str = "left") -> PreTrain
 
 
 def model_for(
-    options: ModelOptions, adapter: str | Mapping[str, str | os.PathLike[str]] | None
+    options: ModelOptions,
+    adapter: str | Mapping[str, str | os.PathLike[str]] | None,
+    max_loaded: int = DEFAULT_MAX_LOADED,
 ) -> PreTrainedModel | PeftModel:
-    """Load the base model with its adapters; see `mola.models.loading.load_model`."""
+    """Load the base model with its adapters or skills; see `mola.models.loading.load_model`."""
     return load_model(
         options.base_model,
         adapter,
@@ -46,4 +49,5 @@ def model_for(
         options.device,
         options.trust_remote_code,
         quantization=options,
+        max_loaded=max_loaded,
     )

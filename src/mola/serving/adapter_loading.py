@@ -2,9 +2,7 @@
 
 import asyncio
 import functools
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -16,6 +14,7 @@ from mola.models.adapters import attach, changes_base, check_adapter
 from mola.models.loading import check_adapter_fits
 from mola.models.options import ModelOptions
 from mola.models.prompts import own_chat
+from mola.serving.adapter_root import AdapterRoot, wrong_folder, wrong_name
 from mola.serving.jobs import JobMaker
 from mola.serving.request_queue import RequestQueue
 from mola.serving.responses import RequestError
@@ -38,7 +37,7 @@ class AdapterLoader:
     def __init__(
         self, root: str | None, base: ModelOptions, jobs: JobMaker, queue: RequestQueue, adapters: Adapters
     ) -> None:
-        self._root = None if root is None else Path(root).resolve()
+        self._root = AdapterRoot(root)
         self._base, self._jobs, self._queue, self._adapters = base, jobs, queue, adapters
         self._num_loaded = 0
         self._loading = asyncio.Lock()  # two loads at once could choose the same name
@@ -51,14 +50,14 @@ class AdapterLoader:
                 server.
             MolaError: the folder holds no adapter, or one that does not fit.
         """
-        folder = self._folder(path)
+        folder = self._root.folder(path)
         async with self._loading:
             replaced = self._jobs.adapters.get(name)
             if name in self._jobs.adapters and replaced is None:
-                raise _wrong_name(f"`lora_name` {name!r} is the name of the base model. Pass a different name.")
+                raise wrong_name(f"`lora_name` {name!r} is the name of the base model. Pass a different name.")
             if replaced is not None and not in_place:
                 advice = "Pass a different name, or `load_inplace` true to replace the adapter."
-                raise _wrong_name(f"`lora_name` {name!r} is taken. {advice}")
+                raise wrong_name(f"`lora_name` {name!r} is taken. {advice}")
             config = await run_in_threadpool(_check_loadable, folder)
             chat = await run_in_threadpool(own_chat, folder)
             self._num_loaded += 1
@@ -77,34 +76,16 @@ class AdapterLoader:
         Raises:
             RequestError: unloading is not allowed, there is no such adapter, or it is the base model.
         """
-        self._allowed_root()
+        self._root.check_allowed()
         inner_name = self._jobs.adapter(name)
         if inner_name is None:
-            raise _wrong_name(f"`lora_name` {name!r} is the base model, which cannot be unloaded.")
+            raise wrong_name(f"`lora_name` {name!r} is the base model, which cannot be unloaded.")
         del self._jobs.adapters[name]
         await self._remove(inner_name)
 
     async def _remove(self, inner_name: str) -> None:
         await self._queue.remove(inner_name)
         self._jobs.chats.pop(inner_name, None)
-
-    def _allowed_root(self) -> Path:
-        if self._root is None:
-            raise RequestError(
-                403, "adapters cannot be loaded or unloaded here: the server was started without `--adapter_root`."
-            )
-        return self._root
-
-    def _folder(self, path: str) -> str:
-        """A client's path, which must lead to a folder below the root; links are followed."""
-        root = self._allowed_root()
-        try:
-            folder = (root / path).resolve()
-        except (OSError, ValueError, RuntimeError):  # null characters, links in a circle
-            folder = root
-        if folder == root or not folder.is_relative_to(root):
-            raise _wrong_folder("`lora_path` must be a folder below the server's `--adapter_root`.")
-        return os.fspath(folder)
 
     def _attach(self, inner_name: str, folder: str, config: Mapping[str, Any]) -> None:
         """Load an adapter into the model; runs on the engine's thread.
@@ -135,25 +116,17 @@ class AdapterLoader:
         self._adapters.model = model.requires_grad_(False).eval()
 
 
-def _wrong_name(message: str) -> RequestError:
-    return RequestError(400, message, param="lora_name")
-
-
-def _wrong_folder(message: str) -> RequestError:
-    return RequestError(400, message, param="lora_path")
-
-
 def _check_loadable(folder: str) -> Mapping[str, Any]:
     """Check that an adapter can be loaded into a running server; return its configuration."""
     config = check_adapter(folder)
     if (reason := changes_base(config)) is not None:
-        raise _wrong_folder(
+        raise wrong_folder(
             f"this adapter {reason}, which would change the base model for all other adapters. Serve it alone, with "
             "`--adapter`."
         )
     settings = PeftConfig.from_pretrained(folder)
     if settings.is_prompt_learning or is_activated_lora(settings):
-        raise _wrong_folder(
+        raise wrong_folder(
             "an adapter that puts tokens before the prompt, or begins at certain tokens of the prompt, cannot be "
             "loaded into a running server. Name it in `--adapter`."
         )

@@ -10,6 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -22,24 +23,35 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mola.serving.adapter_loading import AdapterLoader
+from mola.serving.client_leaving import CLIENT_LEFT, ClientLeftError, unless_client_leaves
+from mola.serving.decision_queue import DecisionQueue
 from mola.serving.jobs import Job, JobMaker
 from mola.serving.metrics import Metrics
+from mola.serving.model_names import DECIDE
 from mola.serving.request_queue import QueuedRequest, RequestQueue
 from mola.serving.requests import ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
-from mola.serving.responses import ChatFormat, CompletionFormat, RequestError, add_error_handlers, usage_counts
+from mola.serving.responses import (
+    ChatFormat,
+    CompletionFormat,
+    RequestError,
+    add_error_handlers,
+    skill_headers,
+    skill_usage,
+    usage_counts,
+)
+from mola.serving.skill_loading import SkillLoader
 from mola.serving.stream_writer import AnswerPiece, TokenDecoder
 
 logger = logging.getLogger(__name__)
 
 _PATH_WITHOUT_TOKEN = "/health"
 _MAX_LOGGED_PATH = 200  # characters
-_CLIENT_LEFT = 499  # status for the log and the metrics; no client receives it
 
 
 def build_app(
     jobs: JobMaker,
     queue: RequestQueue,
-    loader: AdapterLoader,
+    loader: AdapterLoader | SkillLoader,
     decoder: TokenDecoder,
     metrics: Metrics,
     api_key: str | None,
@@ -52,6 +64,7 @@ def build_app(
     add_error_handlers(app)
     start = int(time.time())
     tokenizing = asyncio.Lock()
+    decisions = DecisionQueue(queue.decide)
 
     def describe_model(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": start, "owned_by": "mola"}
@@ -64,7 +77,16 @@ def build_app(
             # During the tokenizing a client may have replaced the adapter.
             while any(job.adapter != jobs.adapter(body.model) for job in made):
                 made = await run_in_threadpool(jobs.make, body)
-            return made
+        return await decide(made) if made[0].adapter == DECIDE else made
+
+    async def decide(made: list[Job]) -> list[Job]:
+        """The jobs with the skills that are asked."""
+        prompts = {id(job.prompt): job.prompt for job in made}  # several answers may share a prompt
+        while True:
+            found = await asyncio.gather(*map(decisions.decide, prompts.values()))
+            if all(map(jobs.has_skill, found)):  # a client may have unloaded one meanwhile
+                skills = dict(zip(prompts, found, strict=True))
+                return [replace(job, adapter=skills[id(job.prompt)]) for job in made]
 
     async def answer(
         request: Request, body: ChatRequest | CompletionRequest, answer_format: ChatFormat | CompletionFormat
@@ -73,8 +95,8 @@ def build_app(
         queued = queue.submit(await make_jobs(body), body.model, is_streamed=bool(body.stream))
         metrics.prompt_tokens.inc(queued.num_prompt_tokens)
         if body.stream:
-            return _EventStream(queued, _write_events(queued, answer_format, body.wants_usage()))
-        return await _answer_whole(request, queued, answer_format)
+            return _EventStream(queued, answer_format, body.wants_usage(), jobs.has_skills)
+        return await _answer_whole(request, queued, answer_format, jobs.has_skills)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
@@ -93,15 +115,7 @@ def build_app(
         jobs.adapter(name)  # raises if there is no such model
         return describe_model(name)
 
-    @app.post("/v1/load_lora_adapter")
-    async def load_adapter(body: LoadRequest) -> dict[str, str]:
-        await loader.load(body.lora_name, body.lora_path, body.load_inplace)
-        return {"status": "ok", "lora_name": body.lora_name}
-
-    @app.post("/v1/unload_lora_adapter")
-    async def unload_adapter(body: UnloadRequest) -> dict[str, str]:
-        await loader.unload(body.lora_name)
-        return {"status": "ok", "lora_name": body.lora_name}
+    add_loading_routes(app, loader)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
@@ -115,11 +129,29 @@ def build_app(
     return app
 
 
+def add_loading_routes(app: FastAPI, loader: AdapterLoader | SkillLoader) -> None:
+    """Add the routes that load and unload adapters or skills."""
+
+    @app.post("/v1/load_lora_adapter")
+    async def load_adapter(body: LoadRequest) -> dict[str, str]:
+        await loader.load(body.lora_name, body.lora_path, body.load_inplace)
+        return {"status": "ok", "lora_name": body.lora_name}
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload_adapter(body: UnloadRequest) -> dict[str, str]:
+        await loader.unload(body.lora_name)
+        return {"status": "ok", "lora_name": body.lora_name}
+
+
 class _EventStream(StreamingResponse):
     """Server-sent events. When the stream ends or its client leaves, the request is cancelled."""
 
-    def __init__(self, queued: QueuedRequest, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    def __init__(
+        self, queued: QueuedRequest, answer_format: ChatFormat | CompletionFormat, with_usage: bool, has_skills: bool
+    ) -> None:
+        events = _write_events(queued, answer_format, with_usage, has_skills)
+        headers = {"Cache-Control": "no-cache"} | (skill_headers(queued.skills) if has_skills else {})
+        super().__init__(events, media_type="text/event-stream", headers=headers)
         self._queued = queued
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,7 +162,7 @@ class _EventStream(StreamingResponse):
 
 
 async def _write_events(
-    queued: QueuedRequest, answer_format: ChatFormat | CompletionFormat, with_usage: bool
+    queued: QueuedRequest, answer_format: ChatFormat | CompletionFormat, with_usage: bool, has_skills: bool
 ) -> AsyncIterator[str]:
     """Write the pieces of a request as server-sent events."""
     num_tokens = 0
@@ -145,7 +177,7 @@ async def _write_events(
         yield _event(error.body())
         return
     if with_usage:
-        yield _event(answer_format.usage_chunk(usage_counts(queued.num_prompt_tokens, num_tokens)))
+        yield _event(answer_format.usage_chunk(_usage(queued, num_tokens, has_skills)))
     yield "data: [DONE]\n\n"
 
 
@@ -153,32 +185,29 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
 
 
+def _usage(queued: QueuedRequest, num_tokens: int, has_skills: bool) -> dict[str, Any]:
+    """Token counts of a request; with skills also who answered."""
+    skills = skill_usage(queued.skills) if has_skills else {}
+    return usage_counts(queued.num_prompt_tokens, num_tokens) | skills
+
+
 async def _answer_whole(
-    request: Request, queued: QueuedRequest, answer_format: ChatFormat | CompletionFormat
+    request: Request, queued: QueuedRequest, answer_format: ChatFormat | CompletionFormat, has_skills: bool
 ) -> Response:
     """The response with all answers of a request, or an empty one as soon as the client leaves."""
 
     async def collect() -> list[AnswerPiece]:
         return [piece async for piece in queued.pieces()]
 
-    collecting = asyncio.ensure_future(collect())
-    leaving = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            return Response(status_code=_CLIENT_LEFT)
-        pieces = sorted(collecting.result(), key=lambda piece: piece.choice)
+        pieces = sorted(await unless_client_leaves(request, collect()), key=lambda piece: piece.choice)
+    except ClientLeftError:
+        return Response(status_code=CLIENT_LEFT)
     finally:
         queued.cancel()
-        collecting.cancel()
-        leaving.cancel()
-    usage = usage_counts(queued.num_prompt_tokens, sum(piece.num_tokens for piece in pieces))
-    return JSONResponse(answer_format.whole(pieces, usage))
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    usage = _usage(queued, sum(piece.num_tokens for piece in pieces), has_skills)
+    headers = skill_headers(queued.skills) if has_skills else None
+    return JSONResponse(answer_format.whole(pieces, usage), headers=headers)
 
 
 class RequestMiddleware:

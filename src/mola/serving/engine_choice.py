@@ -15,6 +15,7 @@ from mola.errors import MolaError
 from mola.generation import predicting
 from mola.generation.batching.engine import BatchEngine, SingleEngine
 from mola.generation.batching.forward import Adapters, Forward, why_not_batched
+from mola.generation.batching.skills import Skills
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ _CONTAINER_FILES = (
 
 
 def choose_engine(
-    adapters: Adapters,
+    adapters: Adapters | Skills,
     tokenizer: PreTrainedTokenizerBase,
     max_batch_size: int,
     max_prefill_tokens: int,

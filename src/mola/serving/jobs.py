@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from mola.data.templates import CHAT, get_template
 from mola.errors import MolaError
 from mola.generation import predicting
-from mola.generation.batching.rows import Sampling
+from mola.generation.batching.rows import TOGETHER, Sampling
 from mola.generation.decoding import decoding_settings
 from mola.models.prompts import Chat
+from mola.serving.model_names import DECIDE
 from mola.serving.requests import ChatRequest, CompletionRequest
-from mola.serving.responses import RequestError
+from mola.serving.responses import RequestError, unknown_model
 from mola.serving.stream_writer import special_tokens
 
 _NUM_SEEDS = 2**63
@@ -77,13 +78,17 @@ class JobMaker:
         """
         adapter = self.adapters.get(name, _MISSING)  # one look-up: a different thread may remove the name at any time
         if adapter is _MISSING:
-            raise RequestError(
-                404,
-                f"`model` {name[:200]!r} does not exist here. The models are {', '.join(self.adapters)}.",
-                code="model_not_found",
-                param="model",
-            )
+            raise unknown_model(name, list(self.adapters))
         return adapter
+
+    @property
+    def has_skills(self) -> bool:
+        """Whether the model has skills, so that each answer says which skill gave it."""
+        return DECIDE in self.adapters.values()
+
+    def has_skill(self, adapter: str | None) -> bool:
+        """Whether the skill, or the skills that answer together, can be asked; None is the base model."""
+        return adapter is None or all(name in self.adapters for name in adapter.split(TOGETHER))
 
     def make(self, request: ChatRequest | CompletionRequest) -> list[Job]:
         """The jobs of a request: `n` for each prompt, prompt by prompt.
@@ -140,7 +145,7 @@ class JobMaker:
     def _encode(self, request: ChatRequest | CompletionRequest, adapter: str | None) -> list[list[int]]:
         """Token ids of each prompt."""
         if isinstance(request, CompletionRequest):
-            _check_unicode(request.prompts())
+            check_unicode(request.prompts())
             return predicting.encode_prompts(self._tokenizer, request.prompts())
         chat = None if adapter is None else self.chats.get(adapter)
         if not (chat or self._tokenizer.chat_template):
@@ -149,7 +154,7 @@ class JobMaker:
                 400, f"{problem}. Send the text itself as `prompt` to /v1/completions.", param="messages"
             )
         messages = [message.for_template() for message in request.messages]
-        _check_unicode(message["content"] for message in messages)
+        check_unicode(message["content"] for message in messages)
         template: dict[str, Any] = {"chat_template": chat.template} if chat else {}
         if chat and chat.end_token:  # the template may write the end token
             template["eos_token"] = chat.end_token
@@ -201,7 +206,7 @@ class JobMaker:
                 )
 
 
-def _check_unicode(texts: Iterable[str]) -> None:
+def check_unicode(texts: Iterable[str]) -> None:
     """Refuse texts with half a surrogate pair, which JSON allows but tokenizers cannot read."""
     try:
         for text in texts:

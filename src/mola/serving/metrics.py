@@ -1,8 +1,10 @@
 """Metrics of a server in Prometheus's text format."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from mola.checkpoints.skills_folder import BASE
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -24,6 +26,17 @@ class Metrics:
         self.requests = Counter("mola_requests", "Requests that ended.", ["model", "outcome"], registry=own)
         about = "From a request's arrival to its end."
         self.request_seconds = Histogram("mola_request_seconds", about, buckets=_SECONDS, registry=own)
+
+        self.answers = Counter("mola_answers", "Answers of a model with skills, by skill.", ["skill"], registry=own)
+
+    def count_answers(self, skills: Iterable[str | None]) -> None:
+        """Count answers by the skill that gave them; None is the base model."""
+        for skill in skills:
+            self.answers.labels(skill or BASE).inc()
+
+    def watch_skills(self, num_loaded: Callable[[], int]) -> None:
+        """Add a gauge that reads `num_loaded`, the number of skills in memory."""
+        Gauge("mola_skills_loaded", "Skills in memory.", registry=self._registry).set_function(num_loaded)
 
     def watch(self, requests: Callable[[], Mapping[str, int]], num_active: Callable[[], int]) -> None:
         """Add gauges that read these functions: `requests` returns the numbers of "running" and "waiting" requests.

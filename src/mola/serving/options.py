@@ -17,10 +17,10 @@ class ServeOptions(ModelOptions):
     adapter: list[str] | None = option(
         None,
         "Adapters, each NAME=FOLDER or FOLDER; a FOLDER alone is named after its last part. Several flags and a "
-        "recipe add up.",
+        "recipe add up. Or one skills folder, whose name asks the skill that knows.",
         action="extend",
     )
-    engine: str = option("mola", "Server to run: mola, or vllm, which serves at most one adapter.")
+    engine: str = option("mola", "Server to run: mola, or vllm, which serves one mixture or one skills folder.")
     base_name: str | None = option(
         None, "Name of the base model in requests. Default: the last part of its folder, or its hub id."
     )
@@ -47,6 +47,12 @@ class ServeOptions(ModelOptions):
         None,
         "Maximum of the number of answers side by side times the length of the longest one in tokens, prompt included. "
         "Default: the number of tokens that fits into a quarter of the free memory.",
+    )
+
+    max_loaded_skills: int | None = option(
+        None,
+        "Maximum number of a skills folder's LoRAs in memory, 64 by default. The one that was asked longest ago goes "
+        "first; those of running answers stay.",
     )
 
     _limits: ClassVar = Group("limits")

@@ -13,6 +13,7 @@ from mola.generation import predicting
 from mola.generation.batching.engine import BatchEngine, SingleEngine
 from mola.generation.batching.forward import Adapters
 from mola.generation.batching.rows import Row, TokenLogprobs
+from mola.generation.batching.skills import Skills
 from mola.serving.jobs import Job
 from mola.serving.metrics import Metrics
 from mola.serving.responses import RequestError, to_request_error
@@ -49,6 +50,11 @@ class QueuedRequest:
         self._pieces: asyncio.Queue[AnswerPiece | RequestError] = asyncio.Queue()
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
+
+    @property
+    def skills(self) -> list[str | None]:
+        """The skill that gives each answer, of a model with skills; None is the base model."""
+        return [job.adapter for job in self.jobs]
 
     async def pieces(self) -> AsyncIterator[AnswerPiece]:
         """Every piece until all answers have ended.
@@ -142,7 +148,7 @@ class RequestQueue:
 
     def __init__(
         self,
-        adapters: Adapters,
+        adapters: Adapters | Skills,
         engine: BatchEngine | SingleEngine,
         decoder: TokenDecoder,
         max_running: int,
@@ -217,6 +223,21 @@ class RequestQueue:
         self.check_alive()
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._change_model, function)
 
+    async def decide(self, prompts: Sequence[Sequence[int]]) -> list[str | None]:
+        """The skill of each prompt, decided on the engine's thread between two tokens."""
+        assert isinstance(self._adapters, Skills)
+        self.check_alive()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._adapters.decide, prompts)
+
+    async def add_skill(self, name: str, folder: str, statistics: Any) -> None:
+        """Add a skill to a model with skills, between two tokens."""
+        await self.call(lambda: self._adapters.model.skills.add(name, folder, statistics))
+
+    async def remove_skill(self, name: str) -> None:
+        """Let nobody ask a skill any more, and remove it as soon as no answer uses it."""
+        await self.call(lambda: self._adapters.model.skills.retire(name))
+        await self.remove(name)
+
     async def remove(self, adapter: str) -> None:
         """Remove an adapter from the model as soon as no answer uses it. The caller submits no more answers with it."""
         loop = asyncio.get_running_loop()
@@ -255,6 +276,8 @@ class RequestQueue:
         request.rows.clear()
         now, is_finished = time.monotonic(), not request.num_open
         self._metrics.requests.labels(request.model, "finished" if is_finished else "unfinished").inc()
+        if is_finished and isinstance(self._adapters, Skills):
+            self._metrics.count_answers(request.skills)
         self._metrics.request_seconds.observe(now - request.submitted)
         if request.started is not None and is_finished:
             # Several requests run side by side, so a place becomes free sooner than one request takes.

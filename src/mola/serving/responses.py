@@ -3,7 +3,7 @@
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request
@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from mola.checkpoints.skills_folder import BASE
 from mola.errors import MolaError
 from mola.files.failures import memory_error_reason
 from mola.serving.stream_writer import AnswerPiece, TokenDecoder
@@ -18,6 +19,7 @@ from mola.serving.stream_writer import AnswerPiece, TokenDecoder
 logger = logging.getLogger(__name__)
 
 _REPLACEMENT = "\ufffd"  # the character that decoding writes for bytes that form no complete character
+_MAX_NAMES = 50  # a message lists at most this many names of models
 _MAX_FIELD_NAME = 80  # a message repeats at most this many characters of a client's field name
 
 
@@ -32,12 +34,12 @@ class _AnswerFormat:
         self._decoder = decoder
         self._common = {"id": f"{self._id_prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, pieces: Sequence[AnswerPiece], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[AnswerPiece], usage: dict[str, Any]) -> dict[str, Any]:
         """The object of a request that does not stream: one piece per choice."""
         choices = [self._choice(piece) for piece in pieces]
         return self._common | {"object": self._object, "choices": choices, "usage": usage}
 
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The last chunk of a stream, for requests with `include_usage`."""
         return self._common | {"object": self._chunk_object, "choices": [], "usage": usage}
 
@@ -164,6 +166,16 @@ def usage_counts(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
+def skill_headers(skills: Iterable[str | None]) -> dict[str, str]:
+    """A response header that names the skills that give the answers; None is the base model."""
+    return {"X-Mola-Skill": ", ".join(dict.fromkeys(skill or BASE for skill in skills))}
+
+
+def skill_usage(skills: Sequence[str | None]) -> dict[str, Any]:
+    """The same as a field of `usage`: null for the base model, and a list by answer if the skills differ."""
+    return {"skill": skills[0] if len(set(skills)) == 1 else list(skills)}
+
+
 class RequestError(HTTPException):
     """A request that the server refuses, or an answer that ends early.
 
@@ -198,6 +210,18 @@ class RequestError(HTTPException):
     def response(self) -> JSONResponse:
         """The error as an HTTP response."""
         return JSONResponse(self.body(), self.status_code, self.headers)
+
+
+def unknown_model(name: str, known: Iterable[str]) -> RequestError:
+    """The error for a request that names a model that does not exist."""
+    names = list(known)
+    more = f" and {len(names) - _MAX_NAMES} more, which /v1/models lists" if len(names) > _MAX_NAMES else ""
+    return RequestError(
+        404,
+        f"`model` {name[:200]!r} does not exist here. The models are {', '.join(names[:_MAX_NAMES])}{more}.",
+        code="model_not_found",
+        param="model",
+    )
 
 
 def add_error_handlers(app: FastAPI) -> None:

@@ -9,14 +9,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import uvicorn
 
 from mola.errors import MolaError
-
-if TYPE_CHECKING:
-    from mola.serving.request_queue import RequestQueue
 
 logger = logging.getLogger(__name__)
 
@@ -59,21 +56,32 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class Answers(Protocol):
+    """What generates the answers, as the server sees it."""
+
+    def stop(self) -> None:
+        """Start nothing new. Running answers continue."""
+
+    def abort(self) -> None:
+        """End all answers."""
+
+    def close(self) -> None:
+        """End all answers, and wait until nothing runs any more."""
+
+
 class Server(uvicorn.Server):
     """A uvicorn server that lets running answers finish when it is stopped.
 
     Args:
         app: the ASGI application.
-        queue: holds the requests; it is closed when the server ends.
+        queue: generates the answers; it is closed when the server ends.
         max_connections: maximum number of connections; further connections are answered with status 503.
         shutdown_timeout: seconds that running answers get to finish. After this time, or after a second Ctrl-C,
             they end early with an error.
         greeting: text that is logged as soon as the server listens.
     """
 
-    def __init__(
-        self, app: Any, queue: "RequestQueue", max_connections: int, shutdown_timeout: float, greeting: str
-    ) -> None:
+    def __init__(self, app: Any, queue: Answers, max_connections: int, shutdown_timeout: float, greeting: str) -> None:
         config = uvicorn.Config(
             app,
             log_config=None,  # the program configures logging

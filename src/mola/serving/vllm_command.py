@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from mola.tuner import MolaConfig
 logger = logging.getLogger(__name__)
 
 _SERVER = "vllm.entrypoints.openai.api_server"
-_KEY_VARIABLE = "VLLM_API_KEY"
-_SUPPORTED_OPTIONS = (
+KEY_VARIABLE = "VLLM_API_KEY"
+SUPPORTED_OPTIONS = (
     "base_model",
     "adapter",
     "base_name",
@@ -61,8 +61,7 @@ def run_vllm(options: Any, base_name: str, adapters: Mapping[str, str], api_key:
         MolaError: vLLM is missing, or it cannot serve what the options ask for.
     """
     command = [sys.executable, *vllm_arguments(options, base_name, adapters)]
-    if importlib.util.find_spec("vllm") is None:
-        raise MolaError("`engine` vllm needs vLLM, for Linux. Run: pip install 'mola-peft[vllm]'")
+    check_installed()
     check_base_model(options.base_model)
     for folder in adapters.values():
         check_servable(folder)
@@ -70,10 +69,16 @@ def run_vllm(options: Any, base_name: str, adapters: Mapping[str, str], api_key:
         command += _chat_arguments(adapters[name], chat, options.base_model)
     environment = {name: value for name, value in os.environ.items() if name not in SET}
     if api_key is not None:
-        environment[_KEY_VARIABLE] = api_key
+        environment[KEY_VARIABLE] = api_key
     logger.info("Running: %s", shlex.join(command))
     sys.stderr.flush()
     os.execve(command[0], command, environment)
+
+
+def check_installed() -> None:
+    """Raise if vLLM is missing."""
+    if importlib.util.find_spec("vllm") is None:
+        raise MolaError("`engine` vllm needs vLLM, for Linux. Run: pip install 'mola-peft[vllm]'")
 
 
 def check_servable(folder: str) -> MolaConfig:
@@ -126,13 +131,7 @@ def vllm_arguments(options: Any, base_name: str, adapters: Mapping[str, str]) ->
     Raises:
         MolaError: there are several adapters, or an option has no counterpart in vLLM's server.
     """
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if field.name not in _SUPPORTED_OPTIONS and value != field.default:
-            raise MolaError(
-                f"`{field.name}` must be left out with `engine` vllm, whose server has no such option: got {value!r}. "
-                "vLLM's own command, which the log shows, accepts vLLM's options."
-            )
+    check_options(options, SUPPORTED_OPTIONS)
     if len(adapters) > 1:
         raise MolaError(
             f"`adapter` must be a single adapter with `engine` vllm: got {', '.join(adapters)}. Start a server for "
@@ -143,12 +142,31 @@ def vllm_arguments(options: Any, base_name: str, adapters: Mapping[str, str]) ->
             f"`base_name` must be left out with `engine` vllm and an adapter, got {options.base_name!r}: the base "
             "model is not served beside the adapter."
         )
-    name = next(iter(adapters), base_name)
-    defaults = _GREEDY | {"max_new_tokens": options.max_tokens}
-    words = ["-m", _SERVER, "--model", options.base_model, "--served-model-name", name]
-    words += ["--host", options.host, "--port", str(options.port), "--dtype", options.dtype]
-    words += ["--override-generation-config", json.dumps(defaults)]
-    words += ["--trust-remote-code"] if options.trust_remote_code else []
+    words = server_arguments(options, [next(iter(adapters), base_name)])
+    words += ["--host", options.host, "--port", str(options.port)]
     for folder in adapters.values():
         words += ["--load-format", "mola", "--model-loader-extra-config", json.dumps({"adapter": folder})]
     return words
+
+
+def check_options(options: Any, supported: Collection[str]) -> None:
+    """Refuse options that are neither `supported` nor at their defaults.
+
+    Raises:
+        MolaError: an option has no counterpart in vLLM's server.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name not in supported and value != field.default:
+            raise MolaError(
+                f"`{field.name}` must be left out with `engine` vllm, whose server has no such option: got {value!r}. "
+                "vLLM's own command, which the log shows, accepts vLLM's options."
+            )
+
+
+def server_arguments(options: Any, names: Sequence[str]) -> list[str]:
+    """Arguments of Python for vLLM's server with the base model under some names, without an address or an adapter."""
+    defaults = _GREEDY | {"max_new_tokens": options.max_tokens}
+    words = ["-m", _SERVER, "--model", options.base_model, "--served-model-name", *names, "--dtype", options.dtype]
+    words += ["--override-generation-config", json.dumps(defaults)]
+    return [*words, "--trust-remote-code"] if options.trust_remote_code else words

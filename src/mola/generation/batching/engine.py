@@ -16,7 +16,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from mola.generation import predicting
 from mola.generation.batching.cache import RowCache
 from mola.generation.batching.forward import Adapters, Forward
-from mola.generation.batching.rows import Row, TokenChooser, penalties, token_logprobs
+from mola.generation.batching.rows import Row, TokenChooser, adapters_of, penalties, token_logprobs
+from mola.generation.batching.skills import Skills
 from mola.generation.decoding import seeded
 
 
@@ -50,7 +51,7 @@ class BatchEngine:
 
     def __init__(
         self,
-        adapters: Adapters,
+        adapters: Adapters | Skills,
         end_token_ids: Collection[int],
         max_batch_size: int,
         max_prefill_tokens: int,
@@ -88,7 +89,7 @@ class BatchEngine:
 
     def uses(self, adapter: str) -> bool:
         """Whether an answer in the batch, or a waiting one, has this adapter."""
-        return any(row.adapter == adapter for row in (*self._waiting, *self._active_rows()))
+        return any(adapter in adapters_of(row) for row in (*self._waiting, *self._active_rows()))
 
     def step(self) -> None:
         """Read a part of the prompts, and after that generate one token of every running answer."""
@@ -224,7 +225,7 @@ class SingleEngine:
     It serves models whose rows cannot share a batch, and servers with `max_batch_size` 1.
     """
 
-    def __init__(self, adapters: Adapters, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, adapters: Adapters | Skills, tokenizer: PreTrainedTokenizerBase) -> None:
         self.num_active = 0
         self._adapters = adapters
         self._tokenizer = tokenizer
@@ -246,7 +247,7 @@ class SingleEngine:
 
     def uses(self, adapter: str) -> bool:
         """Whether a waiting answer has this adapter."""
-        return any(row.adapter == adapter for row in self._waiting)
+        return any(adapter in adapters_of(row) for row in self._waiting)
 
     def step(self) -> None:
         """Generate the next answer in full."""

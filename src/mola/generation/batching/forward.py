@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from mola._compat import cache_argument, set_adapter_to_infer
 from mola.generation import predicting
 from mola.generation.batching.cache import RowCache
+from mola.generation.batching.skills import Skills
 from mola.tuner.mixed_batch import BASE, RowAdapters, why_not_mixed
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ class Adapters:
 class Forward:
     """Forward passes of a model for which `why_not_batched` is None."""
 
-    def __init__(self, adapters: Adapters) -> None:
+    def __init__(self, adapters: Adapters | Skills) -> None:
         base = predicting.base_of(adapters.model)
         self._adapters = adapters  # its model may be replaced when an adapter is loaded or removed
         self._num_layers = len(_cache_layers(base))

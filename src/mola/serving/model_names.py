@@ -1,0 +1,74 @@
+"""The names under which a skills folder is served: the whole folder, each skill, and the base model."""
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from mola.checkpoints.adapter_settings import is_skills_folder
+from mola.checkpoints.skills_folder import BASE, SkillsFolder
+from mola.data.templates import CHAT
+from mola.errors import MolaError
+from mola.models.prompts import trained_template
+
+logger = logging.getLogger(__name__)
+
+DECIDE = "(decide)"  # in place of a skill's name, for requests that leave the choice to the skills
+_MAX_NAMES = 20  # a message lists at most this many names
+
+
+def skills_folder(folders: Mapping[str, str]) -> str | None:
+    """The skills folder among the folders that are to be served; None if all of them are adapters.
+
+    Raises:
+        MolaError: there are other folders beside it.
+    """
+    found = [folder for folder in folders.values() if is_skills_folder(folder)]
+    if found and len(folders) > 1:
+        raise MolaError(
+            f"`adapter` must be the skills folder {found[0]!r} alone: got {len(folders)} folders. Add the other "
+            "adapters to it as skills, or start a server for each."
+        )
+    return found[0] if found else None
+
+
+def skill_model_names(name: str, skills: SkillsFolder, base_name: str) -> dict[str, str | None]:
+    """Name in requests -> name of the skill; `DECIDE` for the whole folder, None for the base model.
+
+    Args:
+        name: the name of the folder in requests.
+        skills: the folder.
+        base_name: the name of the base model, which is also called "base".
+
+    Raises:
+        MolaError: two of them have the same name.
+    """
+    if name == BASE or name in skills.skills:
+        raise MolaError(
+            f"`adapter` {str(skills.path)!r} has the name {name!r}, which one of its skills or the base model has. "
+            f"Rename it: NEW_NAME={skills.path}."
+        )
+    if base_name in skills.skills:
+        raise MolaError(f"`base_name` {base_name!r} is the name of a skill. Pass a different --base_name.")
+    return {name: DECIDE, **{skill: skill for skill in skills.names}, **dict.fromkeys([base_name, BASE])}
+
+
+def warn_of_templates(skills: SkillsFolder) -> None:
+    """Warn of skills that were not trained on chats, since chats are written with the base model's chat template."""
+    templates = {name: trained_template(skills.adapter(name)) for name in skills.names}
+    others = [f"{name} ({template})" for name, template in templates.items() if template not in (None, CHAT)]
+    if others:
+        logger.warning(
+            "Chats are written with the base model's chat template, and these skills were trained with different "
+            "templates: %s. Send prompts in the text of their template to /v1/completions instead.",
+            listed(others),
+        )
+
+
+def greeting(names: Iterable[str], url: str) -> str:
+    """The line that a server logs when it is ready."""
+    return f"Serving {listed(list(names))} on {url}"
+
+
+def listed(names: list[str]) -> str:
+    """The first names of a list between commas."""
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more

@@ -1,0 +1,275 @@
+"""A proxy in front of a server with OpenAI's interface that has the LoRAs of a skills folder under their names.
+
+A request for the name of the whole folder is decided here, and forwarded under the name of the skill that answers it or
+of the base model. All other requests are forwarded as they are.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from jinja2.exceptions import TemplateError
+from starlette.types import Receive, Scope, Send
+from transformers import PreTrainedTokenizerBase
+
+from mola.errors import MolaError
+from mola.generation import predicting
+from mola.models.base_model import max_positions
+from mola.serving.app import RequestMiddleware, add_loading_routes
+from mola.serving.client_leaving import CLIENT_LEFT, ClientLeftError, unless_client_leaves
+from mola.serving.decision_queue import DecisionQueue
+from mola.serving.jobs import check_unicode
+from mola.serving.metrics import Metrics
+from mola.serving.model_names import DECIDE
+from mola.serving.responses import RequestError, add_error_handlers, skill_headers, skill_usage, unknown_model
+from mola.serving.skill_loading import SkillLoader
+from mola.tuner.skills.decision import SkillStatistics
+
+_METHODS = ["GET", "POST", "PUT", "DELETE"]
+# These headers belong to one connection, or to a body that this proxy may change.
+_OWN_HEADERS = ("host", "connection", "content-length", "transfer-encoding", "accept-encoding", "date", "server")
+
+
+class SkillsProxy:
+    """Decides and forwards; `app` is the ASGI application.
+
+    Args:
+        upstream: client of the server behind: its base URL, and the token if the server needs one.
+        names: name in requests -> name of the skill, None for the base model, or `DECIDE`.
+        base_name: name of the base model in the server behind.
+        model: a model with skills, of which only the layers below the decision are used.
+        tokenizer: the base model's tokenizer.
+    """
+
+    def __init__(
+        self,
+        upstream: httpx.AsyncClient,
+        names: Mapping[str, str | None],
+        base_name: str,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self._upstream, self.names, self._base_name = upstream, dict(names), base_name
+        self._skills, self._tokenizer = model.skills, tokenizer
+        self._max_positions, self._num_embeddings = max_positions(model.config), predicting.num_embeddings(model)
+        self._metrics = Metrics()
+        self._thread = ThreadPoolExecutor(1, "mola-decide")  # only this thread uses the model and the tokenizer
+        self._decisions = DecisionQueue(self._decide_together)
+
+    def app(self, loader: SkillLoader, api_key: str | None, max_body_bytes: int) -> FastAPI:
+        """The ASGI application; see `RequestMiddleware` for the last two arguments."""
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+        app.add_middleware(RequestMiddleware, api_key=api_key, max_body_bytes=max_body_bytes, metrics=self._metrics)
+        add_error_handlers(app)
+        app.post("/v1/chat/completions")(self._answer)
+        app.post("/v1/completions")(self._answer)
+        app.get("/v1/models")(self._list_models)
+        app.get("/metrics")(self._show_metrics)
+        add_loading_routes(app, loader)
+        app.api_route("/{path:path}", methods=_METHODS)(self._forward)
+        return app
+
+    async def _answer(self, request: Request) -> Response:
+        """Forward a request for an answer to the skill that answers it."""
+        body = await _read_object(request)
+        name = body.get("model")
+        if not isinstance(name, str) or name not in self.names:
+            raise unknown_model(str(name), self.names)
+        skill = self.names[name]
+        try:
+            if skill == DECIDE:
+                prompt = await self._run(lambda: self._prompt(body))
+                skill = await unless_client_leaves(request, self._decide(prompt))
+                body["model"] = self._base_name if skill is None else skill
+            answer = await unless_client_leaves(request, self._send(request, json.dumps(body).encode()))
+            if answer.status_code != 200:
+                return _Stream(answer)
+            self._metrics.count_answers([skill])
+            if answer.headers.get("content-type", "").startswith("text/event-stream"):
+                return _Stream(answer, lambda line: _name_in_event(line, skill), skill_headers([skill]))
+            whole = await unless_client_leaves(request, _read_whole(answer))
+        except ClientLeftError:
+            return Response(status_code=CLIENT_LEFT)
+        _name_in_usage(whole, skill)
+        return JSONResponse(whole, headers=skill_headers([skill]))
+
+    async def _decide(self, prompt: list[int]) -> str | None:
+        if self._max_positions is not None and len(prompt) > self._max_positions:
+            return None  # the server behind refuses the prompt
+        skill = await self._decisions.decide(prompt)
+        while skill is not None and skill not in self.names:  # a client has unloaded it meanwhile
+            skill = await self._decisions.decide(prompt)
+        return skill
+
+    async def _decide_together(self, prompts: list[Sequence[int]]) -> Sequence[str | None]:
+        if not self._skills.asked:
+            return [None] * len(prompts)
+        decisions = await self._run(lambda: self._skills.decide(prompts))
+        return list(decisions.names)
+
+    async def _run(self, function: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    def _prompt(self, body: Mapping[str, Any]) -> list[int]:
+        """Token ids of the prompt of a request, as the server behind will read it."""
+        if "messages" in body:
+            return self._chat_prompt(body)
+        prompt = body.get("prompt")
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+            prompt = prompt[0]
+        if isinstance(prompt, str):
+            check_unicode([prompt])
+            return predicting.encode_prompts(self._tokenizer, [prompt])[0]
+        if isinstance(prompt, list) and prompt and all(isinstance(token, int) for token in prompt):
+            predicting.check_token_ids(self._num_embeddings, [prompt])
+            return prompt
+        raise RequestError(
+            400,
+            "`prompt` must be one text, or the token ids of one, where the skill is decided. Send several requests, "
+            "or name the skill as `model`.",
+            param="prompt",
+        )
+
+    def _chat_prompt(self, body: Mapping[str, Any]) -> list[int]:
+        try:
+            messages = [{**message, "content": _text_of(message.get("content"))} for message in body["messages"]]
+            check_unicode(message["content"] for message in messages)
+            text = self._tokenizer.apply_chat_template(
+                messages, tools=body.get("tools"), add_generation_prompt=True, tokenize=False
+            )
+        except (TemplateError, TypeError, ValueError, AttributeError) as error:
+            raise RequestError(
+                400, f"`messages` cannot be written with the base model's chat template: {error}", param="messages"
+            ) from None
+        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not ids:
+            raise MolaError("`messages` must hold at least one token: got none. Write some text.")
+        return ids
+
+    async def add_skill(self, name: str, folder: str, statistics: SkillStatistics) -> None:
+        """Add a skill to the server behind, and to those that are decided."""
+        await self._tell("load_lora_adapter", {"lora_name": name, "lora_path": folder})
+        try:
+            await self._run(lambda: self._skills.add(name, folder, statistics))
+        except MolaError:
+            await self._tell("unload_lora_adapter", {"lora_name": name})
+            raise
+
+    async def remove_skill(self, name: str) -> None:
+        """Remove a skill from those that are decided, and from the server behind, whose running answers keep it."""
+        await self._run(lambda: self._skills.remove(name))
+        await self._tell("unload_lora_adapter", {"lora_name": name})
+
+    async def _tell(self, route: str, body: Mapping[str, Any]) -> None:
+        answer = await self._upstream.post(f"/v1/{route}", json=body)
+        if answer.status_code != 200:
+            raise RequestError(answer.status_code, f"{route} failed in the server behind: {answer.text}")
+
+    async def _list_models(self, request: Request) -> Response:
+        """The models of the server behind, and the name of the folder in front of them."""
+        answer = await self._send(request)
+        listed = await _read_whole(answer)
+        if answer.status_code == 200:
+            created = listed["data"][0].get("created", 0) if listed["data"] else 0
+            own = [name for name, skill in self.names.items() if skill == DECIDE]
+            listed["data"][:0] = [{"id": n, "object": "model", "created": created, "owned_by": "mola"} for n in own]
+        return JSONResponse(listed, answer.status_code)
+
+    async def _show_metrics(self, request: Request) -> Response:
+        """The metrics of the server behind, and those of the decisions."""
+        answer = await self._send(request)
+        text = await answer.aread()
+        await answer.aclose()
+        return Response(text + self._metrics.text(), answer.status_code, media_type=answer.headers["content-type"])
+
+    async def _forward(self, request: Request) -> Response:
+        return _Stream(await self._send(request))
+
+    async def _send(self, request: Request, content: bytes | None = None) -> httpx.Response:
+        """Send a request to the server behind, with `content` as its body if given; returns before the body arrives."""
+        headers = {name: value for name, value in request.headers.items() if name not in _OWN_HEADERS}
+        url = httpx.URL(path=request.url.path, query=request.url.query.encode())
+        body = await request.body() if content is None else content
+        forwarded = self._upstream.build_request(request.method, url, headers=headers, content=body)
+        try:
+            return await self._upstream.send(forwarded, stream=True)
+        except httpx.TransportError as error:
+            raise RequestError(502, f"the server behind does not answer: {error}. Its log says why.") from None
+
+
+class _Stream(StreamingResponse):
+    """The response of the server behind as it arrives; its connection closes when this response ends.
+
+    Args:
+        answer: the response.
+        change: changes each line; None to pass bytes on unchanged.
+        headers: further headers.
+    """
+
+    def __init__(
+        self,
+        answer: httpx.Response,
+        change: Callable[[str], str] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        kept = {name: value for name, value in answer.headers.items() if name not in _OWN_HEADERS}
+        super().__init__(_pieces(answer, change), answer.status_code, {**kept, **(headers or {})})
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._answer.aclose()
+
+
+async def _pieces(answer: httpx.Response, change: Callable[[str], str] | None) -> AsyncIterator[str | bytes]:
+    if change is None:
+        async for piece in answer.aiter_raw():
+            yield piece
+        return
+    async for line in answer.aiter_lines():
+        yield f"{change(line)}\n"
+
+
+async def _read_object(request: Request) -> dict[str, Any]:
+    try:
+        body = json.loads(await request.body())
+    except ValueError:
+        raise RequestError(400, "the body is not valid JSON.") from None
+    if not isinstance(body, dict):
+        raise RequestError(400, "the body must be a JSON object.")
+    return body
+
+
+async def _read_whole(answer: httpx.Response) -> dict[str, Any]:
+    try:
+        return dict(json.loads(await answer.aread()))
+    finally:
+        await answer.aclose()
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message, whose content may be a list of parts; images and the like are left out."""
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content)
+    return content or ""
+
+
+def _name_in_event(line: str, skill: str | None) -> str:
+    """A line of server-sent events; if it has token counts, they name the skill."""
+    if not line.startswith("data: {") or '"usage"' not in line:
+        return line
+    chunk = json.loads(line.removeprefix("data: "))
+    _name_in_usage(chunk, skill)
+    return f"data: {json.dumps(chunk, separators=(',', ':'))}"
+
+
+def _name_in_usage(answer: dict[str, Any], skill: str | None) -> None:
+    if isinstance(answer.get("usage"), dict):
+        answer["usage"] |= skill_usage([skill])
