@@ -199,8 +199,6 @@ class SuggestOptions(ModelOptions):
         self.data = [self.data] if isinstance(self.data, str) else list(self.data)
         check_positive(limit=self.limit)
         check_rate(self.reject_rate)
-        if len(split_pairs("data", self.data, "NAME=DATA")) < 2:
-            raise MolaError("`data` must have the prompts of at least two skills, which a layer then tells apart.")
         folder = os.path.expanduser(self.folder)
         if self.base_model is None:
             self.base_model = base_model_of(None, [folder]) if is_skills_folder(folder) else folder

@@ -90,6 +90,8 @@ def suggest(options: SuggestOptions) -> SuggestResult:
     if options.output is not None:
         check_new_file("output", options.output, options.overwrite)
     sources, adapters = split_pairs("data", options.data, "NAME=DATA"), _adapters(options)
+    if len(sources) < 2:
+        raise MolaError("`data` must have the prompts of at least two skills, which a layer then tells apart.")
     config, tokenizer = check_model(options), tokenizer_for(options)
     prompts = {}
     for name, path in sources.items():

@@ -77,11 +77,9 @@ class TrainFields(Quantization):
     alpha_pattern: dict[str, Any] | str | None = option(None, "`lora_alpha` by name of module.")
     use_rslora: bool | None = option(None, "Scale by lora_alpha / sqrt(r).", nargs="?", const=True)
     init_lora_weights: str | None = option(None, "Start: true (default), gaussian, orthogonal or principal.")
-
-    _skill: ClassVar = Group("skill")
-    skill: str | None = option(None, "Train a plain LoRA, and add it to `into` as the skill of this name.")
-    into: str | None = option(None, "Skills folder; a new one is created. See docs/skills.md.")
-    layer: int | None = option(None, "Lowest layer of the skill. Default: that of `into`, else a third up.")
+    skill: str | None = option(None, "Train a plain LoRA and add it to `into` under this name.")
+    into: str | None = option(None, "Skills folder, see docs/skills.md; a new one is created.")
+    layer: int | None = option(None, "Lowest layer of a skill. Default: that of `into`, else n / 3.")
 
     _data: ClassVar = Group("data")
     train_split: str = option("train", "Split to train on where the data has several.")
