@@ -1,0 +1,253 @@
+"""The ways that `benchmarks.skills_study` compares: each takes a `Study` and returns what goes into its record.
+
+`marks` has one digit per test question of a kind, 1 for a correct answer, in the order of the file.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import ArrowConfig, LoraConfig, PeftModel
+
+from benchmarks.skills_study import PROTOCOL, QUIET, REPLAY_SHARE, SEQUENTIAL, SKILL, Study, sequence
+from mola import TrainOptions, load_model, train
+from mola.evaluation.core import evaluate_examples
+from mola.exporting.convert import ConvertOptions, convert
+from mola.files.atomic import atomic_write_json
+from mola.files.reading import read_json
+from mola.models.tokenizer import load_tokenizer
+from mola.studies.continual_learning.continual import continual
+from mola.studies.continual_learning.record import EVALUATION_FOLDER, RECORD_FILE
+
+Found = dict[str, Any]
+
+
+# ---------------------------------------------------------------------- answers of a model in memory
+
+
+def marks_of(study: Study, model: Any, kind: str, wanted: Sequence[int] | None = None) -> str:
+    """The marks of a model on the test questions of a kind, or on those with the `wanted` places."""
+    examples = study.examples(kind, "test")
+    chosen = examples if wanted is None else [examples[place] for place in wanted]
+    result = evaluate_examples(
+        model,
+        load_tokenizer(study.options.base_model, "left"),
+        study.task,
+        chosen,
+        template=PROTOCOL["template"],
+        scoring="likelihood",
+        batch_size=40,
+        show_progress=False,
+    )
+    return "".join("01"[sample["correct"]] for sample in result.samples)
+
+
+def on_all_kinds(study: Study, model: Any) -> Found:
+    """The marks of one model on all kinds."""
+    return {"marks": {kind: marks_of(study, model, kind) for kind in study.order}}
+
+
+def base_model(study: Study, adapter: Path | None = None) -> Any:
+    """The base model in float32, with one adapter or none."""
+    return load_model(study.options.base_model, adapter, PROTOCOL["dtype"])
+
+
+def all_skills(study: Study) -> PeftModel:
+    """PEFT's model with every LoRA under the name of its kind."""
+    first, *others = study.order
+    model = PeftModel.from_pretrained(base_model(study), study.skill(first), adapter_name=first)
+    for kind in others:
+        model.load_adapter(study.skill(kind), adapter_name=kind)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------- trained apart
+
+
+def skills(study: Study) -> Found:
+    """`mola continual --growth skills`: OP and PD of its record, who was asked, the old answers that changed."""
+    options = sequence(study, "skills", SKILL, growth="skills")
+    continual(options)
+    return _of_sequence(study, options.output_dir)
+
+
+def own(study: Study) -> Found:
+    """Each question to the LoRA of its kind, which the caller names."""
+    model = all_skills(study)
+    marks = {}
+    for kind in study.order:
+        model.set_adapter(kind)
+        marks[kind] = marks_of(study, model, kind)
+    return {"marks": marks}
+
+
+def text_classifier(study: Study) -> Found:
+    """Each question to the LoRA that a text classifier names: words and pairs of words, logistic regression."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    texts = [(row["instruction"], kind) for kind in study.order for row in study.examples(kind, "train")]
+    classifier = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000))
+    classifier.fit(*zip(*texts, strict=True))
+    model = all_skills(study)
+    marks, asked = {}, {}
+    for kind in study.order:
+        named = list(classifier.predict([row["instruction"] for row in study.examples(kind, "test")]))
+        asked[kind] = {name: named.count(name) for name in sorted(set(named))}
+        found = [""] * len(named)
+        for name in asked[kind]:
+            model.set_adapter(str(name))
+            places = [place for place, each in enumerate(named) if each == name]
+            for place, mark in zip(places, marks_of(study, model, kind, places), strict=True):
+                found[place] = mark
+        marks[kind] = "".join(found)
+    return {"marks": marks, "asked": asked}
+
+
+# ---------------------------------------------------------------------- merged and routed by token
+
+
+def merged(**settings: Any) -> Callable[[Study], Found]:
+    """All LoRAs in one, by PEFT's `add_weighted_adapter`; `share` is the weight of each, None for one K-th."""
+
+    def measure(study: Study) -> Found:
+        model = all_skills(study)
+        kinds, share = len(study.order), settings.get("share")
+        more = {name: value for name, value in settings.items() if name != "share"}
+        torch.manual_seed(study.seed)  # DARE drops at random
+        weights = [1 / kinds if share is None else share] * kinds
+        model.add_weighted_adapter(study.order, weights, "merged", **more)
+        model.set_adapter("merged")
+        return on_all_kinds(study, model)
+
+    return measure
+
+
+def arrow(study: Study) -> Found:
+    """PEFT's Arrow: each linear weighs the LoRAs for each token by their first singular directions.
+
+    These are the last lines of PEFT's `create_arrow_model`, which itself would also look for LoRAs in the lower layers.
+    """
+    model = all_skills(study)
+    settings = ArrowConfig(top_k=3, router_temperature=1.0)
+    settings.task_adapter_names, settings.gks_adapter_names = list(study.order), []
+    own = model.peft_config[study.order[0]]
+    shape = {"r": own.r, "target_modules": own.target_modules, "layers_to_transform": own.layers_to_transform}
+    model.add_adapter("arrow_router", LoraConfig(arrow_config=settings, **shape))
+    model.set_adapter("arrow_router")
+    return on_all_kinds(study, model.eval())
+
+
+def converted(study: Study) -> Found:
+    """`mola convert --from lora --data`: a mixture whose routers are fitted to tell the LoRAs' training rows apart."""
+    output = study.folder / "converted"
+    shutil.rmtree(output, ignore_errors=True)
+    options = ConvertOptions(
+        [str(study.skill(kind)) for kind in study.order],
+        str(output),
+        source_format="lora",
+        base_model=study.options.base_model,
+        data=[_rows_file(study, kind, study.examples(kind, "train")) for kind in study.order],
+        task=PROTOCOL["task"],
+        template=PROTOCOL["template"],
+        dtype=PROTOCOL["dtype"],
+    )
+    convert(options)
+    return on_all_kinds(study, base_model(study, output))
+
+
+def _rows_file(study: Study, name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    path = study.folder / "rows" / f"{name}.json"
+    atomic_write_json(path, list(rows))
+    return str(path)
+
+
+# ---------------------------------------------------------------------- trained on all kinds
+
+
+def joint(study: Study) -> Found:
+    """One LoRA of rank 43 on all rows at once, in as many steps as the sequence has."""
+    folder = study.folder / "joint"
+    shutil.rmtree(folder, ignore_errors=True)
+    values = {**PROTOCOL, **QUIET, **SEQUENTIAL["lora"], "seed": study.seed, "data_seed": study.seed}
+    values |= {"base_model": study.options.base_model, "data": str(study.data / "dataset.hf")}
+    result = train(TrainOptions(**values, output_dir=str(folder)))
+    found = on_all_kinds(study, base_model(study, folder))
+    shutil.rmtree(folder)
+    return {**found, "steps": result.steps, "seconds_training": round(result.seconds, 1)}
+
+
+def sequential(recipe: str) -> Callable[[Study], Found]:
+    """One adapter learns one kind after the other: `mola continual`."""
+
+    def measure(study: Study) -> Found:
+        options = sequence(study, recipe, SEQUENTIAL[recipe])
+        continual(options)
+        found = _of_sequence(study, options.output_dir)
+        shutil.rmtree(str(options.output_dir))
+        return found
+
+    return measure
+
+
+def replay(study: Study) -> Found:
+    """One LoRA learns one kind after the other, with 5 % of the rows of every earlier kind."""
+    stages, kept = {}, []
+    for kind in study.order:
+        rows = study.examples(kind, "train")
+        test = _rows_file(study, f"{kind}-test", study.examples(kind, "test"))
+        stages[kind] = {"data": _rows_file(study, f"{kind}-replay", rows + kept), "test_data": test}
+        kept += rows[: round(REPLAY_SHARE * len(rows))]
+    options = sequence(study, "replay", SEQUENTIAL["lora"], stages=stages)
+    continual(options)
+    found = _of_sequence(study, options.output_dir)
+    shutil.rmtree(str(options.output_dir))
+    return found
+
+
+def _of_sequence(study: Study, folder: str | None) -> Found:
+    """Matrix, marks after every stage, OP and PD of a sequence; with skills who was asked, and the changed answers."""
+    path = Path(folder or "")
+    record = read_json(path / RECORD_FILE)
+    stages = [path / entry["folder"] for entry in record["stages"]]
+    tests = [[read_json(each) for each in sorted((stage / EVALUATION_FOLDER).glob("*.json"))] for stage in stages]
+    trained = [read_json(stage / "run.json") for stage in stages]
+    last = record["results"][-1]
+    after = [["".join("01"[row["correct"]] for row in test["samples"]) for test in row] for row in tests]
+    found = {
+        "marks": dict(zip(study.order, after[-1], strict=True)),
+        "stages": after,
+        "op": last["overall_performance"],
+        "pd": last["performance_drop"],
+        "steps": [each["steps"] for each in trained],
+        "trainable_parameters": trained[0]["trainable_parameters"],
+        "seconds_training": [round(each["seconds"], 1) for each in trained],
+    }
+    for name in ("asked", "changed"):
+        if name in last:
+            found[name] = [row[name] for row in record["results"]]
+    return found
+
+
+METHODS: dict[str, Callable[[Study], Found]] = {
+    "base": lambda study: on_all_kinds(study, base_model(study)),
+    "skills": skills,
+    "own": own,
+    "sum": merged(share=1.0, combination_type="cat"),
+    "mean": merged(combination_type="cat"),
+    "linear": merged(combination_type="linear"),
+    "ties": merged(share=1.0, combination_type="ties", density=0.5),
+    "dare": merged(share=1.0, combination_type="dare_linear", density=0.5),
+    "arrow": arrow,
+    "converted": converted,
+    "text classifier": text_classifier,
+    "joint": joint,
+    "replay": replay,
+    "lora": sequential("lora"),
+    "2468": sequential("2468"),
+}
