@@ -32,6 +32,7 @@ from mola.options.parsing import parse
 logger = logging.getLogger("benchmarks")
 
 _STD = 0.05  # standard deviation of the LoRAs' B
+_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _FOLDER = "skills"
 _WORDS = (
     "sea",
@@ -157,8 +158,9 @@ def _make_folder(options: SkillLoadOptions, folder: Path, loras: dict[str, Path]
         name = f"{kind}-{number:04}"
         # Prompts of their own differ a little, or all copies would have the same score.
         draw = torch.Generator().manual_seed(number)
-        statistics = dict(skills.statistics[kind])
-        statistics["mean"] = statistics["mean"] + 0.01 * torch.randn(statistics["mean"].shape, generator=draw)
+        statistics = {key: each.clone() for key, each in skills.statistics[kind].items()}
+        means = statistics["means"]
+        statistics["means"] = means + 0.01 * torch.randn(means.shape, generator=draw).to(means.dtype)
         skills = add_entry(skills, name, replace(skills.skills[kind]), statistics)
         copies[name], kinds[name] = loras[kind], kind
     with locked(folder):
@@ -181,7 +183,7 @@ def _save_lora(options: SkillLoadOptions, folder: Path, seed: int) -> None:
     num_layers = base.config.num_hidden_layers
     first = num_layers // 3 if options.layer is None else options.layer
     config = LoraConfig(
-        r=8, target_modules="all-linear", layers_to_transform=[*range(first, num_layers)], task_type="CAUSAL_LM"
+        r=8, target_modules=_LINEARS, layers_to_transform=[*range(first, num_layers)], task_type="CAUSAL_LM"
     )
     model = get_peft_model(base, config)
     for name, parameter in model.named_parameters():
