@@ -15,6 +15,7 @@ from mola.models.tokenizer import load_tokenizer
 from .skills_folders import FOLDER, NO_KIND, PROMPTS, make_skills_folder
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+OWN_TEMPLATE = "{{ bos_token }}[{{ messages[-1].content }}]"
 NEW_TOKENS = 4
 
 
@@ -91,6 +92,7 @@ def skills_root(chat_model_dir, tmp_path_factory):
     served = {name: PROMPTS[name] for name in ("numbers", "shouts")}
     make_skills_folder(chat_model_dir, root / FOLDER, served, root / "loras")
     make_skills_folder(chat_model_dir, root / "more", {"marks": PROMPTS["marks"]}, root / "other", seed=7)
+    (root / "more" / "marks" / "chat_template.jinja").write_text(OWN_TEMPLATE, encoding="utf-8")
     make_skills_folder(chat_model_dir, root / "deeper", {"deep": PROMPTS["marks"]}, root / "third", layer=3)
     return root
 

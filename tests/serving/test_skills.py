@@ -164,6 +164,9 @@ def test_skills_come_and_go_while_answers_run(http, own_answer):
             marked = complete(http, MARKS, model)
             assert marked.headers["X-Mola-Skill"] == "marks"
             assert marked.json()["choices"][0]["text"] == own_answer("marks", MARKS)
+            body = {"model": model, "messages": [{"role": "user", "content": MARKS}], "max_tokens": NEW_TOKENS}
+            chat = http.post("/v1/chat/completions", json=body).json()
+            assert chat["choices"][0]["message"]["content"] == own_answer("marks", f"[{MARKS}]")  # its own template
         running.append(pool.submit(complete, http, MARKS, max_tokens=60))
         wait_until(lambda: running[-1].done() or http.get("/health").json()["running"])
         assert unload(http, "marks").status_code == 200

@@ -77,7 +77,17 @@ def build_app(
             # During the tokenizing a client may have replaced the adapter.
             while any(job.adapter != jobs.adapter(body.model) for job in made):
                 made = await run_in_threadpool(jobs.make, body)
-        return await decide(made) if made[0].adapter == DECIDE else made
+        if made[0].adapter != DECIDE:
+            return made
+        while True:
+            decided = await decide(made)
+            skill = decided[0].adapter
+            if isinstance(body, CompletionRequest) or not jobs.chats.keys() & {skill, DECIDE}:
+                return decided
+            async with tokenizing:  # the skill writes chats in its own way
+                own = await run_in_threadpool(jobs.make, body, skill)
+            if jobs.has_skill(skill):
+                return own
 
     async def decide(made: list[Job]) -> list[Job]:
         """The jobs with the skills that are asked."""

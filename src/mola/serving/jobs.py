@@ -90,8 +90,10 @@ class JobMaker:
         """Whether the skill, or the skills that answer together, can be asked; None is the base model."""
         return adapter is None or all(name in self.adapters for name in adapter.split(TOGETHER))
 
-    def make(self, request: ChatRequest | CompletionRequest) -> list[Job]:
+    def make(self, request: ChatRequest | CompletionRequest, adapter: str | None = _MISSING) -> list[Job]:
         """The jobs of a request: `n` for each prompt, prompt by prompt.
+
+        They have the adapter that the request names, or `adapter` if it is given.
 
         Sampled answers use the seeds `seed`, `seed` + 1, ... (mod 2^63). Without `seed` the first seed is random.
 
@@ -99,7 +101,7 @@ class JobMaker:
             RequestError: unknown model, a limit is exceeded, or there is no chat template.
             MolaError: a sampling value is out of range, or a prompt has no tokens.
         """
-        adapter = self.adapter(request.model)
+        adapter = self.adapter(request.model) if adapter is _MISSING else adapter
         settings = decoding_settings(1, request.temperature, request.top_p, request.top_k)
         self._check_stops(request.stops())
         num_prompts = 1 if isinstance(request, ChatRequest) else len(request.prompts())

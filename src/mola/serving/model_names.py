@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Iterable, Mapping
 
+from transformers import PreTrainedTokenizerBase
+
 from mola.checkpoints.adapter_settings import is_skills_folder
 from mola.checkpoints.skills_folder import BASE, SkillsFolder
 from mola.data.templates import CHAT
 from mola.errors import MolaError
-from mola.models.prompts import trained_template
+from mola.models.prompts import Chat, own_chat, trained_template, warn_of_unknown_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,22 @@ def warn_of_templates(skills: SkillsFolder) -> None:
             "templates: %s. Send prompts in the text of their template to /v1/completions instead.",
             listed(others),
         )
+
+
+def chats_of_skills(skills: SkillsFolder, tokenizer: PreTrainedTokenizerBase) -> dict[str, Chat]:
+    """Name of a skill -> its own chat format, of the skills whose chats differ from those of the base model.
+
+    If the base model has no chat template, `DECIDE` has that of a skill: only the content of a chat is decided.
+    """
+    chats = {}
+    for name in skills.names:
+        chat = own_chat(skills.adapter(name))
+        if chat is not None and chat != Chat(str(tokenizer.chat_template), tokenizer.eos_token):
+            warn_of_unknown_tokens(skills.adapter(name), chat, tokenizer)
+            chats[name] = chat
+    if not tokenizer.chat_template and chats:
+        chats[DECIDE] = next(iter(chats.values()))
+    return chats
 
 
 def greeting(names: Iterable[str], url: str) -> str:

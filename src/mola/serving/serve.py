@@ -22,7 +22,7 @@ from mola.models.adapters import changes_base, check_adapter
 from mola.models.from_options import check_model, model_for, tokenizer_for
 from mola.models.prompts import Chat, own_chats, warn_of_unknown_tokens
 from mola.options.fields import check_positive
-from mola.serving.model_names import greeting, skill_model_names, skills_folder, warn_of_templates
+from mola.serving.model_names import chats_of_skills, greeting, skill_model_names, skills_folder, warn_of_templates
 from mola.serving.options import ServeOptions, last_part, split_adapter
 from mola.tuner.skills.loras import DEFAULT_MAX_LOADED
 
@@ -169,7 +169,7 @@ def _load_server(options: ServeOptions, folders: dict[str, str], api_key: str | 
     if served_skills is not None:
         metrics.watch_skills(lambda: len(model.skills.loaded()))
         root = options.adapter_root
-        loader = SkillLoader(root, served_skills, jobs.adapters, queue.add_skill, queue.remove_skill)
+        loader = SkillLoader(root, served_skills, jobs.adapters, queue.add_skill, queue.remove_skill, jobs.chats)
     else:
         assert isinstance(adapters, Adapters)
         loader = AdapterLoader(options.adapter_root, options, jobs, queue, adapters)
@@ -198,7 +198,7 @@ def _load_skills(options: ServeOptions, folders: dict[str, str], tokenizer: Any)
     names = skill_model_names(name, served, base_name(options))
     warn_of_templates(served)
     model = model_for(options, folder, DEFAULT_MAX_LOADED if max_loaded is None else max_loaded)
-    return _Served(Skills(model), names, {}, served)
+    return _Served(Skills(model), names, chats_of_skills(served, tokenizer), served)
 
 
 def _changes_base_model(options: ServeOptions, folders: dict[str, str]) -> bool:

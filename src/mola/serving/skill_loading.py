@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from mola.checkpoints.adapter_settings import is_skills_folder
 from mola.checkpoints.skills_folder import SkillsFolder, check_layer, check_skill_name, read_skills
+from mola.models.prompts import Chat, own_chat
 from mola.serving.adapter_root import AdapterRoot, wrong_folder, wrong_name
 from mola.serving.responses import unknown_model
 from mola.tuner.skills.decision import SkillStatistics
@@ -25,6 +26,7 @@ class SkillLoader:
         names: name in requests -> name of the skill; skills are added to it and removed from it.
         add: coroutine function that adds a skill to the model: its name, folder and statistics.
         remove: coroutine function that removes a skill from the model, when no answer uses it.
+        chats: name of a skill -> its own chat format; None if chats are not written here.
     """
 
     def __init__(
@@ -34,9 +36,11 @@ class SkillLoader:
         names: dict[str, str | None],
         add: Callable[[str, str, SkillStatistics], Awaitable[None]],
         remove: Callable[[str], Awaitable[None]],
+        chats: dict[str, Chat] | None = None,
     ) -> None:
         self._root, self._served, self._names = AdapterRoot(root), served, names
         self._add, self._remove = add, remove
+        self._chats = {} if chats is None else chats
         self._loading = asyncio.Lock()  # two loads at once could choose the same name
 
     async def load(self, name: str, path: str, in_place: bool) -> None:
@@ -50,6 +54,8 @@ class SkillLoader:
         async with self._loading:
             self._check_new(name, in_place)
             await self._add(name, folder, await run_in_threadpool(_read_skill, folder, self._served))
+            if (chat := own_chat(folder)) is not None:
+                self._chats[name] = chat
             self._names[name] = name
 
     async def unload(self, name: str) -> None:
@@ -64,6 +70,7 @@ class SkillLoader:
         if self._names[name] != name:
             raise wrong_name(f"`lora_name` {name!r} is no skill, so it cannot be unloaded.")
         del self._names[name]
+        self._chats.pop(name, None)
         await self._remove(name)
 
     def _check_new(self, name: str, in_place: bool) -> None:

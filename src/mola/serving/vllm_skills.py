@@ -28,7 +28,7 @@ from mola.checkpoints.adapter_settings import read_settings
 from mola.checkpoints.skills_folder import SkillsFolder, read_skills
 from mola.errors import MolaError
 from mola.models.from_options import check_model, model_for, tokenizer_for
-from mola.serving.model_names import greeting, skill_model_names, warn_of_templates
+from mola.serving.model_names import chats_of_skills, greeting, listed, skill_model_names, warn_of_templates
 from mola.serving.server import Server, bind, ignore_signals_after_shutdown, url_of
 from mola.serving.skill_loading import SkillLoader
 from mola.serving.skills_proxy import SkillsProxy
@@ -86,7 +86,14 @@ def run_vllm_skills(options: Any, name: str, folder: str, base_name: str, api_ke
                 headers=headers,
                 timeout=None,
             )
-            proxy = SkillsProxy(client, names, base_name, model, tokenizer_for(options))
+            tokenizer = tokenizer_for(options)
+            if own := chats_of_skills(skills, tokenizer):
+                logger.warning(
+                    "vLLM's server writes all chats with the base model's chat template. These skills have their own: "
+                    "%s. Send their prompts as text to /v1/completions.",
+                    listed([*own]),
+                )
+            proxy = SkillsProxy(client, names, base_name, model, tokenizer)
             loader = SkillLoader(options.adapter_root, skills, proxy.names, proxy.add_skill, proxy.remove_skill)
             app = proxy.app(loader, api_key, options.max_body_bytes)
             message = greeting(names, url_of(bound))
