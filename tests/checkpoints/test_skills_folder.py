@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mola.checkpoints.plain_lora import check_plain_lora, describe_lora
 from mola.checkpoints.skills_folder import (
@@ -24,7 +24,7 @@ from mola.checkpoints.skills_folder import (
 )
 from mola.errors import MolaError
 from mola.files.digests import file_sha256
-from tests.damage import WEIGHTS, change_settings, change_tensors, cut_off, flip_bit
+from tests.damage import WEIGHTS, change_settings, cut_off, flip_bit
 from tests.grids import slow
 
 NAMES = "birds", "rivers", "tools"
@@ -100,7 +100,7 @@ def test_what_was_written_is_read(folder, loras):
     )  # fmt: skip
     assert torch.equal(found.general["mean"], torch.arange(8.0))
     assert torch.equal(found.statistics["rivers"]["mean"], torch.full((8,), 6.0))
-    tensors = found.read_adapter("birds")
+    tensors = load_file(folder / "birds" / WEIGHTS)
     assert describe_lora({name: each.shape for name, each in tensors.items()}, folder) == (2, [2, 3])
     assert (folder / "birds" / WEIGHTS).read_bytes() == (loras["birds"] / WEIGHTS).read_bytes()
 
@@ -155,7 +155,7 @@ def test_killed_at_any_step_it_is_the_old_or_the_new_folder_and_again_gives_the_
         seen.append(names(path))
         assert seen[-1] in (names(old), names(new))
         for name in seen[-1]:
-            read_skills(path).read_adapter(name)
+            assert file_sha256(path / name / WEIGHTS) == read_skills(path).skills[name].adapter_sha256
         if seen[-1] != names(new):
             work(path)
             assert content(path) == content(new)
@@ -201,7 +201,7 @@ def test_a_skill_is_replaced(folder, tmp_path):
     add(folder, lora)
     assert (folder / "birds" / WEIGHTS).read_bytes() == (lora / WEIGHTS).read_bytes()
     assert read_skills(folder).names == ["birds", "rivers"]
-    read_skills(folder).read_adapter("birds")
+    assert file_sha256(lora / WEIGHTS) == read_skills(folder).skills["birds"].adapter_sha256
     assert sorted(os.listdir(folder)) == ["birds", "rivers", "skills.json", "statistics.safetensors"]
 
 
@@ -241,10 +241,7 @@ def test_damaged_files(damage, message, folder):
     assert "\n" not in str(raised.value)
 
 
-def test_changed_weights_and_unknown_names(folder):
-    change_tensors(folder / "birds", lambda tensors: next(iter(tensors.values())).add_(1))
-    with pytest.raises(MolaError, match="is not the file that was added"):
-        read_skills(folder).read_adapter("birds")
+def test_unknown_names(folder):
     with pytest.raises(MolaError, match=r"no skill 'river' in .* Did you mean 'rivers'\? Its skills are birds, rivers"):
         read_skills(folder).adapter("river")
 

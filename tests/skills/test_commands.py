@@ -14,6 +14,7 @@ import mola
 from mola import MolaConfig, Skills
 from mola.checkpoints.skills_folder import read_skills
 from mola.cli import main
+from mola.files.digests import file_sha256
 from tests.checkpoints.test_skills_folder import content
 from tests.conftest import save_adapter
 from tests.damage import change_settings
@@ -96,7 +97,9 @@ def test_weights_in_a_pickle_become_safetensors(run, loras, data, tmp_path):
     torch.save(tensors, lora / "adapter_model.bin")
     (lora / "adapter_model.safetensors").unlink()
     run("skills", "add", tmp_path / "skills", f"birds={lora}", "--data", data["birds"])
-    found = read_skills(tmp_path / "skills").read_adapter("birds")
+    weights = tmp_path / "skills" / "birds" / "adapter_model.safetensors"
+    found = load_file(weights)
+    assert read_skills(tmp_path / "skills").skills["birds"].adapter_sha256 == file_sha256(weights)
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 

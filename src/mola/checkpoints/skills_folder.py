@@ -119,21 +119,6 @@ class SkillsFolder:
         self.entry(name)
         return self.path / name
 
-    def read_adapter(self, name: str) -> Tensors:
-        """The weights of a skill's LoRA, on the CPU.
-
-        Raises:
-            MolaError: there is no such skill, or its weights are missing or not the ones that were added.
-        """
-        entry, folder = self.entry(name), self.path / name
-        tensors = read_tensors(folder)
-        if (found := file_sha256(folder / WEIGHTS_FILE)) != entry.adapter_sha256:
-            raise MolaError(
-                f"{str(folder / WEIGHTS_FILE)!r} is not the file that was added: its sha256 begins with {found[:12]}, "
-                f"{SKILLS_FILE} says {entry.adapter_sha256[:12]}. Copy the folder again, or add the skill again."
-            )
-        return tensors
-
     def check_base(self, base_model: str, digest: str) -> None:
         """Check that a base model is the one that the skills belong to; `digest` identifies its weights.
 
@@ -182,7 +167,7 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def read_skills(path: str | os.PathLike[str]) -> SkillsFolder:
-    """Read a skills folder; the weights of its LoRAs are read by `SkillsFolder.read_adapter`.
+    """Read a skills folder, without the weights of its LoRAs.
 
     Raises:
         MolaError: it is no skills folder, was written by a later version, or a file is missing or damaged.

@@ -29,6 +29,7 @@ from mola.checkpoints.skills_folder import (
 from mola.data.read import check_split
 from mola.errors import MolaError
 from mola.files.atomic import check_new_folder
+from mola.files.digests import WEIGHTS_FILE
 from mola.models.adapters import check_lora, warn_other_base
 from mola.models.base_model import max_positions, weights_identity
 from mola.models.from_options import check_model, model_for, tokenizer_for
@@ -39,6 +40,7 @@ from mola.skills.deciding import describe_moves, with_threshold
 from mola.skills.measuring import features_at, measure_general_text
 from mola.skills.options import REJECT_RATE, AddOptions
 from mola.skills.prompts import DataSource, read_prompts, recorded_source
+from mola.tuner.skills.loras import LoraStore
 from mola.tuner.skills.lower_layers import decoder_layers
 from mola.tuner.skills.statistics import SkillStatistics
 
@@ -143,7 +145,10 @@ def check_adapter(folder: SkillsFolder, name: str, adapter: Path, options: AddOp
     tensors = read_tensors(adapter)
     layers = describe_lora({key: each.shape for key, each in tensors.items()}, adapter).layers
     warn_other_base(options.base_model, adapter, settings)
-    check_lora(adapter, model_on_meta(options.base_model, options.trust_remote_code, options.gguf_file))
+    model = str(options.base_model), options.trust_remote_code, options.gguf_file
+    check_lora(adapter, model_on_meta(*model))
+    if (adapter / WEIGHTS_FILE).is_file():
+        LoraStore(model_on_meta(*model)).add(name, adapter)  # raises for targets that a skill cannot have
     return min(layers, default=folder.layer)
 
 

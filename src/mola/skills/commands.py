@@ -35,7 +35,7 @@ def add_skills(options: AddOptions) -> int:
     _print_change(result.folder, result.moved)
     for name, count in result.too_long.items():
         print(f"warning: {count} prompts of {name} are longer than the model's positions, and were left out.")
-    folder = shlex.quote(str(result.folder.path))
+    folder = shlex.quote(options.folder)
     print(next_steps(f"mola skills test {folder} --data NAME=TEST_DATA ...", f"mola serve {folder}"))
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 
 from mola.checkpoints.skills_folder import SkillsFolder
@@ -55,8 +55,3 @@ def describe_moves(before: SkillsFolder | None, after: SkillsFolder, replaced: C
 
 def _shown(name: str | None) -> str:
     return name or "the base model"
-
-
-def count_asked(names: list[Name]) -> Mapping[str | None, int]:
-    """Number of prompts by the skill that is asked first; None is the base model."""
-    return Counter(map(first_name, names))
