@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from benchmarks.errors import in_one_line
 from benchmarks.measure import Times, ratio, time_interleaved
@@ -72,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print tables, write JSON if asked for; returns 0, the exit code."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
+    transformers_logging.disable_progress_bar()
+    # PEFT reads a property of Transformers under its old name, which is not mola's concern.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(SkillsBenchmarkOptions, arguments, prog="python -m benchmarks.skills", summary=__doc__ or "")
     if options.skills != sorted(options.skills) or options.skills[0] < 1:
@@ -96,8 +101,9 @@ def measure(options: SkillsBenchmarkOptions, folder: Path) -> dict[str, Any]:
         for index in range(len(runtime.names), count):
             own = statistics[index % _DIFFERENT_FILES]
             _timed(seconds["add"], lambda index=index, own=own: _add(runtime, folder, index, own))
-        logger.info("%d skills", count)
         rows.append({"skills": count, **_compare(options, lora, skilled)})
+        ratios = [_ratio(rows[-1][f"{what}_skills_ratio"]) for what in ("prompt", "token")]
+        logger.info("%d skills: prompt %s, token %s of one LoRA", count, *ratios)
     for name in runtime.names[:_DIFFERENT_FILES]:
         if name not in runtime.loaded():
             _timed(seconds["load"], lambda name=name: runtime._store.get([name]))
