@@ -240,6 +240,12 @@ def test_skills_are_added_and_removed(loaded_tiny_model, lora_models, tokenizer,
     first = {key: value[:1] for key, value in inputs.items()}
     assert torch.equal(model(**first).logits, lora_models["words"](**first).logits)
     for name in ("digits", "signs", "words"):
+        runtime.retire(name)
+    with runtime.use("words"):  # who named it before keeps it
+        assert torch.equal(model(**first).logits, lora_models["words"](**first).logits)
+    assert torch.equal(model(**inputs).logits, loaded_tiny_model(**inputs).logits)
+    assert runtime.last_names == [None, None]
+    for name in ("digits", "signs", "words"):
         runtime.remove(name)
     assert torch.equal(model(**inputs).logits, loaded_tiny_model(**inputs).logits)
 

@@ -68,6 +68,11 @@ class LoraStore:
         return sorted(self._folders)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there are no skills."""
+        return not self._folders
+
+    @property
     def digests(self) -> dict[str, str | None]:
         """Name of each skill -> the sha256 that it was added with."""
         return dict(self._digests)

@@ -196,12 +196,16 @@ class SkillsRuntime:
 
     # ------------------------------------------------------------------ decisions
 
-    def _rows_decided(self, decisions: Decisions) -> Rows:
-        self.last_decisions, self.last_names = decisions, list(decisions.names)
-        return tuple(map(_row, decisions.names))
+    def _rows_decided(self, prompts: Prompts) -> Rows:
+        """The skills of each prompt of a turn that begins."""
+        prompt_ids = prompts.token_ids()
+        decisions = self.decide(prompt_ids) if self._statistics else None  # None if all skills are retired
+        self.last_decisions = decisions
+        self.last_names = [None] * len(prompt_ids) if decisions is None else list(decisions.names)
+        return tuple(map(_row, self.last_names))
 
     def _check_runs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self._runs and self.names:
+        if not self._runs and not self._store.is_empty:
             raise MolaError(
                 "a model with skills must be called as a whole: its decoder was called alone, so nobody has decided "
                 "which skills its rows ask. Call the model itself."
@@ -213,13 +217,13 @@ class SkillsRuntime:
         """In place of the model's `forward`."""
         given = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs} if args else kwargs
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        if tokens is None or not self.names:
+        if tokens is None or self._store.is_empty:
             return forward(*args, **kwargs)
         self._check_checkpointing()
         num_rows, num_tokens = tokens.shape[:2]
         rows = self._known_rows(given, num_rows)
         if rows is None:
-            rows = self._rows_decided(self.decide(Prompts.of_call(given).token_ids()))
+            rows = self._rows_decided(Prompts.of_call(given))
         cache, self._runs = cache_in(given), True
         try:
             self._set_rows(rows, num_rows, num_tokens)
@@ -291,7 +295,7 @@ class SkillsRuntime:
         ids = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
         prompts = ids if ids is not None else given.get("inputs_embeds")
         # Assisted generation may call `generate` within `generate`.
-        if self._turn is not None or prompts is None or not self.names:
+        if self._turn is not None or prompts is None or self._store.is_empty:
             return generate(*args, **kwargs)
         self._turn = _Turn(len(prompts))
         try:
@@ -307,7 +311,7 @@ class SkillsRuntime:
         num_before = 0 if cache is None else tokens_in_cache(cache)
         if num_before:
             _check_whole(given, num_before)
-        turn.rows = self._rows_decided(self.decide(Prompts.of_generate(given, config).token_ids()))
+        turn.rows = self._rows_decided(Prompts.of_generate(given, config))
         if num_before:
             _keep_or_empty(cache, turn.rows)
 
