@@ -179,7 +179,8 @@ def _decisions(seeds: Mapping[int, Any], orders: Mapping[int, Sequence[str]]) ->
 def _changes(stages: Sequence[Sequence[Mapping[str, Any]]]) -> Iterator[str]:
     for number, changes in enumerate(stages, start=1):
         for each in changes:
-            yield f"stage {number}: {each['task']} {each['id']} {each['before']} to {each['now']}"
+            old, new = (f"{state['predicted']} ({state['asked']})" for state in (each["before"], each["now"]))
+            yield f"stage {number}: {each['task']} {each['id']} {old} to {new}"
 
 
 def _state(records: Sequence[Mapping[str, Any]]) -> str:

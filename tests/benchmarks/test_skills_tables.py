@@ -18,7 +18,8 @@ def a_record(seed, folder):
     asked = [{kind: {kind: 10} for kind in KINDS[: number + 1]} for number in range(12)]
     asked[-1]["kind0"] = {"kind0": 9, "base": 1}
     changed = [[] for _ in KINDS]
-    changed[-1] = [{"task": "kind0", "id": "test-9", "before": "A", "now": "B"}]
+    before, now = ({"asked": each, "predicted": "A"} for each in ("kind0", "base"))
+    changed[-1] = [{"task": "kind0", "place": 9, "id": "test-9", "before": before, "now": now}]
     own = {"machine": {"cpu": "CPU", "gpu": None, "threads": 1}, "seconds": 60.0}
     methods = {
         "skills": {"marks": {**right, "kind0": "1" * 9 + "0"}, "stages": stages, "asked": asked, "changed": changed},
@@ -50,7 +51,7 @@ def test_methods_are_compared_with_own_loras_and_with_the_folder(records):
     low, high = (float(end) for end in cells["PEFT Arrow, top 3"][7].split(" to "))
     assert 35 < low < 49.2 < high
     assert [line.split(" | ")[0] for line in lines[-2:]] == ["| 9", "| 10"]
-    assert lines[-1].endswith("| 99.2 | -0.9 | 99.2 | 0.8 | stage 12: kind0 test-9 A to B |")
+    assert lines[-1].endswith("| 99.2 | -0.9 | 99.2 | 0.8 | stage 12: kind0 test-9 A (kind0) to A (base) |")
 
 
 def test_a_folder_without_records_is_an_error_of_one_line(tmp_path, capsys):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mola.checkpoints.skills_folder import BASE
 from mola.data.encode import data_fingerprint
 from mola.data.tasks import Task
 from mola.data.templates import Template
@@ -22,6 +23,8 @@ from mola.files.environment import machine_description, software_versions
 from mola.generation import predicting
 from mola.generation.likelihood import option_log_probabilities
 from mola.options.fields import check_positive
+from mola.skills.deciding import first_name
+from mola.tuner.skills.runtime import SkillsRuntime
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +55,8 @@ class EvaluateResult:
         metrics: the task's `more_metrics`, by name (`f1`, `matthews`); an unanswered sample counts as if the opposite
             label had been predicted.
         groups: column -> value -> accuracy, correct, total, interval_95.
-        samples: id, prompt, output, predicted, answer, correct of each sample, in the order of the data.
+        samples: id, prompt, output, predicted, answer, correct of each sample, in the order of the data; of a skills
+            folder also `asked`, the name of the skill that is asked, or "base".
         settings: task, template, scoring, batch size (1 if batches would change answers) and max_new_tokens.
         versions: of mola, torch, transformers, peft and Python.
         data_fingerprint: SHA-256 of the examples, computed as for a training run's `run.json`.
@@ -224,7 +228,7 @@ def _answer_batch(
             task.extract_answer(output, question.example["num_choices"])
             for question, output in zip(questions, outputs, strict=True)
         ]
-    return [
+    samples = [
         {
             "id": question.example["id"],
             "prompt": question.prompt,
@@ -235,6 +239,13 @@ def _answer_batch(
         }
         for question, output, predicted in zip(questions, outputs, predictions, strict=True)
     ]
+    skills = getattr(model, "skills", None)
+    if isinstance(skills, SkillsRuntime) and skills.last_decisions is not None:  # the caller has named none
+        prompts = [question.prompt for question in questions]
+        decisions = skills.decide(predicting.encode_before_answer(tokenizer, prompts, questions[0].template))
+        for sample, name in zip(samples, decisions.names, strict=True):
+            sample["asked"] = first_name(name) or BASE
+    return samples
 
 
 def _choose_options(model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[str]:

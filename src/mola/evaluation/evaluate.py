@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from mola.checkpoints.adapter_settings import is_skills_folder
 from mola.data.read import check_split
 from mola.data.tasks import Task, load_task
 from mola.data.templates import Template
@@ -137,7 +138,7 @@ def check_evaluation(options: EvaluateOptions) -> CheckedEvaluation:
     if not 0 <= options.seed < 2**32:
         raise MolaError(f"`seed` must be a whole number from 0 to 2**32 - 1: got {options.seed}.")
     config = check_model(options)
-    if options.adapter is not None:
+    if options.adapter is not None and not is_skills_folder(options.adapter):
         check_adapter(options.adapter)
     if options.output is not None:
         check_new_file("output", options.output, options.overwrite)

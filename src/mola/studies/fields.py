@@ -88,6 +88,9 @@ class ContinualFields(TestFields):
     stages: dict[str, Any] | str | None = option(
         None, "The tasks in the order of training: name -> options of that stage; a mapping, JSON."
     )
+    growth: str = option(
+        "adapter", "What grows: adapter (every stage trains the same one further) or skills (each adds a skill)."
+    )
 
     _test: ClassVar = Group("test")
     evaluate_base: bool = option(

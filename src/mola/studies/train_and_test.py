@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 NOT_COMPARED = (
     "output_dir",
     "adapter",
+    "into",
     "overwrite_output_dir",
     "resume_from_checkpoint",
     "disable_tqdm",

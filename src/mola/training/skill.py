@@ -78,7 +78,6 @@ def settle_layer(options: Any, config: PretrainedConfig) -> None:
     Raises:
         MolaError: the name is taken, the folder has another base model or another layer, or there is no such layer.
     """
-    num_layers = len(_layers(options, config)[1])
     if is_skills_folder(options.into):
         folder = read_skills(options.into)
         folder.check_base(options.base_model, weights_identity(options.base_model))
@@ -91,7 +90,17 @@ def settle_layer(options: Any, config: PretrainedConfig) -> None:
             )
     else:
         check_new_folder("into", options.into)
-        options.layer = num_layers // 3 if options.layer is None else options.layer
+    settle_default_layer(options, config)
+
+
+def settle_default_layer(options: Any, config: PretrainedConfig) -> None:
+    """Set `layer` to the default of a new skills folder if it is not given.
+
+    Raises:
+        MolaError: there is no such layer.
+    """
+    num_layers = len(_layers(options, config)[1])
+    options.layer = num_layers // 3 if options.layer is None else options.layer
     if not 0 <= options.layer < num_layers:
         raise MolaError(f"`layer` must be between 0 and {num_layers - 1}, the model's layers: got {options.layer}.")
 

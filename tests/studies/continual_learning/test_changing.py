@@ -77,7 +77,7 @@ def delete_the_first_stage(folder, whole):
         (replace_data, "stage `biology`.*`train`"),
         (add_a_foreign_stage, f"{FOLDERS[2]}' does not belong to this sequence. Move it away"),
         (exchange_weights, "stage `physics`.*not the adapter that was trained"),
-        (delete_the_first_stage, "'02-biology' was trained on '01-physics'"),
+        (delete_the_first_stage, "'02-biology' was trained after '01-physics'"),
     ],
 )
 def test_a_folder_that_was_changed_is_refused(begun, whole, damage, message):

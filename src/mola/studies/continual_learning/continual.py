@@ -1,6 +1,7 @@
 """`mola continual`: train on one task after another, and measure how much the model forgets earlier tasks.
 
-- Every stage is a run of `mola train` that starts from the experts of the previous stage.
+- Every stage is a run of `mola train` that starts from the experts of the previous stage, or with `growth` skills one
+  that trains a LoRA alone, which becomes a skill.
 - After every stage, all tasks so far are tested like in `mola evaluate`.
 - The same command resumes a stopped sequence; finished stages and tests are not repeated.
 """
@@ -14,6 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from mola.checkpoints.adapter_settings import is_skills_folder
+from mola.checkpoints.skills_folder import read_skills
 from mola.files.atomic import atomic_write_json
 from mola.files.digests import WEIGHTS_FILE, file_sha256, weights_sha256
 from mola.files.environment import machine_description, software_versions
@@ -36,6 +39,7 @@ from mola.studies.continual_learning.record import (
     read_record,
     stage_entries,
 )
+from mola.studies.continual_learning.skills import Answers, asked, changed, settle_skills
 from mola.studies.continual_learning.stages import ContinualOptions, Stage, check_stages
 from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_resume
 from mola.training.checkpoints import has_finished
@@ -110,6 +114,11 @@ def main(options: ContinualOptions) -> int:
     return 0 if result.status == "finished" else 130
 
 
+def _reported(tests: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the record has of the tests: task -> accuracy and counts."""
+    return {task: {name: test[name] for name in _REPORTED} for task, test in tests.items()}
+
+
 class _Sequence:
     """Does the stages that are left and keeps the record up to date."""
 
@@ -125,6 +134,8 @@ class _Sequence:
         self.entries = entries  # what the record says about each stage
         self.weights = weights
         self.folder = Path(options.output_dir or "")
+        self.grows_skills = options.growth == "skills"
+        self.answers: Answers = {}  # samples of the last stage's tests
         self.start = time.perf_counter()
         self.result = ContinualResult(str(self.folder), "running", [stage.name for stage in stages], None, [], 0.0)
 
@@ -136,15 +147,20 @@ class _Sequence:
     def _do_all(self) -> bool:
         """Do all stages; returns False if a signal stopped a training."""
         if self.options.evaluate_base:
-            self.result.base = self._test(self.stages, self.options.adapter, self.folder / START_FOLDER)
+            answers = self._test(self.stages, self.options.adapter, self.folder / START_FOLDER)
+            self.result.base = _reported(answers)
             self._write("running")
         for number, stage in enumerate(self.stages, start=1):
             logger.info("Stage %d of %d: %s.", number, len(self.stages), stage.name)
-            if not has_finished(stage.folder) and not train_or_resume(stage.options):
-                return False
+            if not has_finished(stage.folder):
+                if self.grows_skills:
+                    settle_skills(self.options.skills_folder, self.stages[: number - 1])
+                if not train_or_resume(stage.options):
+                    return False
             self._record_weights(stage, self.entries[number - 1])
-            row = self._test(self.stages[:number], str(stage.folder), stage.folder)
-            self._add_row(stage, row)
+            so_far = self.stages[:number]
+            adapter = self._skills_after(so_far) if self.grows_skills else stage.folder
+            self._add_row(stage, self._test(so_far, str(adapter), stage.folder))
             self._write("running")
         return True
 
@@ -156,17 +172,26 @@ class _Sequence:
             entry["adapter_sha256"] = checksum
         self._write("running")
 
-    def _test(self, stages: Sequence[Stage], adapter: str | None, folder: Path) -> dict[str, dict[str, Any]]:
-        """Test one adapter on the tasks of `stages`; task -> result."""
-        row = {}
-        for stage in stages:
-            number = 1 + self.stages.index(stage)
-            output = folder / EVALUATION_FOLDER / f"{number:02d}-{stage.name}.json"
-            result = evaluate_once(replace(stage.test, adapter=adapter, output=str(output)))
-            row[stage.name] = {name: result[name] for name in _REPORTED}
-        return row
+    def _skills_after(self, stages: Sequence[Stage]) -> Path:
+        """The skills folder as it is after these stages, if a test of the last one is missing or its skill is."""
+        folder, last = self.options.skills_folder, stages[-1]
+        names = read_skills(folder).names if is_skills_folder(folder) else []
+        if last.name not in names or not all(self._test_file(last.folder, stage).exists() for stage in stages):
+            settle_skills(folder, stages)
+        return folder
 
-    def _add_row(self, stage: Stage, row: dict[str, dict[str, Any]]) -> None:
+    def _test_file(self, folder: Path, stage: Stage) -> Path:
+        return folder / EVALUATION_FOLDER / f"{1 + self.stages.index(stage):02d}-{stage.name}.json"
+
+    def _test(self, stages: Sequence[Stage], adapter: str | None, folder: Path) -> dict[str, dict[str, Any]]:
+        """Test one adapter, or a skills folder, on the tasks of `stages`; task -> result."""
+        return {
+            stage.name: evaluate_once(replace(stage.test, adapter=adapter, output=str(self._test_file(folder, stage))))
+            for stage in stages
+        }
+
+    def _add_row(self, stage: Stage, tests: dict[str, dict[str, Any]]) -> None:
+        row = _reported(tests)
         rows = [*(list(result["tasks"].values()) for result in self.result.results), list(row.values())]
         matrix = [[task["accuracy"] for task in tasks] for tasks in rows]
         self.result.results.append(
@@ -176,8 +201,16 @@ class _Sequence:
                 "tasks": row,
                 "overall_performance": overall_performance(matrix),
                 "performance_drop": performance_drop(matrix),
+                **self._skills_row({task: test["samples"] for task, test in tests.items()}),
             }
         )
+
+    def _skills_row(self, answers: Answers) -> dict[str, Any]:
+        """With skills, who was asked and which old answers changed."""
+        if not self.grows_skills:
+            return {}
+        before, self.answers = self.answers, answers
+        return {"asked": asked(answers), "changed": changed(before, answers)}
 
     def _write(self, status: str, **more: Any) -> None:
         self.result.status = status

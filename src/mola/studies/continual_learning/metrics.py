@@ -60,7 +60,9 @@ class ContinualResult:
         base: with `evaluate_base`, task -> accuracy, correct, total, unanswered, interval_95 before the first
             stage; else None. OP and PD do not use it.
         results: for each finished and tested stage: `stage` (1, 2, ...), `name`, `tasks` (the row of R, in the format
-            of `base`), `overall_performance` (OP) and `performance_drop` (PD; None after the first stage).
+            of `base`), `overall_performance` (OP) and `performance_drop` (PD; None after the first stage). With
+            `growth` skills also `asked` (task -> name of a skill, or "base" -> number of questions) and `changed`
+            (see `mola.studies.continual_learning.skills.changed`).
         seconds: wall time of this call, without its checks.
     """
 
@@ -78,8 +80,12 @@ def result_table(result: ContinualResult) -> Table:
     table.add_column("after stage", overflow="fold")
     for name in (*result.stages, "OP", "PD"):
         table.add_column(escape(name), justify="right", overflow="fold")
+    grows_skills = any("asked" in row for row in result.results)
+    if grows_skills:
+        table.add_column("asked right", justify="right")
+        table.add_column("changed", justify="right")
     if result.base is not None:
-        table.add_row("start", *_cells(result.base, result.stages), "", "")
+        table.add_row("start", *_cells(result.base, result.stages))
     for row in result.results:
         drop = row["performance_drop"]
         table.add_row(
@@ -87,10 +93,20 @@ def result_table(result: ContinualResult) -> Table:
             *_cells(row["tasks"], result.stages),
             f"{row['overall_performance']:.1%}",
             "" if drop is None else f"{round(100 * drop, 1) + 0.0:+.1f}",  # no -0.0
+            *(_skills_cells(row) if grows_skills else ()),
         )
     table.caption = "OP: mean of the row. PD: mean change since a task's own stage, in points; negative = forgotten."
+    if grows_skills:
+        table.caption += " Changed: old questions that ask another skill, or have another answer, than a stage before."
     return table
 
 
 def _cells(tasks: dict[str, dict[str, Any]], names: Sequence[str]) -> list[str]:
     return [f"{tasks[name]['accuracy']:.1%}" if name in tasks else "" for name in names]
+
+
+def _skills_cells(row: dict[str, Any]) -> tuple[str, str]:
+    """The share of the questions that ask the skill of their task, and the number of old answers that changed."""
+    right = sum(counts.get(task, 0) for task, counts in row["asked"].items())
+    total = sum(sum(counts.values()) for counts in row["asked"].values())
+    return f"{right / total:.1%}", str(len(row["changed"]))

@@ -2,6 +2,7 @@
 
 continual.json           stages with settings and fingerprints, accuracies, OP, PD, versions, machine, status
 00-start/evaluation/     the tests before the first stage, with `evaluate_base`
+skills/                  the skills folder, with `growth` skills
 01-NAME/                 run folder of a stage; its tests are in `evaluation/`
 """
 
@@ -18,7 +19,7 @@ from mola.files.atomic import WRITE_TEST, check_writable
 from mola.files.digests import WEIGHTS_FILE, file_sha256
 from mola.files.reading import read_json
 from mola.options.fields import find_difference
-from mola.studies.continual_learning.stages import Stage
+from mola.studies.continual_learning.stages import SKILLS_FOLDER, Stage
 from mola.training.checkpoints import RUN_FILE, checkpoints_in, has_finished
 
 RECORD_FILE = "continual.json"
@@ -93,7 +94,7 @@ def check_same_sequence(
     for earlier, later in itertools.pairwise(stages):
         if _is_begun(later.folder) and not has_finished(earlier.folder):
             raise MolaError(
-                f"`stages`: {later.folder.name!r} was trained on {earlier.folder.name!r}, which is not finished in "
+                f"`stages`: {later.folder.name!r} was trained after {earlier.folder.name!r}, which is not finished in "
                 f"{str(folder)!r}. Delete {later.folder.name!r} as well."
             )
     first = stages[0]
@@ -131,6 +132,7 @@ def _check_same_stage(entry: Mapping[str, Any], stage: Stage) -> None:
 
 def clear_sequence(folder: Path, record: Mapping[str, Any]) -> None:
     """Delete the record of an earlier sequence and the folders that it names."""
-    for name in (START_FOLDER, *(entry["folder"] for entry in record["stages"])):
+    skills = [SKILLS_FOLDER] if record.get("settings", {}).get("growth") == "skills" else []
+    for name in (START_FOLDER, *skills, *(entry["folder"] for entry in record["stages"])):
         shutil.rmtree(folder / Path(name).name, ignore_errors=True)
     (folder / RECORD_FILE).unlink()

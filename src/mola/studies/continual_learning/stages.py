@@ -29,13 +29,15 @@ from mola.training.model import (
     load_tokenizer_for,
     training_changes,
 )
+from mola.training.skill import settle_default_layer
 
 logger = logging.getLogger(__name__)
 
-# All stages train one adapter on one base model in one dtype.
+GROWTHS = ("adapter", "skills")
+SKILLS_FOLDER = "skills"  # in the folder of the sequence
 _SAME_IN_ALL_STAGES = (
     "base_model",
-    *(name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY),
+    "layer",
     "dtype",
     *QUANTIZATION_OPTIONS,
     "bf16",
@@ -44,7 +46,8 @@ _SAME_IN_ALL_STAGES = (
     "train_device",
     "trust_remote_code",
 )
-_SET_BY_SEQUENCE = ("adapter", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+_OF_ONE_ADAPTER = tuple(name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY)
+_SET_BY_SEQUENCE = ("adapter", "skill", "into", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 
 
 @dataclass
@@ -66,7 +69,10 @@ class ContinualOptions(ContinualFields, TrainAndTestOptions):
         given = {item.name: getattr(self, item.name) for item in fields(TrainAndTestOptions) if item.init}
         # Later stages start from adapters that do not exist yet.
         given["base_model"] = base_model_of(self.base_model, [] if self.adapter is None else [self.adapter])
+        self._check_growth()
+        layer, self.layer = self.layer, None  # only a skill has it
         super().__post_init__()
+        self.layer = layer
         self.check_one_process("mola continual", ", or run `mola train --adapter` stage by stage")
         self.stages = parse_named_mappings(
             "stages", self.stages, '{"physics": {"task": "scienceqa", "data": "physics.json"}}'
@@ -76,7 +82,7 @@ class ContinualOptions(ContinualFields, TrainAndTestOptions):
             try:
                 before = [stage.output_dir for stage in self.stage_options.values()]
                 changes = self._changes(name, values)
-                chained = self._chained(before[-1] if before else None)
+                chained = self._chained(name, before[-1] if before else None)
                 folder = Path(self.output_dir or "") / f"{number:02d}-{name}"
                 self.stage_options[name] = TrainAndTestOptions(
                     **{**given, "overwrite_output_dir": False, **chained, **changes, "output_dir": str(folder)}
@@ -84,11 +90,25 @@ class ContinualOptions(ContinualFields, TrainAndTestOptions):
             except (ValueError, TypeError, ImportError) as error:  # MolaError, and TrainingArguments' own checks
                 raise MolaError(f"stage `{name}`: {error}") from error
 
+    def _check_growth(self) -> None:
+        if self.growth not in GROWTHS:
+            raise MolaError(f"`growth` must be one of {', '.join(GROWTHS)}: got {self.growth!r}.")
+        for option in ("skill", "into"):
+            if (value := getattr(self, option)) is not None:
+                raise MolaError(f"`{option}` ({value!r}) follows from the stages. Leave it out; pass --growth skills.")
+        if self.layer is not None and self.growth != "skills":
+            raise MolaError(f"`layer` ({self.layer}) has no effect without --growth skills. Leave it out.")
+
+    @property
+    def skills_folder(self) -> Path:
+        """The skills folder of the sequence, with `growth` skills."""
+        return Path(self.output_dir or "") / SKILLS_FOLDER
+
     def _changes(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """The options that `stages` sets for one stage."""
         changes = convert(TrainAndTestOptions, values, f"stages.{name}")
         for key in changes:
-            if key in _SAME_IN_ALL_STAGES:
+            if key in _SAME_IN_ALL_STAGES or (key in _OF_ONE_ADAPTER and self.growth == "adapter"):
                 raise MolaError(f"`{key}` must be the same in all stages: set it beside `stages`, not inside.")
             if key in _SET_BY_SEQUENCE:
                 raise MolaError(f"`{key}` cannot be set for one stage: it follows from the order of the stages.")
@@ -99,8 +119,10 @@ class ContinualOptions(ContinualFields, TrainAndTestOptions):
                 )
         return changes
 
-    def _chained(self, previous: str | None) -> dict[str, Any]:
-        """The options with which a stage starts from the previous stage's adapter, the folder `previous`."""
+    def _chained(self, name: str, previous: str | None) -> dict[str, Any]:
+        """The options with which a stage becomes a skill, or starts from the adapter in the folder `previous`."""
+        if self.growth == "skills":
+            return {"skill": name, "into": str(self.skills_folder)}
         if previous is None:
             return {}
         settings: dict[str, Any] = dict.fromkeys(ADAPTER_DEFAULTS)
@@ -133,15 +155,21 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
     """
     first = next(iter(options.stage_options.values()))
     base = base_config(first)
-    check_model_options(first, base)
-    config: Any = adapter_config(first) if first.adapter is None else continued_config(first, first.adapter)
+    grows_skills = options.growth == "skills"
+    config: Any = None
+    if not grows_skills:
+        check_model_options(first, base)
+        config = adapter_config(first) if first.adapter is None else continued_config(first, first.adapter)
     tokenizer = load_tokenizer_for(first, base)
     stages: list[Stage] = []
     tests: dict[str, tuple[Questions, EvaluateOptions]] = {}
     for number, (name, stage_options) in enumerate(options.stage_options.items(), start=1):
         logger.info("Checking stage %d of %d, %s.", number, len(options.stage_options), name)
         try:
-            if number > 1:  # the stage continues the adapter of the previous stage
+            if grows_skills:
+                settle_default_layer(stage_options, base)
+                check_model_options(stage_options, base)
+            elif number > 1:  # the stage continues the adapter of the previous stage
                 changes = training_changes(stage_options)
                 config = replace(config, **changes) if changes else config
                 check_losses(stage_options, config, base)
