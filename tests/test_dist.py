@@ -132,6 +132,8 @@ def test_from_data_to_report(installed, tiny_model_dir, tmp_path):
     ],
 )
 def test_missing_extra_is_named(installed, tiny_model_dir, tmp_path, extra, words):
+    (tmp_path / "run").mkdir()  # what does not exist is named before what is not installed
+    (tmp_path / "d.json").write_text("[]", encoding="utf-8")
     process = run(installed / "mola", *words, "--base_model", tiny_model_dir, cwd=tmp_path, code=2)
     (line,) = process.stderr.splitlines()
     assert f"pip install 'mola-peft[{extra}]'" in line
