@@ -128,7 +128,6 @@ def test_from_data_to_report(installed, tiny_model_dir, tmp_path):
         ("demo", ["demo", "--adapter", "run"]),
         ("lm-eval", ["lm-eval", "--tasks", "arc_easy", "--output", "result.json"]),
         ("quant", ["evaluate", "--task", "sample", "--data", "d.json", "--output", "r.json", "--load_in_4bit", "true"]),
-        ("tracking", ["train", "--data", "d.json", "--output", "run", "--report_to", "tensorboard"]),
     ],
 )
 def test_missing_extra_is_named(installed, tiny_model_dir, tmp_path, extra, words):
