@@ -320,7 +320,7 @@ def find(path: str) -> Any:
 
 def _check_paths(options: Any) -> None:
     """Check that base model, adapters and data exist, before anything is imported that takes seconds."""
-    from mola.checkpoints.adapter_settings import adapter_settings
+    from mola.checkpoints.adapter_settings import adapter_settings, named_adapter
     from mola.data import read
     from mola.exporting.options import check_sources
     from mola.models import base_folder
@@ -331,6 +331,8 @@ def _check_paths(options: Any) -> None:
     is_resumed = getattr(options, "resume_from_checkpoint", None) is not None  # the checkpoint has the adapter
     if isinstance(values["adapter"], str) and not os.path.isdir(values["adapter"]) and not is_resumed:
         adapter_settings(values["adapter"])  # raises
+    if hasattr(options, "skill") and not hasattr(options, "into"):  # `mola train` names a new skill
+        named_adapter(values["adapter"], options.skill)
     check_sources(getattr(options, "source", []))
     for data in [values["data"]] if isinstance(values["data"], str) else values["data"] or []:
         if "=" not in data:  # `mola prepare` accepts train=A,validation=B

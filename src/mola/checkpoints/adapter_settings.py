@@ -3,9 +3,10 @@
 Also those of a skills folder, which holds several adapters. Reading them needs neither torch nor PEFT.
 """
 
+import difflib
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mola.files.reading import read_json
 
 SKILLS_FILE = "skills.json"
 SKILLS_FORMAT = 1
+BASE = "base"  # no skill may have this name: it stands for the base model alone
 
 
 def adapter_settings(adapter: str | os.PathLike[str]) -> dict[str, Any]:
@@ -24,6 +26,11 @@ def adapter_settings(adapter: str | os.PathLike[str]) -> dict[str, Any]:
         MolaError: no such folder, or the file is missing or unreadable.
     """
     folder = Path(adapter)
+    if is_skills_folder(folder):
+        raise MolaError(
+            f"`adapter` must be a single adapter: {str(folder)!r} is a skills folder. Pass one of its skills, such as "
+            f"{str(folder / next(iter(skills_settings(folder).get('skills', {})), 'NAME'))!r}."
+        )
     if not os.path.isfile(folder / CONFIG_FILE):  # unlike `Path.is_file`, False for a name that no file can have
         missing = f"no {CONFIG_FILE} in it" if os.path.isdir(folder) else "no such folder"
         name = folder.as_posix()
@@ -64,6 +71,35 @@ def skills_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
             "mola."
         )
     return dict(record)
+
+
+def named_adapter(adapter: str | None, skill: str | None) -> str | None:
+    """The adapter that the options `adapter` and `skill` of a command mean.
+
+    Of a skills folder this is the LoRA of the named skill, None for the skill "base", and the folder itself if no skill
+    is named: each prompt then asks the skill that knows it.
+
+    Raises:
+        MolaError: the folder has no such skill, or `adapter` is no skills folder, so that no skill can be named.
+    """
+    if skill is None:
+        return adapter
+    if adapter is None or not is_skills_folder(adapter):
+        given = "no adapter" if adapter is None else f"the adapter {adapter!r}"
+        raise MolaError(f"`skill` names a skill of a skills folder: got {skill!r} and {given}. Leave `skill` out.")
+    if skill == BASE:
+        return None
+    if skill not in (names := skills_settings(adapter).get("skills", {})):
+        raise unknown_skill(skill, names, adapter)
+    return os.path.join(adapter, skill)
+
+
+def unknown_skill(name: str, names: Iterable[str], folder: str) -> MolaError:
+    """The error for a name that no skill of a folder has; it shows the names that exist, and the nearest one."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return MolaError(f"there is no skill {name!r} in {folder!r}.{hint} Its skills are {', '.join(names)}.")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

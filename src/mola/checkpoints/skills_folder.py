@@ -13,7 +13,6 @@ command that is killed leaves the old folder or the new one.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import logging
 import os
@@ -30,7 +29,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 
 from mola.checkpoints.adapter_folder import read_tensors
-from mola.checkpoints.adapter_settings import SKILLS_FILE, SKILLS_FORMAT, is_skills_folder, skills_settings
+from mola.checkpoints.adapter_settings import (
+    BASE,
+    SKILLS_FILE,
+    SKILLS_FORMAT,
+    is_skills_folder,
+    skills_settings,
+    unknown_skill,
+)
 from mola.checkpoints.recorded_base import is_recorded_base
 from mola.errors import MolaError
 from mola.files import locking
@@ -39,7 +45,6 @@ from mola.files.digests import CONFIG_FILE, WEIGHTS_FILE, check_finite, file_sha
 from mola.files.failures import explain_write_errors
 
 STATISTICS_FILE = "statistics.safetensors"
-BASE = "base"  # no skill may have this name: it stands for the base model alone
 
 Tensors = dict[str, torch.Tensor]
 
@@ -107,11 +112,7 @@ class SkillsFolder:
             MolaError: there is no such skill.
         """
         if name not in self.skills:
-            close = difflib.get_close_matches(name, self.names, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise MolaError(
-                f"there is no skill {name!r} in {str(self.path)!r}.{hint} Its skills are {', '.join(self.names)}."
-            )
+            raise unknown_skill(name, self.skills, str(self.path))
         return self.skills[name]
 
     def adapter(self, name: str) -> Path:

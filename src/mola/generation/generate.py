@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from mola.checkpoints.adapter_settings import is_skills_folder
 from mola.data.templates import CHAT, Template, check_template
 from mola.errors import MolaError
+from mola.generation.batching.skills import Skills, lora_folder
 from mola.generation.decoding import decoding_settings, encode_prompt, generate_text
 from mola.generation.options import GenerateOptions
-from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
-from mola.models.from_options import check_model, model_for, tokenizer_for
+from mola.models.from_options import adapter_alone, adapter_for, check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, template_of, trained_template
 from mola.options.fields import check_seed
 
@@ -32,32 +33,27 @@ def main(options: GenerateOptions) -> int:
         MolaError: wrong options, before the model is loaded.
     """
     _check_options(options)
-    if options.adapter is not None:
-        check_adapter(options.adapter)
     if options.template is not None:
         check_template(options.template)
     config = check_model(options)
-    tokenizer = tokenizer_for(options)
-    template = template_for(_choose_template(options, tokenizer), tokenizer, options.adapter)
-    prompt, prompt_template = options.prompt, None
-    if options.instruction is not None:
-        prompt, prompt_template = template.prompt(options.instruction, options.input), template
-    if prompt is not None:  # check the prompt's length before the weights are read
-        limit = max_positions(config)
-        encode_prompt(tokenizer, prompt, options.max_new_tokens, limit, prompt_template is not None, prompt_template)
-    model = model_for(options, options.adapter)
+    adapter = adapter_for(options)
+    prompts = _Prompts(options, tokenizer_for(options))
+    reads_lines = options.prompt is None and options.instruction is None
+    template = prompts.template(adapter_alone(adapter))
+    if not reads_lines:  # check the prompt's length before the weights are read
+        prompts.encode(*prompts.write(template), max_positions(config))
+    model = model_for(options, adapter)
     # Torch starts every process with the same random state, so a different text each time needs a new seed.
     seed = torch.seed() % 2**63 if options.seed is None else options.seed
     torch.manual_seed(seed)
     if decoding_settings(**_decoding(options))["do_sample"]:
         logger.info("Random seed %d.", seed)
-    if prompt is not None:
-        _answer(model, tokenizer, prompt, options, prompt_template)
-        return 0
-    for line in _read_lines():
+    for line in _read_lines() if reads_lines else [None]:
         try:
-            _answer(model, tokenizer, template.prompt(line, ""), options, template)
+            _answer(model, prompts, adapter, line)
         except MolaError as error:  # such as a line that is too long
+            if not reads_lines:
+                raise
             print(error, file=sys.stderr)
     return 0
 
@@ -68,27 +64,67 @@ def _decoding(options: GenerateOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def _choose_template(options: GenerateOptions, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Name of the template: the one that the options name, else the one used in training.
+class _Prompts:
+    """Writes prompts for the adapter that answers."""
 
-    A base model alone has its chat template, if there is one, else alpaca.
-    """
-    if options.template is not None:
-        return options.template
-    if options.prompt is not None:
-        return "alpaca"  # a prompt uses no template
-    if options.adapter is None:
-        # `mola merge` records the template that the adapter was trained with.
-        recorded = trained_template(options.base_model) if os.path.isdir(options.base_model) else None
-        return recorded or (CHAT if tokenizer.chat_template else "alpaca")
-    found = template_of(options.adapter)
-    if found is None:
-        logger.warning(
-            "%s does not record the prompt template of its training, so the template is alpaca. Pass `template`, or "
-            "the whole text as `prompt`.",
-            options.adapter,
-        )
-    return found or "alpaca"
+    def __init__(self, options: GenerateOptions, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.options, self.tokenizer = options, tokenizer
+        self._templates: dict[str | None, Template] = {}
+
+    def template(self, adapter: str | None) -> Template:
+        """The template that the options name, else the one that the adapter was trained with.
+
+        A base model alone has its chat template, if there is one, else alpaca.
+        """
+        if adapter not in self._templates:
+            self._templates[adapter] = template_for(self._template_name(adapter), self.tokenizer, adapter)
+        return self._templates[adapter]
+
+    def _template_name(self, adapter: str | None) -> str:
+        if self.options.template is not None:
+            return self.options.template
+        if self.options.prompt is not None:
+            return "alpaca"  # a prompt uses no template
+        if adapter is None:
+            base = self.options.base_model
+            # `mola merge` records the template that the adapter was trained with.
+            recorded = trained_template(base) if os.path.isdir(base) else None
+            return recorded or (CHAT if self.tokenizer.chat_template else "alpaca")
+        found = template_of(adapter)
+        if found is None:
+            logger.warning(
+                "%s does not record the prompt template of its training, so the template is alpaca. Pass `template`, "
+                "or the whole text as `prompt`.",
+                adapter,
+            )
+        return found or "alpaca"
+
+    def write(self, template: Template, line: str | None = None) -> tuple[str, Template | None]:
+        """The text of a prompt, and the template that wrote it; None if none did."""
+        if self.options.prompt is not None:
+            return self.options.prompt, None
+        return template.prompt(self.options.instruction if line is None else line, self.options.input), template
+
+    def encode(self, text: str, template: Template | None, limit: int | None = None) -> list[int]:
+        """The token ids of a prompt, whose answer must fit into `limit` positions."""
+        return encode_prompt(self.tokenizer, text, self.options.max_new_tokens, limit, template is not None, template)
+
+
+def _answer(model: Any, prompts: _Prompts, adapter: str | None, line: str | None) -> None:
+    """Generate one answer and print it; of a skills folder, the skill that knows the prompt answers."""
+    if adapter is None or not is_skills_folder(adapter):
+        _print_answer(model, prompts, *prompts.write(prompts.template(adapter), line))
+        return
+    skills = Skills(model)
+    text, template = prompts.write(prompts.template(None), line)
+    (name,) = skills.decide([prompts.encode(text, template)])
+    if name is None:
+        logger.info("No skill knows this prompt: the base model answers.")
+    else:
+        logger.info("%s answers.", name)
+        text, template = prompts.write(prompts.template(lora_folder(adapter, name)), line)
+    with skills.activate([name], True):
+        _print_answer(model, prompts, text, template)
 
 
 def _check_options(options: GenerateOptions) -> None:
@@ -106,22 +142,21 @@ def _check_options(options: GenerateOptions) -> None:
         raise MolaError(f"`input` needs an `instruction`: got only the input {options.input[:80]!r}.")
 
 
-def _answer(model: Any, tokenizer: Any, prompt: str, options: GenerateOptions, template: Template | None) -> None:
-    """Generate one answer and print it. `template` is the template that wrote the prompt; None if none did."""
+def _print_answer(model: Any, prompts: _Prompts, text: str, template: Template | None) -> None:
     streamer = None
-    if options.stream:
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    text = generate_text(
+    if prompts.options.stream:
+        streamer = TextStreamer(prompts.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    answer = generate_text(
         model,
-        tokenizer,
-        prompt,
-        **_decoding(options),
+        prompts.tokenizer,
+        text,
+        **_decoding(prompts.options),
         streamer=streamer,
         before_answer=template is not None,
         template=template,
     )
     if streamer is None:
-        print(text)
+        print(answer)
     sys.stdout.flush()
 
 

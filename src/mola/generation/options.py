@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mola.models.options import ModelOptions
+from mola.models.options import SKILL_HELP, ModelOptions
 from mola.options.fields import START, Group, option
 
 
@@ -12,7 +12,8 @@ class GenerateOptions(ModelOptions):
     """Options of `mola generate`."""
 
     _start: ClassVar = START
-    adapter: str | None = option(None, "Folder of an adapter.")
+    adapter: str | None = option(None, "Folder of an adapter, or a skills folder.")
+    skill: str | None = option(None, SKILL_HELP)
     prompt: str | None = option(None, "Text to continue, used without a template.")
     instruction: str | None = option(None, "Instruction, put through the template.")
     input: str | None = option(None, "Context of the instruction.")

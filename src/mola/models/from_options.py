@@ -2,11 +2,15 @@
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from mola.models.base_model import load_config
+from mola.checkpoints.adapter_settings import is_skills_folder, named_adapter
+from mola.checkpoints.skills_folder import read_skills
+from mola.models.adapters import check_adapter
+from mola.models.base_model import load_config, weights_identity
 from mola.models.devices import resolve_device, resolve_dtype
 from mola.models.loading import load_model
 from mola.models.options import ModelOptions
@@ -29,6 +33,26 @@ def check_model(options: ModelOptions) -> PretrainedConfig:
     config = load_config(options.base_model, options.trust_remote_code, options.gguf_file)
     check_quantized_base(options.base_model, config, options, device)
     return config
+
+
+def adapter_for(options: Any) -> str | None:
+    """The adapter that the options `adapter` and `skill` mean; see `named_adapter`. Loads no weights of the base model.
+
+    Raises:
+        MolaError: the adapter or skills folder cannot be read, there is no such skill, or the skills belong to another
+            base model.
+    """
+    adapter = named_adapter(options.adapter, options.skill)
+    if options.adapter is not None and is_skills_folder(options.adapter):
+        read_skills(options.adapter).check_base(options.base_model, weights_identity(options.base_model))
+    if adapter is not None and not is_skills_folder(adapter):
+        check_adapter(adapter)
+    return adapter
+
+
+def adapter_alone(adapter: str | None) -> str | None:
+    """The adapter that answers everything; None for a skills folder, whose skills each prompt asks."""
+    return None if adapter is not None and is_skills_folder(adapter) else adapter
 
 
 def tokenizer_for(options: ModelOptions, padding_side: str = "left") -> PreTrainedTokenizerBase:

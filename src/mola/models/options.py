@@ -7,6 +7,10 @@ from mola.checkpoints.recorded_base import base_model_of
 from mola.options.fields import START, Group, check_required, convert_paths, option
 
 BASE_MODEL_HELP = "Folder or hub id of the base model. Default: the one that the adapter was trained on."
+SKILL_HELP = (
+    "Of a skills folder: the skill that answers everything, or base for the base model alone. Default: each prompt "
+    "asks the skill that knows it."
+)
 GGUF_HELP = "GGUF file in the folder `base_model`; loading unpacks it."
 
 

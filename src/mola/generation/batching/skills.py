@@ -1,10 +1,16 @@
 """The skills of a model from a skills folder in a running batch; see `mola.tuner.skills`."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from mola.generation.batching.rows import TOGETHER
+
+
+def lora_folder(skills_folder: str, name: str) -> str:
+    """The LoRA of a skill in a skills folder; of skills that answer together, the one that is asked first."""
+    return os.path.join(skills_folder, name.split(TOGETHER)[0])
 
 
 class Skills:
