@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mola import MolaConfig, cli
 from mola.evaluation.lm_eval import LmEvalOptions, lm_eval
 from mola.models.loading import load_model
 from mola.models.tokenizer import load_tokenizer
+from tests.serving.skills_folders import KINDS, NO_KIND, PROMPTS, make_skills_folder
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval: pip install 'mola-peft[lm-eval]'")
 
@@ -130,6 +132,36 @@ def test_limit_and_solved_examples(tiny_model_dir, tasks):
     result = lm_eval(options)
     assert result["n-samples"]["parity"]["effective"] == 3
     assert result["n-shot"]["parity"] == 2
+
+
+def test_each_context_asks_a_skill(tiny_model_dir, tasks, tmp_path):
+    """Its continuations have the likelihoods of this skill's LoRA in the harness's own model."""
+    kinds = {kind: PROMPTS[kind] for kind in ("numbers", "shouts")}
+    folder = make_skills_folder(str(tiny_model_dir), tmp_path / "skills", kinds, tmp_path / "loras")
+    names = ("numbers", "shouts", "base")
+    rows = [{"question": NO_KIND if kind is None else prompt, "choices": ["73 HA", "No"]} for kind, prompt in KINDS]
+    data = tmp_path / "kinds.jsonl"
+    data.write_text("".join(json.dumps({**row, "label": 0}) + "\n" for row in rows), encoding="utf-8")
+    task = TASK.replace("Question: {{{{question}}}}\\nAnswer:", "{{{{question}}}}").replace("parity", "kinds")
+    (tmp_path / "kinds.yaml").write_text(task.format(data=data), encoding="utf-8")
+
+    def scores(**changes):
+        output = tmp_path / f"{changes.get('skill')}.json"
+        options = LmEvalOptions(
+            str(tiny_model_dir), "kinds", str(folder), include_path=str(tmp_path), output=str(output), log_samples=True
+        )
+        result = lm_eval(replace(options, dtype="float32", device="cpu", **changes))
+        lines = output.with_name(f"{output.stem}.kinds.jsonl").read_text(encoding="utf-8").splitlines()
+        found = {sample["doc_id"]: sample["filtered_resps"] for sample in map(json.loads, lines)}
+        return result["mola"], [[float(response[0]) for response in found[index]] for index in range(3)]
+
+    mola, found = scores()
+    assert mola["asked"] == dict.fromkeys(sorted(names), 1)
+    for index, name in enumerate(names):
+        mola, alone = scores(skill=name)
+        assert "asked" not in mola
+        assert found[index] == pytest.approx(alone[index], abs=1e-3)
+        assert all(abs(alone[other][0] - found[other][0]) > 0.01 for other in {0, 1, 2} - {index})
 
 
 WRONG = [

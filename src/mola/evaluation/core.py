@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,12 @@ from mola.errors import NotFiniteError
 from mola.evaluation.options import MAX_NEW_TOKENS
 from mola.evaluation.questions import Question, checked_questions, end_text
 from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, binary_metrics, constant_prediction
+from mola.evaluation.skills import SkillPrompts, asking, count_asked, decides, first_skill, skills_asked
 from mola.files import terminal
 from mola.files.environment import machine_description, software_versions
 from mola.generation import predicting
 from mola.generation.likelihood import option_log_probabilities
 from mola.options.fields import check_positive
-from mola.skills.deciding import first_name
-from mola.tuner.skills.runtime import SkillsRuntime
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +62,8 @@ class EvaluateResult:
         task_fingerprint: SHA-256 of the task's prompts and answer extraction.
         seconds: wall time of answering all samples, excluding loading; includes the time before a resume.
         machine: cpu, gpu, threads.
+        asked: name of a skill, or "base" -> number of samples that it answered; None without skills, and then it is
+            no field of the file.
     """
 
     accuracy: float
@@ -79,10 +80,11 @@ class EvaluateResult:
     task_fingerprint: str
     seconds: float
     machine: dict[str, Any]
+    asked: dict[str, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Content of the result file."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "asked" or value is not None}
 
 
 def evaluate_examples(
@@ -92,6 +94,7 @@ def evaluate_examples(
     examples: Sequence[Mapping[str, Any]],
     *,
     template: str | Template | None = None,
+    skill_prompts: Mapping[str, SkillPrompts] | None = None,
     scoring: str = "generate",
     batch_size: int = 8,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -101,12 +104,16 @@ def evaluate_examples(
 ) -> EvaluateResult:
     """Let a loaded model answer the examples' questions and score its answers; model and tokenizer stay unchanged.
 
+    In a model with skills each question asks the skill that knows it, unless the caller names one with
+    `model.skills.use`.
+
     Args:
         model: causal language model, in training or eval mode.
         tokenizer: its tokenizer.
         task: how answers are extracted and grouped.
         examples: as `mola.data.examples.load_examples` returns them.
         template: prompt template, or its name; None for the task's own.
+        skill_prompts: skills whose questions are written otherwise, see `mola.evaluation.skills.skill_prompts`.
         scoring: `"generate"` or `"likelihood"`.
         batch_size: samples per batch.
         max_new_tokens: tokens to generate per sample.
@@ -123,17 +130,34 @@ def evaluate_examples(
     """
     check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens)
     limit = predicting.positions_left(model)
-    questions, lengths = checked_questions(tokenizer, task, examples, template, scoring, max_new_tokens, limit)
+
+    def make(indices: Sequence[int], template: str | Template | None) -> tuple[list[Question], list[int]]:
+        chosen = [examples[index] for index in indices]
+        return checked_questions(tokenizer, task, chosen, template, scoring, max_new_tokens, limit)
+
+    questions, lengths = make(range(len(examples)), template)
+    skills = None
+    if decides(model):
+        prompts = [question.prompt for question in questions]
+        skills = skills_asked(model, predicting.encode_prompts(tokenizer, prompts, questions[0].template))
+        for name, own in (skill_prompts or {}).items():
+            if indices := [index for index, asked in enumerate(skills) if first_skill(asked) == name]:
+                for index, question, length in zip(indices, *make(indices, own.template), strict=True):
+                    questions[index], lengths[index] = question, length
     longest = max(lengths) + (max_new_tokens if scoring == "generate" else 0)
     if batch_size > 1 and (reason := why_one_by_one(model, longest)) is not None:
         logger.warning("Samples are processed one at a time: %s.", reason)
         batch_size = 1
 
     def answer_questions(indices: list[int]) -> list[dict[str, Any]]:
-        return _answer_batch(model, tokenizer, task, [questions[i] for i in indices], max_new_tokens)
+        with asking(model, skills, indices):
+            samples = _answer_batch(model, tokenizer, task, [questions[i] for i in indices], max_new_tokens)
+        if skills is None:
+            return samples
+        return [sample | {"asked": skills[index] or BASE} for index, sample in zip(indices, samples, strict=True)]
 
     title = f"{task.name}, batches" if show_progress else None
-    records = process_batches(model, answer_questions, lengths, batch_size, finished_records, on_batch, title)
+    records = process_batches(model, answer_questions, lengths, batch_size, finished_records, on_batch, title, skills)
     settings = {
         "task": task.name,
         "template": template.name if isinstance(template, Template) else template,
@@ -143,6 +167,8 @@ def evaluate_examples(
     }
     device = next(model.parameters()).device
     result = _build_result(task, examples, records, settings, device)
+    if skills is not None:
+        result = replace(result, asked=count_asked(skills))
     if (answer := constant_prediction(result.samples)) is not None:
         logger.warning(
             "All %d samples got the same answer, %r, which is correct for %.1f %% of them: accuracy only reflects how "
@@ -162,6 +188,7 @@ def process_batches(
     finished_records: Iterable[Mapping[str, Any]],
     on_batch: Callable[[list[dict[str, Any]]], None] | None,
     title: str | None,
+    groups: Sequence[Any] | None = None,
 ) -> list[Mapping[str, Any]]:
     """Process those samples in batches that have no record yet, the longest first.
 
@@ -173,15 +200,20 @@ def process_batches(
         finished_records: records of an earlier, interrupted evaluation.
         on_batch: see `evaluate_examples`.
         title: text before the progress bar; None for no bar.
+        groups: the group of each sample, such as the skill that it asks: a batch has samples of one group.
 
     Returns:
         The record `{"index", "seconds", "sample"}` of each sample, in the order of `lengths`.
     """
     records: dict[int, Mapping[str, Any]] = {record["index"]: record for record in finished_records}
-    remaining = [index for index in range(len(lengths)) if index not in records]
+    remaining: dict[Any, list[int]] = {}
+    for index in range(len(lengths)):
+        if index not in records:
+            remaining.setdefault(groups and groups[index], []).append(index)
     batches = [
-        [remaining[i] for i in batch]
-        for batch in predicting.batches_by_length([lengths[i] for i in remaining], batch_size)
+        [group[i] for i in batch]
+        for group in remaining.values()
+        for batch in predicting.batches_by_length([lengths[i] for i in group], batch_size)
     ]
     with predicting.inference_state(model):
         for batch in batches if title is None else terminal.show_progress(batches, title):
@@ -228,7 +260,7 @@ def _answer_batch(
             task.extract_answer(output, question.example["num_choices"])
             for question, output in zip(questions, outputs, strict=True)
         ]
-    samples = [
+    return [
         {
             "id": question.example["id"],
             "prompt": question.prompt,
@@ -239,13 +271,6 @@ def _answer_batch(
         }
         for question, output, predicted in zip(questions, outputs, predictions, strict=True)
     ]
-    skills = getattr(model, "skills", None)
-    if isinstance(skills, SkillsRuntime) and skills.last_decisions is not None:  # the caller has named none
-        prompts = [question.prompt for question in questions]
-        decisions = skills.decide(predicting.encode_before_answer(tokenizer, prompts, questions[0].template))
-        for sample, name in zip(samples, decisions.names, strict=True):
-            sample["asked"] = first_name(name) or BASE
-    return samples
 
 
 def _choose_options(model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[str]:

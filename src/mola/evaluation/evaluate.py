@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rich.markup import escape
@@ -27,11 +28,11 @@ from mola.evaluation.free_text import LossResult, evaluate_loss
 from mola.evaluation.options import MAX_NEW_TOKENS, EvaluateOptions
 from mola.evaluation.questions import checked_questions
 from mola.evaluation.resuming import AnswersFile, answers_made_with
+from mola.evaluation.skills import SkillPrompts, describe, skill_prompts
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.terminal import make_table_console
-from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
-from mola.models.from_options import check_model, model_for, tokenizer_for
+from mola.models.from_options import adapter_alone, adapter_for, check_model, model_for, tokenizer_for
 from mola.models.prompts import trains_end_token
 from mola.models.sample_data import encode_samples, read_samples
 from mola.options.command_line import command_line, next_steps
@@ -49,6 +50,15 @@ class CheckedEvaluation(NamedTuple):
     examples: list[dict[str, Any]]
     tokenizer: PreTrainedTokenizerBase
     template: Template
+    adapter: str | None = None  # the one that answers, which `skill` may name; see `named_adapter`
+    # Skills that write prompts in another way than `template`.
+    skill_prompts: Mapping[str, SkillPrompts] = MappingProxyType({})
+
+    @property
+    def template_name(self) -> str:
+        """Name of the template; of several skills the names of all."""
+        names = {self.template.name, *(each.template.name for each in self.skill_prompts.values())}
+        return ", ".join(sorted(names))
 
 
 def evaluate(options: EvaluateOptions) -> EvaluateResult | LossResult:
@@ -69,14 +79,16 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult | LossResult:
     checked = check_evaluation(options)
     answers, finished = None, []
     if options.output is not None:
-        made_with = answers_made_with(options, checked.task, checked.template.name, checked.examples)
+        made_with = answers_made_with(options, checked.task, checked.template_name, checked.examples)
         answers = AnswersFile(options.output, made_with)
         finished = answers.read(discard_others=options.overwrite)
         if finished:
             logger.warning("Resuming with %d finished samples of %s.", len(finished), answers.path)
     set_seed(options.seed)
-    model = model_for(options, options.adapter)
+    model = model_for(options, checked.adapter)
     result = _measure(options, model, checked, finished, None if answers is None else answers.append)
+    if options.skill is not None:
+        result = replace(result, asked={options.skill: result.total})
     if options.output is not None and answers is not None:
         atomic_write_json(options.output, result.to_dict())
         answers.remove()
@@ -90,25 +102,27 @@ def _measure(
     finished: list[dict[str, Any]],
     on_batch: Callable[[list[dict[str, Any]]], None] | None,
 ) -> EvaluateResult | LossResult:
-    task, examples, tokenizer, template = checked
+    task, examples, tokenizer, template, adapter, skill_prompts = checked
     if task is None:
         result = evaluate_loss(
             model,
             tokenizer,
             examples,
             template=template,
-            add_eos_token=trains_end_token(options.adapter),
+            skill_prompts=skill_prompts,
+            add_eos_token=trains_end_token(adapter_alone(adapter)),
             batch_size=options.batch_size,
             finished_records=finished,
             on_batch=on_batch,
         )
-        return replace(result, settings=asdict(options) | {"template": template.name})
+        return replace(result, settings=asdict(options) | {"template": checked.template_name})
     accuracy = evaluate_examples(
         model,
         tokenizer,
         task,
         examples,
         template=template,
+        skill_prompts=skill_prompts,
         scoring=options.scoring,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
@@ -138,8 +152,7 @@ def check_evaluation(options: EvaluateOptions) -> CheckedEvaluation:
     if not 0 <= options.seed < 2**32:
         raise MolaError(f"`seed` must be a whole number from 0 to 2**32 - 1: got {options.seed}.")
     config = check_model(options)
-    if options.adapter is not None and not is_skills_folder(options.adapter):
-        check_adapter(options.adapter)
+    adapter = adapter_for(options)
     if options.output is not None:
         check_new_file("output", options.output, options.overwrite)
         if os.path.realpath(options.output) == os.path.realpath(options.data):
@@ -156,16 +169,20 @@ def check_evaluation(options: EvaluateOptions) -> CheckedEvaluation:
         limit=options.limit,
         filters=filters,
         template=options.template,
-        adapter=options.adapter,
+        adapter=adapter_alone(adapter),
     )
     limit = max_positions(config)
     if samples.task is None:
         _check_no_option_is_ignored(options)
-        encode_samples(samples, tokenizer, limit, options.adapter)
+        encode_samples(samples, tokenizer, limit, adapter_alone(adapter))
     else:
         arguments = samples.template, options.scoring, options.max_new_tokens, limit
         checked_questions(tokenizer, samples.task, samples.examples, *arguments)
-    return CheckedEvaluation(samples.task, samples.examples, tokenizer, samples.template)
+    checked = CheckedEvaluation(samples.task, samples.examples, tokenizer, samples.template, adapter)
+    if adapter is None or not is_skills_folder(adapter):
+        return checked
+    has_prompts = "messages" in samples.examples[0] or samples.examples[0]["instruction"] is not None
+    return checked._replace(skill_prompts=skill_prompts(adapter, options.template, has_prompts, tokenizer))
 
 
 def _check_no_option_is_ignored(options: EvaluateOptions) -> None:
@@ -178,7 +195,8 @@ def _check_no_option_is_ignored(options: EvaluateOptions) -> None:
 
 
 def _model_words(options: EvaluateOptions) -> str:
-    return options.base_model if options.adapter is None else f"{options.base_model} + {options.adapter}"
+    words = options.base_model if options.adapter is None else f"{options.base_model} + {options.adapter}"
+    return words if options.skill is None else f"{words}, skill {options.skill}"
 
 
 def _loss_table(result: LossResult, options: EvaluateOptions) -> Table:
@@ -199,7 +217,9 @@ def _loss_table(result: LossResult, options: EvaluateOptions) -> Table:
     for column in values:
         table.add_column(column, justify="right")
     table.add_row(*values.values())
-    table.caption = f"losses in nats, template {result.settings['template']}, {result.seconds:.1f} s"
+    table.caption = (
+        f"losses in nats, template {result.settings['template']}, {result.seconds:.1f} s{describe(result.asked)}"
+    )
     return table
 
 
@@ -226,5 +246,7 @@ def _table(result: EvaluateResult, options: EvaluateOptions) -> Table:
         for value, row in values.items():
             add(column, value, row)
     metrics = "".join(f"{name} {value:.3f}, " for name, value in result.metrics.items())
-    table.caption = f"{metrics}{result.unanswered} unanswered (counted as wrong), {result.seconds:.1f} s"
+    table.caption = (
+        f"{metrics}{result.unanswered} unanswered (counted as wrong), {result.seconds:.1f} s{describe(result.asked)}"
+    )
     return table

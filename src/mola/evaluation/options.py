@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mola.models.options import BASE_MODEL_HELP, ModelOptions, settle_base_model
+from mola.models.options import BASE_MODEL_HELP, SKILL_HELP, ModelOptions, settle_base_model
 from mola.options.fields import START, Group, option, required
 
 MAX_NEW_TOKENS = 16  # enough for a short answer
+_ADAPTER = "Folder of an adapter, or a skills folder; none evaluates the base model alone."
 
 
 @dataclass
@@ -20,7 +21,8 @@ class EvaluateOptions(ModelOptions):
         "task has answers, or rows without a task have `choices`, the accuracy is measured.",
     )
     data: str = required("Test data: a JSON, JSONL, CSV or parquet file, a folder, or a Hub id.")
-    adapter: str | None = option(None, "Folder of an adapter; none evaluates the base model alone.")
+    adapter: str | None = option(None, _ADAPTER)
+    skill: str | None = option(None, SKILL_HELP)
 
     _data: ClassVar = Group("data")
     split: str = option("test", "Split to read if the data has several.")
@@ -55,7 +57,8 @@ class LmEvalOptions:
 
     base_model: str = option(None, BASE_MODEL_HELP)
     tasks: str = required("Tasks of the harness, names between commas, or task files (YAML).")
-    adapter: str | None = option(None, "Folder of an adapter; none evaluates the base model alone.")
+    adapter: str | None = option(None, _ADAPTER)
+    skill: str | None = option(None, SKILL_HELP)
     limit: float | None = option(None, "Only this many samples of every task, the first ones; below 1 a share of them.")
     num_fewshot: int | None = option(None, "Solved examples in every prompt. Default: the task's own number.")
     apply_chat_template: bool = option(False, "Write prompts with the base model's chat template.")

@@ -13,10 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mola.checkpoints.adapter_settings import SKILLS_FILE, is_skills_folder, named_adapter
 from mola.data.encode import data_fingerprint
 from mola.data.tasks import Task
 from mola.errors import MolaError
 from mola.files.atomic import append_lines, check_writable
+from mola.files.digests import file_sha256
 from mola.files.environment import software_versions
 from mola.models.devices import resolve_device, resolve_dtype
 from mola.options.fields import find_difference
@@ -95,7 +97,7 @@ def answers_made_with(
     Returns:
         The options, the task, the data, and the weights, versions, device and dtype.
     """
-    device = resolve_device(options.device)
+    device, adapter = resolve_device(options.device), named_adapter(options.adapter, options.skill)
     settings = {key: value for key, value in asdict(options).items() if key not in ("output", "overwrite")}
     # `data_fingerprint` covers the texts; the right answer and the number of choices decide the score.
     answers = [[example["answer"], example["num_choices"]] for example in examples]
@@ -106,14 +108,19 @@ def answers_made_with(
         "task_fingerprint": task and task.fingerprint(),
         "data_fingerprint": data_fingerprint(examples),
         "answers_fingerprint": hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
-        "weights": [_file_stamps(folder) for folder in (options.base_model, options.adapter) if folder],
+        "weights": [_file_stamps(folder) for folder in (options.base_model, adapter) if folder],
         "versions": software_versions(),
         "computed": [device.type, str(resolve_dtype(options.dtype, device)[0])],
     }
 
 
 def _file_stamps(folder: str) -> list[list[Any]]:
-    """Name, size and modification time of each file of a local model; empty for a hub id."""
+    """Name, size and modification time of each file of a local model; empty for a hub id.
+
+    Of a skills folder it is the digest of the file that holds the digests of all skills.
+    """
+    if is_skills_folder(folder):
+        return [[SKILLS_FILE, file_sha256(Path(folder, SKILLS_FILE))]]
     kinds = ("*.safetensors", "*.bin", "*.gguf", "*config.json", "*.jinja")
     files = sorted(file for kind in kinds for file in Path(folder).glob(kind))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -6,11 +6,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from mola.generation.batching.rows import TOGETHER
+from mola.tuner.skills.decision import Name
 
 
 def lora_folder(skills_folder: str, name: str) -> str:
     """The LoRA of a skill in a skills folder; of skills that answer together, the one that is asked first."""
     return os.path.join(skills_folder, name.split(TOGETHER)[0])
+
+
+def one_name(name: Name) -> str | None:
+    """A decision as one name: "a+b" for skills that answer together, None for the base model."""
+    return TOGETHER.join(name) or None if isinstance(name, tuple) else name
 
 
 class Skills:
@@ -44,8 +50,7 @@ class Skills:
         """The skill that answers each prompt (token ids), in the form of `activate`."""
         if not self.runtime.asked:
             return [None] * len(prompts)
-        names = self.runtime.decide(prompts).names
-        return [TOGETHER.join(name) or None if isinstance(name, tuple) else name for name in names]
+        return [one_name(name) for name in self.runtime.decide(prompts).names]
 
     def delete(self, name: str) -> None:
         """Remove a skill, which no row uses."""

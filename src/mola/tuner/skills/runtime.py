@@ -108,6 +108,11 @@ class SkillsRuntime:
         return sorted(self._statistics)
 
     @property
+    def is_named(self) -> bool:
+        """Whether the caller names the skills, in a block of `use`."""
+        return self._named is not None
+
+    @property
     def max_loaded(self) -> int:
         """Maximum number of LoRAs in memory."""
         return self._store.max_loaded
