@@ -98,12 +98,12 @@ class DemoOptions(ModelOptions):
     """Options of `mola demo`."""
 
     _start: ClassVar = START
-    adapter: str = required("Folder of an adapter.")
+    adapter: str = required("Folder of an adapter, or a skills folder.")
     host: str = option("127.0.0.1", "Address to listen on. By default only this machine can connect.")
     port: int = option(7860, "Port to listen on.")
     template: str | None = option(
         None,
         "Prompt template that the page selects at first. Default: the template of the training, if the adapter's "
-        "folder records it, else alpaca.",
+        "folder records it, else alpaca; of a skills folder that of the skill that answers.",
     )
     max_new_tokens: int = option(128, "Maximum length of an answer in tokens that the page selects at first.")

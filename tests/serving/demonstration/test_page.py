@@ -25,6 +25,7 @@ from mola.insight.recorder import ModuleGates
 from mola.serving.demonstration.demo import DemoOptions, main, running_demo
 from tests.browser import browser, complaints, requested_addresses
 from tests.ports import free_port
+from tests.serving.skills_folders import KINDS, PROMPTS, make_skills_folder
 from tests.waiting import PATIENCE
 
 gradio = pytest.importorskip("gradio", reason="needs gradio")
@@ -88,6 +89,29 @@ def test_page_without_a_browser(options):
             next(_answers(answerer, "  ", "alpaca", 8, 0, 1, 0, 0))
     finally:
         answerer.close()
+
+
+def test_page_of_a_skills_folder(options, tiny_model_dir, tmp_path, monkeypatch):
+    """Each answer is that of the skill that knows the text, in its own template."""
+    from mola.serving.demonstration import page
+
+    kinds = {kind: PROMPTS[kind] for kind in ("numbers", "shouts")}
+    folder = make_skills_folder(str(tiny_model_dir), tmp_path / "skills", kinds, tmp_path / "loras")
+    (folder / "numbers" / "prompts.json").write_text('{"template": "alpaca_short"}')
+    pages, built = [], SimpleNamespace(close=lambda verbose: None)
+    monkeypatch.setattr(page, "build_page", lambda *arguments: pages.append(arguments) or built)
+    monkeypatch.setattr(page, "launch", lambda *_: "")
+    with running_demo(replace(options, adapter=str(folder))):
+        ((answerer, _, template, _),) = pages
+        assert template is None
+        tokenizer, base = load_tokenizer(options.base_model), load_model(options.base_model, device="cpu")
+        for skill, text in KINDS:
+            *_, (shown, plain, _) = page._answers(answerer, text, page._OWN_TEMPLATE, 8, 0, 1, 0, 0)
+            prompt = get_template("alpaca_short" if skill == "numbers" else "alpaca").prompt(text, "")
+            model = load_model(options.base_model, None if skill is None else folder / skill, device="cpu")
+            assert shown.label == ("No skill knows this" if skill is None else f"Skill {skill}")
+            assert shown.value == generate_text(model, tokenizer, prompt, max_new_tokens=8, before_answer=True)
+            assert plain == generate_text(base, tokenizer, prompt, max_new_tokens=8, before_answer=True)
 
 
 def test_two_linears_of_one_name_in_a_layer_are_different_kinds():

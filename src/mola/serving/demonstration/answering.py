@@ -1,17 +1,20 @@
-"""One model that answers with and without its adapter, one answer at a time, as a growing text."""
+"""One model that answers with and without its adapter or skills, one answer at a time, as a growing text."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
-from mola.data.templates import Template
+from mola.checkpoints.adapter_settings import is_skills_folder
+from mola.data.templates import CHAT, Template
+from mola.generation.batching.skills import Skills, lora_folder
 from mola.generation.decoding import generate_text
+from mola.generation.predicting import encode_prompts
 from mola.insight.recorder import ModuleGates, gates_of_tokens
-from mola.models.prompts import template_for
+from mola.models.prompts import template_for, template_of
 
 
 class Answer(NamedTuple):
@@ -54,37 +57,58 @@ class _Streamer(TextIteratorStreamer):
 
 
 class Answerer:
-    """Answers with a `PeftModel`, or with a model without adapters.
+    """Answers with a `PeftModel`, with a model without adapters, or with the skills of a model.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        adapter: folder of the adapter, for its chat template.
+        adapter: folder of the adapter, for its chat template; or the skills folder.
+
+    Attributes:
+        skills: the model's skills; None if it has none.
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, adapter: str | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.adapter = adapter
+        self.skills = Skills(model) if adapter is not None and is_skills_folder(adapter) else None
         # One thread, because the adapter is switched on and off in the model itself.
         self._executor = ThreadPoolExecutor(1, "mola-demo")
         self._current: _Streamer | None = None
 
-    def template(self, name: str) -> Template:
+    def ask(self, text: str) -> str | None:
+        """The skill that a text asks; None for the base model, and for a model without skills."""
+        if self.skills is None:
+            return None
+        return self._executor.submit(self.skills.decide, encode_prompts(self.tokenizer, [text])).result()[0]
+
+    def template(self, name: str | None, skill: str | None = None) -> Template:
         """A prompt template; see `mola.models.prompts.template_for`.
+
+        Args:
+            name: name of the template; None for the one of the training, or without one that of the base model.
+            skill: the skill that answers.
 
         Raises:
             MolaError: there is no such template, or no chat template.
         """
-        return template_for(name, self.tokenizer, self.adapter)
+        adapter = self.adapter
+        if self.skills is not None:
+            adapter = None if skill is None else lora_folder(str(self.adapter), skill)
+        if name is None:
+            name = template_of(adapter) if adapter else CHAT if self.tokenizer.chat_template else None
+        return template_for(name or "alpaca", self.tokenizer, adapter)
 
-    def answer(self, prompt: str, *, with_adapter: bool, **decoding: Any) -> Iterator[Answer]:
+    def answer(self, prompt: str, *, with_adapter: bool, skill: str | None = None, **decoding: Any) -> Iterator[Answer]:
         """Yield the growing answer to a prompt. Closing the iterator ends the generation.
 
-        `decoding` and the errors are those of `mola.generate_text`. Without the adapter the base model answers.
+        `decoding` and the errors are those of `mola.generate_text`. Without the adapter the base model answers. In a
+        model with skills `skill` answers in place of the adapter.
         """
         streamer = _Streamer(self.tokenizer)
-        done = self._executor.submit(self._generate, prompt, with_adapter, streamer, decoding)
+        answering = self._answering(with_adapter, skill)
+        done = self._executor.submit(self._generate, prompt, answering, streamer, decoding)
         text = ""
         try:
             for new_text in streamer:
@@ -96,10 +120,21 @@ class Answerer:
         if error is not None and not isinstance(error, _CancelledError):
             raise error
 
-    def _generate(self, prompt: str, with_adapter: bool, streamer: _Streamer, decoding: dict[str, Any]) -> None:
+    def _answering(self, with_adapter: bool, skill: str | None) -> AbstractContextManager[Any]:
+        if self.skills is not None:
+            return self.skills.activate([skill if with_adapter else None], True)
+        return nullcontext() if with_adapter else self.model.disable_adapter()
+
+    def _generate(
+        self,
+        prompt: str,
+        answering: AbstractContextManager[Any],
+        streamer: _Streamer,
+        decoding: dict[str, Any],
+    ) -> None:
         self._current = streamer
         try:
-            with nullcontext() if with_adapter else self.model.disable_adapter():
+            with answering:
                 generate_text(self.model, self.tokenizer, prompt, streamer=streamer, **decoding)
         except BaseException:
             streamer.end()  # otherwise the iterating thread waits forever

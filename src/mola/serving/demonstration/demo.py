@@ -1,4 +1,7 @@
-"""`mola demo`: a page in the browser that shows answers with and without an adapter, and the experts behind them."""
+"""`mola demo`: a page in the browser that shows answers with and without an adapter, and the experts behind them.
+
+Of a skills folder it shows the answer of the skill that knows, and its name.
+"""
 
 import importlib.util
 import logging
@@ -7,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mola.checkpoints.adapter_settings import is_skills_folder
 from mola.data.templates import check_template
 from mola.errors import MolaError
 from mola.generation.decoding import decoding_settings
@@ -43,10 +47,12 @@ def running_demo(options: DemoOptions) -> Iterator[str]:
     Raises:
         MolaError: wrong options, or a port that is taken, before the model is loaded.
     """
-    template = options.template or template_of(options.adapter) or "alpaca"
+    has_skills = is_skills_folder(options.adapter)
+    template = options.template or (None if has_skills else template_of(options.adapter) or "alpaca")
     _check(options, template)
     tokenizer = tokenizer_for(options)
-    template_for(template, tokenizer, options.adapter)  # raises before the weights load
+    if not has_skills:
+        template_for(str(template), tokenizer, options.adapter)  # raises before the weights load
     model = model_for(options, options.adapter)
     from mola.serving.demonstration.answering import Answerer
     from mola.serving.demonstration.page import build_page, launch
@@ -60,17 +66,16 @@ def running_demo(options: DemoOptions) -> Iterator[str]:
         answerer.close()
 
 
-def _check(options: DemoOptions, template: str) -> None:
+def _check(options: DemoOptions, template: str | None) -> None:
     """Find wrong options before the weights load."""
     if importlib.util.find_spec("gradio") is None:
         raise MolaError("`mola demo` needs gradio. Run: pip install 'mola-peft[demo]'")
     from mola.serving.server import bind, is_loopback
 
-    check_template(template)
+    check_template(template or "")
     decoding_settings(options.max_new_tokens)
     check_model(options)
-    reason = changes_base(check_adapter(options.adapter))
-    if reason is not None:
+    if not is_skills_folder(options.adapter) and (reason := changes_base(check_adapter(options.adapter))) is not None:
         raise MolaError(
             f"`adapter` {options.adapter!r} {reason}, so the page cannot show the base model beside it. Use "
             "`mola generate`."

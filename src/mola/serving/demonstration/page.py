@@ -13,6 +13,7 @@ from mola.insight.recorder import ModuleGates
 from mola.serving.demonstration.answering import Answer, Answerer, Experts
 
 _NO_TEMPLATE = "none: the text as it is"
+_OWN_TEMPLATE = "the one of the skill's training"
 _NO_ANSWER_YET = "<p>After an answer this shows which experts computed it.</p>"
 _ABOUT_EXPERTS = (
     "The tables show the answer with the adapter. Experts are numbered within their module: "
@@ -23,43 +24,53 @@ _NO_ROUTERS = "<p>No module of this adapter has a router: it is no mixture of ex
 _THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
 
 
-def build_page(answerer: Answerer, base_model: str, template: str, max_new_tokens: int) -> gr.Blocks:
-    """The page with its controls and their actions; the controls begin with this template and `max_new_tokens`."""
+def build_page(answerer: Answerer, base_model: str, template: str | None, max_new_tokens: int) -> gr.Blocks:
+    """The page with its controls and their actions; the controls begin with this template and `max_new_tokens`.
+
+    Without a template, they begin with the one of the skill that answers.
+    """
     with gr.Blocks(title="mola", analytics_enabled=False) as page:
-        gr.Markdown(f"# mola\nBase model `{base_model}`, adapter `{answerer.adapter}`")
+        kind = "adapter" if answerer.skills is None else "skills"
+        gr.Markdown(f"# mola\nBase model `{base_model}`, {kind} `{answerer.adapter}`")
         prompt = gr.Textbox(label="Instruction", lines=3, autofocus=True)
-        choices = [*template_names(), _NO_TEMPLATE]
-        chosen_template = gr.Dropdown(choices, value=template, label="Template")
+        choices = [*([] if answerer.skills is None else [_OWN_TEMPLATE]), *template_names(), _NO_TEMPLATE]
+        chosen_template = gr.Dropdown(choices, value=template or _OWN_TEMPLATE, label="Template")
         sampling = _sampling_controls(max_new_tokens)
         with gr.Row():
             start, stop = gr.Button("Answer", variant="primary"), gr.Button("Stop")
         with gr.Row():
-            adapted = gr.Textbox(label="With the adapter", lines=8, buttons=["copy"])
+            adapted = gr.Textbox(label=f"With the {kind}", lines=8, buttons=["copy"])
             plain = gr.Textbox(label="Base model alone", lines=8, buttons=["copy"])
-        # The complete answer with the adapter, and the same with its experts.
-        answer, answer_with_experts = gr.State(None), gr.State(None)
-        gr.Markdown(f"## Experts\n{_ABOUT_EXPERTS}")
-        with gr.Row():
-            kind = gr.Dropdown([], label="Module", interactive=True)
-            layer = gr.Dropdown([], label="Layer of the table by token", interactive=True)
-            part = gr.Radio(["answer", "prompt"], value="answer", label="Tokens")
-        by_layer, by_token = gr.HTML(_NO_ANSWER_YET), gr.HTML()
+        answer = gr.State(None)  # the complete answer with the adapter
 
-        def generate(*values: Any) -> Iterator[tuple[str, str, Answer | None]]:  # gradio needs a generator function
+        def generate(*values: Any) -> Iterator[tuple[Any, str, Answer | None]]:  # gradio needs a generator function
             yield "", "", None  # clear the earlier answers, even if this question is refused
             yield from _answers(answerer, *values)
 
-        start.click(lambda: (None, _NO_ANSWER_YET, ""), None, [answer, by_layer, by_token], queue=False)
         run = start.click(generate, [prompt, chosen_template, *sampling], [adapted, plain, answer], concurrency_limit=1)
-        tables = [answer, answer_with_experts, kind, layer, part], [by_layer, by_token]
-        find_experts = run.success(
-            lambda answer: _find_experts(answerer, answer), [answer], [answer_with_experts, kind, layer]
-        )
-        find_experts.success(_tables, *tables)
         stop.click(None, cancels=[run])
-        for control in (kind, layer, part):
-            control.input(_tables, *tables)
+        if answerer.skills is None:
+            _add_experts(answerer, start, run, answer)
     return page
+
+
+def _add_experts(answerer: Answerer, start: gr.Button, run: Any, answer: gr.State) -> None:
+    """The part of the page about the experts behind an answer: its controls and their actions."""
+    answer_with_experts = gr.State(None)
+    gr.Markdown(f"## Experts\n{_ABOUT_EXPERTS}")
+    with gr.Row():
+        kind = gr.Dropdown([], label="Module", interactive=True)
+        layer = gr.Dropdown([], label="Layer of the table by token", interactive=True)
+        part = gr.Radio(["answer", "prompt"], value="answer", label="Tokens")
+    by_layer, by_token = gr.HTML(_NO_ANSWER_YET), gr.HTML()
+    start.click(lambda: (None, _NO_ANSWER_YET, ""), None, [answer, by_layer, by_token], queue=False)
+    tables = [answer, answer_with_experts, kind, layer, part], [by_layer, by_token]
+    find_experts = run.success(
+        lambda answer: _find_experts(answerer, answer), [answer], [answer_with_experts, kind, layer]
+    )
+    find_experts.success(_tables, *tables)
+    for control in (kind, layer, part):
+        control.input(_tables, *tables)
 
 
 def launch(page: gr.Blocks, host: str, port: int) -> str:
@@ -98,10 +109,10 @@ def _answers(
     top_p: float,
     top_k: int | None,
     seed: int | None,
-) -> Iterator[tuple[str, str, Answer | None]]:
+) -> Iterator[tuple[Any, str, Answer | None]]:
     """Yield both growing answers; at the end also the complete answer with the adapter.
 
-    An emptied number field is None.
+    Of a model with skills, the first answer is a text box that says who answers. An emptied number field is None.
     """
     decoding: dict[str, Any] = {"max_new_tokens": int(max_new_tokens), "seed": None if seed is None else int(seed)}
     if temperature > 0:
@@ -111,17 +122,23 @@ def _answers(
     try:
         if not (text or "").strip():
             raise MolaError("`instruction` must hold some text: got none. Write one.")
-        prompt = text
+        prompt, skill = text, answerer.ask(text)
         decoding["before_answer"] = template_name != _NO_TEMPLATE
         if template_name != _NO_TEMPLATE:
-            decoding["template"] = answerer.template(template_name)
+            decoding["template"] = answerer.template(None if template_name == _OWN_TEMPLATE else template_name, skill)
             prompt = decoding["template"].prompt(text, "")
         adapted = plain = Answer("", [], 0)
-        for adapted in answerer.answer(prompt, with_adapter=True, **decoding):
-            yield adapted.text, "", None
+
+        def shown(answer: Answer) -> Any:
+            if answerer.skills is None:
+                return answer.text
+            return gr.Textbox(answer.text, label="No skill knows this" if skill is None else f"Skill {skill}")
+
+        for adapted in answerer.answer(prompt, with_adapter=True, skill=skill, **decoding):
+            yield shown(adapted), "", None
         for plain in answerer.answer(prompt, with_adapter=False, **decoding):
-            yield adapted.text, plain.text, None
-        yield adapted.text, plain.text, adapted
+            yield shown(adapted), plain.text, None
+        yield shown(adapted), plain.text, adapted
     except MolaError as error:
         raise gr.Error(str(error)) from error
 
