@@ -246,3 +246,28 @@ def test_help(capsys):
 
 def test_skills_is_a_public_name():
     assert "Skills" in mola.__all__
+
+
+def test_inspect_shows_what_a_folder_holds_and_whom_data_ask(run, refused, folder, data, tmp_path):
+    printed = run("inspect", folder, "--data", data["rivers"], "--json", tmp_path / "inspect.json")
+    assert re.search(r"birds +│ +2 +│ +1-3 +│", printed)
+    assert f"{data['rivers']} asks: rivers 20." in printed
+    written = json.loads((tmp_path / "inspect.json").read_text())
+    assert written["asked"] == {"rivers": 20}
+    assert [*written["skills"]] == ["birds", "rivers"]
+    line = refused("inspect", folder, "--data", data["rivers"], "--leave_one_out", "layers")
+    assert "`leave_one_out` is for the experts of a mixture" in line
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("merge", []),
+        ("reallocate", ["--num_experts", "4"]),
+        ("convert", ["--to", "lora", "--r", "4"]),
+        ("convert", ["--from", "lora", "--num_experts", "4"]),
+    ],
+)
+def test_commands_for_a_single_adapter_say_so(refused, folder, command, options, tmp_path):
+    line = refused(command, folder, *options, "--output", tmp_path / "new")
+    assert re.search(r"must be a single adapter: .* is a skills folder. Pass one of its skills, such as .*birds'", line)

@@ -26,12 +26,8 @@ def adapter_settings(adapter: str | os.PathLike[str]) -> dict[str, Any]:
         MolaError: no such folder, or the file is missing or unreadable.
     """
     folder = Path(adapter)
-    if is_skills_folder(folder):
-        raise MolaError(
-            f"`adapter` must be a single adapter: {str(folder)!r} is a skills folder. Pass one of its skills, such as "
-            f"{str(folder / next(iter(skills_settings(folder).get('skills', {})), 'NAME'))!r}."
-        )
-    if not os.path.isfile(folder / CONFIG_FILE):  # unlike `Path.is_file`, False for a name that no file can have
+    # Unlike `Path.is_file`, `os.path.isfile` is False for a name that no file can have.
+    if not os.path.isfile(folder / CONFIG_FILE) and not is_skills_folder(folder):
         missing = f"no {CONFIG_FILE} in it" if os.path.isdir(folder) else "no such folder"
         name = folder.as_posix()
         is_hub_name = name.count("/") == 1 and not (os.path.exists(folder) or name.startswith((".", "/")))
@@ -106,8 +102,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """The content of `adapter_config.json`.
 
     Raises:
-        MolaError: the file is missing, unreadable, or no JSON object.
+        MolaError: the file is missing, unreadable, or no JSON object; the folder is a skills folder.
     """
+    if is_skills_folder(folder):
+        raise MolaError(
+            f"`adapter` must be a single adapter: {str(folder)!r} is a skills folder. Pass one of its skills, such as "
+            f"{str(folder / next(iter(skills_settings(folder).get('skills', {})), 'NAME'))!r}."
+        )
     path = folder / CONFIG_FILE
     try:
         settings = read_json(path)

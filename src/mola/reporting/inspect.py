@@ -1,10 +1,14 @@
-"""`mola inspect`: the router decisions of an adapter on data, and how different its experts are."""
+"""`mola inspect`: the router decisions of an adapter on data, and how different its experts are.
+
+Of a skills folder: what it holds, and which skill the data ask.
+"""
 
 import logging
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,6 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from mola.checkpoints.adapter_folder import read_tensors
+from mola.checkpoints.adapter_settings import is_skills_folder
+from mola.checkpoints.skills_folder import BASE, read_skills
 from mola.data.formats import find_format
 from mola.data.read import check_split, stream_rows
 from mola.data.tasks import Task, load_task
@@ -28,6 +34,7 @@ from mola.insight.inspection import TokenTypes, measure_redundancy, measure_rout
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.from_options import check_model, model_for, tokenizer_for
+from mola.models.options import ModelOptions
 from mola.models.prompts import trained_settings
 from mola.models.sample_data import encode_samples, read_samples
 from mola.options.fields import check_positive, parse_mapping
@@ -45,6 +52,9 @@ from mola.reporting.expert_sections import (
 from mola.reporting.load_run import Run
 from mola.reporting.options import InspectOptions
 from mola.reporting.result_sections import inspected_samples_section
+from mola.skills.options import TestOptions
+from mola.skills.summary import describe, summarize, summary_dict, summary_table
+from mola.skills.testing import test
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +120,9 @@ def _measure_leave_one_out(model: Any, dataset: Any, options: InspectOptions) ->
 
 def main(options: InspectOptions) -> int:
     """Run the command and print a table by layer."""
+    if is_skills_folder(options.adapter):
+        _inspect_skills(options)
+        return 0
     result = inspect(options)
     console = make_table_console()
     console.print(_result_table(result))
@@ -118,6 +131,34 @@ def main(options: InspectOptions) -> int:
     if options.html is not None:
         console.print(f"Open {options.html} in a browser", highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _inspect_skills(options: InspectOptions) -> None:
+    """Print what a skills folder holds, and which skill is asked for each prompt of the data."""
+    for name in ("filters", "leave_one_out", "html"):
+        if getattr(options, name) != getattr(InspectOptions, name):
+            raise MolaError(f"`{name}` is for the experts of a mixture, and {options.adapter!r} is a skills folder.")
+    if options.json is not None:
+        check_new_file("json", options.json, options.overwrite)
+    shared = [each.name for each in fields(ModelOptions)] + ["task", "split", "template"]
+    found = test(
+        TestOptions(
+            folder=options.adapter,
+            data=[f"{BASE}={options.data}"],
+            limit=sys.maxsize if options.limit is None else options.limit,
+            **{name: getattr(options, name) for name in shared},
+        )
+    )
+    folder = read_skills(options.adapter)
+    skills, asked = summarize(folder), dict(sorted(found.asked[BASE].items()))
+    console = make_table_console()
+    console.print(summary_table(skills))
+    print(describe(folder))
+    print(f"{options.data} asks: {', '.join(f'{name} {count}' for name, count in asked.items())}.")
+    if options.json is not None:
+        result = {**summary_dict(folder, skills), "asked": asked, "settings": asdict(options)}
+        atomic_write_json(options.json, result | {"versions": software_versions()})
+        print(f"Written to {options.json}.")
 
 
 def _load_samples(options: InspectOptions) -> tuple[list[dict[str, Any]], Any, Any]:

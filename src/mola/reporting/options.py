@@ -12,7 +12,7 @@ class InspectOptions(ModelOptions):
     """Options of `mola inspect`."""
 
     _start: ClassVar = START
-    adapter: str = required("Folder of an adapter.")
+    adapter: str = required("Folder of an adapter, or a skills folder: which skill do the data ask?")
     data: str = required("Data: a JSON, JSONL, CSV or parquet file, a folder, or a Hub id.")
     task: str | None = option(
         None, "Task: its name or a YAML file. Default: that of the adapter's training, if there is one."
