@@ -196,7 +196,8 @@ def test_a_finished_run_is_evaluated_again_only_in_other_batches(flags, tmp_path
         again = {**options, "per_device_eval_batch_size": size, "resume_from_checkpoint": "last"}
         assert main(flags(**again)) == 0
         assert [entry["step"] for entry in read_metrics(tmp_path / "run") if "eval_loss" in entry] == evaluated
-        assert (read_record(tmp_path / "run")["metrics"]["eval_loss"] == first) is (size == 4)
+        tolerance = 0 if size == 4 else 1e-4
+        assert read_record(tmp_path / "run")["metrics"]["eval_loss"] == pytest.approx(first, rel=tolerance)
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Which backend computes a mixture: the order, what is forced, and what is left without the extra `cpu`."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -196,11 +195,7 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 import mola
-from mola.tuner.kernels.autograd import compute
-from mola.tuner.kernels.dispatch import BACKENDS
 
-print(mola.__file__)
-print([backend.name for backend in BACKENDS])
 torch.manual_seed(0)
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
@@ -220,23 +215,18 @@ with torch.no_grad():
 """
 
 
-def run(path):
-    environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+def run(*paths):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    where, names, tokens = done.stdout.splitlines()[-3:]
-    assert Path(where).is_relative_to(path)
-    return names, tokens
+    return done.stdout.splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_the_package_works_without_the_folder_of_native_functions(tmp_path):
-    source = Path(mola.__file__).parent
-    shutil.copytree(source, tmp_path / "mola", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.rmtree(tmp_path / "mola" / "tuner" / "kernels" / "cpu")
-    names, tokens = run(tmp_path)
-    assert names == str([name for name in ORDER if "cpu" not in name])
-    assert tokens == run(source.parent)[1]
+def test_the_package_trains_and_generates_without_numba(tmp_path):
+    source = Path(mola.__file__).parents[1]
+    (tmp_path / "numba.py").write_text("raise ImportError", encoding="utf-8")
+    assert run(tmp_path, source) == run(source)
 
 
 @pytest.mark.slow
