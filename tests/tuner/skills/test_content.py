@@ -1,6 +1,8 @@
 """The user's content among the tokens of a prompt."""
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mola.data.templates import get_template
 from mola.errors import MolaError
@@ -41,6 +43,22 @@ def test_templates_leave_the_content(content, name):
 @pytest.mark.parametrize("name", ["alpaca", "alpaca_legacy", "alpaca_short", "vigogne"])
 def test_instruction_and_input_are_content(content, name):
     assert content(get_template(name).prompt(QUESTION, "red, green")) == QUESTION + "\nred, green"
+
+
+@pytest.mark.parametrize("name", ["alpaca", "alpaca_short", "vigogne"])
+def test_a_line_break_at_the_end_may_share_a_token_with_the_template(name):
+    """As in the vocabularies of GPT-2 and SmolLM2, which have tokens of several line breaks."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["</s>", *alphabet, "ĊĊ", "ĊĊĊ"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ"), ("ĊĊ", "Ċ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    finder = ContentFinder(fast, template_layouts(fast))
+    template = get_template(name)
+    for prompt in (template.prompt(f"{QUESTION}\n"), template.prompt(f"{QUESTION}\n", "red\n")):
+        found = fast.decode(finder.content(fast(prompt)["input_ids"]))
+        assert found in (QUESTION, f"{QUESTION}\nred")
 
 
 def test_last_turn_of_a_chat(content, tiny_tokenizer):

@@ -117,7 +117,8 @@ def template_layouts(tokenizer: Any) -> list[Layout]:
         def write(contents: Sequence[str], template: Any = template) -> str:
             return template.prompt(*contents)
 
-        layouts += [_layout(tokenizer, write, places, template.adds_special_tokens) for places in (1, 2)]
+        for end in ("", "\n"):  # the last line break of a content may share a token with the template's
+            layouts += [_layout(tokenizer, write, places, template.adds_special_tokens, end) for places in (1, 2)]
     return layouts
 
 
@@ -161,11 +162,10 @@ def chat_layouts(tokenizer: Any, chat_template: str | None = None) -> list[Layou
 _CONTENTS = (("Apples", "Why"), ("7 of them?", "zinc, no"), ('"Oh!" (x)', "B52)"))
 
 
-def _layout(tokenizer: Any, write: Write, places: int, adds_special_tokens: bool) -> Layout:
-    prompts = [
-        tuple(tokenizer(write(contents[:places]), add_special_tokens=adds_special_tokens)["input_ids"])
-        for contents in _CONTENTS
-    ]
+def _layout(tokenizer: Any, write: Write, places: int, adds_special_tokens: bool, end: str = "") -> Layout:
+    """The layout of a template with a number of places for content, for contents that end with `end`."""
+    texts = [write([f"{content}{end}" for content in contents[:places]]) for contents in _CONTENTS]
+    prompts = [tuple(tokenizer(text, add_special_tokens=adds_special_tokens)["input_ids"]) for text in texts]
     before, after = _common_prefix(prompts), _common_suffix(prompts)
     between: tuple[int, ...] = ()
     if places > 1:
