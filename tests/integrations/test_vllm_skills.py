@@ -43,7 +43,9 @@ def own_answer(root):
     for name in (None, *NAMES):
         adapter = None if name is None else root / NAMES[name] / name
         models[name] = mola.load_model(root / "tiny", adapter, dtype="float32", device="cpu")
-    return lambda skill, prompt: mola.generate_text(models[skill], tokenizer, prompt, max_new_tokens=NEW_TOKENS)
+    return lambda skill, prompt: whole_characters(
+        mola.generate_text(models[skill], tokenizer, prompt, max_new_tokens=NEW_TOKENS)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,11 @@ def server(venv, root, tmp_path_factory):
     assert TOKEN not in log.read_text()
 
 
+def whole_characters(text):
+    """Without bytes at the end that are no whole character: vLLM leaves them out."""
+    return text.rstrip("\ufffd")
+
+
 def complete(http, prompt, model=FOLDER, **values):
     return http.post("/v1/completions", json={"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, **values})
 
@@ -77,17 +84,18 @@ def complete(http, prompt, model=FOLDER, **values):
 @pytest.mark.parametrize(("skill", "prompt"), KINDS)
 def test_the_skill_that_knows_answers(skill, prompt, server, own_answer):
     http, _ = server
-    whole = complete(http, prompt)
-    assert whole.headers["X-Mola-Skill"] == (skill or "base")
-    assert whole.json()["usage"]["skill"] == skill
-    assert whole.json()["choices"][0]["text"] == own_answer(skill, prompt)
+    answer = complete(http, prompt)
+    assert answer.headers["X-Mola-Skill"] == (skill or "base")
+    assert answer.json()["usage"]["skill"] == skill
+    assert whole_characters(answer.json()["choices"][0]["text"]) == own_answer(skill, prompt)
     streamed = complete(http, prompt, stream=True, stream_options={"include_usage": True})
     lines = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line]
     assert streamed.headers["X-Mola-Skill"] == (skill or "base")
     assert lines.pop() == "[DONE]"
     *chunks, last = map(json.loads, lines)
     assert last["usage"]["skill"] == skill
-    assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == own_answer(skill, prompt)
+    text = "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+    assert whole_characters(text) == own_answer(skill, prompt)
 
 
 def test_names_force_their_skill(server, own_answer):
@@ -95,7 +103,7 @@ def test_names_force_their_skill(server, own_answer):
     for model, skill in (("shouts", "shouts"), ("base", None), ("tiny", None)):
         answer = complete(http, KINDS[0][1], model)
         assert answer.headers["X-Mola-Skill"] == (skill or "base")
-        assert answer.json()["choices"][0]["text"] == own_answer(skill, KINDS[0][1])
+        assert whole_characters(answer.json()["choices"][0]["text"]) == own_answer(skill, KINDS[0][1])
     names = [model["id"] for model in http.get("/v1/models").json()["data"]]
     assert names == [FOLDER, "tiny", "base", "numbers", "shouts"]
     assert complete(http, "x", "other").status_code == 404
@@ -112,7 +120,7 @@ def test_skills_come_and_go(server, own_answer):
         assert answer.status_code == 200, answer.text
         answer = complete(http, MARKS)
         assert answer.headers["X-Mola-Skill"] == "marks"
-        assert answer.json()["choices"][0]["text"] == own_answer("marks", MARKS)
+        assert whole_characters(answer.json()["choices"][0]["text"]) == own_answer("marks", MARKS)
         assert http.post("/v1/unload_lora_adapter", json={"lora_name": "marks"}).status_code == 200
         assert complete(http, MARKS, "marks").status_code == 404
 

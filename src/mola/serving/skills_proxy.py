@@ -8,6 +8,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -63,7 +64,7 @@ class SkillsProxy:
 
     def app(self, loader: SkillLoader, api_key: str | None, max_body_bytes: int) -> FastAPI:
         """The ASGI application; see `RequestMiddleware` for the last two arguments."""
-        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=self._lifespan)
         app.add_middleware(RequestMiddleware, api_key=api_key, max_body_bytes=max_body_bytes, metrics=self._metrics)
         add_error_handlers(app)
         app.post("/v1/chat/completions")(self._answer)
@@ -73,6 +74,11 @@ class SkillsProxy:
         add_loading_routes(app, loader)
         app.api_route("/{path:path}", methods=_METHODS)(self._forward)
         return app
+
+    @asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await self._upstream.aclose()
 
     async def _answer(self, request: Request) -> Response:
         """Forward a request for an answer to the skill that answers it."""
