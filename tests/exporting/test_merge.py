@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaForCausalLM
 
 from mola import MolaConfig, MolaError, load_tokenizer
-from mola.generation.generate import GenerateOptions, _choose_template
+from mola.generation.generate import GenerateOptions, _Prompts
 from mola.models.prompts import template_for, template_of, warn_of_other_template
 from tests.damage import change_tensors
 from tests.exporting.conftest import base, load, logits, saved
@@ -187,11 +187,11 @@ def test_the_merged_model_uses_the_prompts_of_the_adapter(tiny_model_dir, lora, 
     Path(adapter, "prompts.json").write_text('{"template": "meta"}', encoding="utf-8")
     run("merge", adapter, "--base_model", tiny_model_dir, "--output", tmp_path / "merged")
     merged, tokenizer = str(tmp_path / "merged"), load_tokenizer(tiny_model_dir)
-    assert _choose_template(GenerateOptions(base_model=merged), tokenizer) == "meta"
-    assert _choose_template(GenerateOptions(base_model=merged, template="vigogne"), tokenizer) == "vigogne"
-    assert _choose_template(GenerateOptions(base_model=str(tiny_model_dir)), tokenizer) == "alpaca"
+    assert _Prompts(GenerateOptions(base_model=merged), tokenizer)._template_name(None) == "meta"
+    assert _Prompts(GenerateOptions(base_model=merged, template="vigogne"), tokenizer)._template_name(None) == "vigogne"
+    assert _Prompts(GenerateOptions(base_model=str(tiny_model_dir)), tokenizer)._template_name(None) == "alpaca"
     tokenizer.chat_template = "{{ messages }}"
-    assert _choose_template(GenerateOptions(base_model=str(tiny_model_dir)), tokenizer) == "chat"
+    assert _Prompts(GenerateOptions(base_model=str(tiny_model_dir)), tokenizer)._template_name(None) == "chat"
 
 
 def test_tokens_of_chats_that_the_base_does_not_have_are_named(tiny_model_dir, tmp_path, caplog):
