@@ -11,11 +11,11 @@ halves, whichever mean is the best. General text is in both covariances: what va
 
     S of whole = mean over skills of (whole prompts) + 1/2 general text
     S of part  = mean over skills of (whole prompts + 2 halves) / 3 + general text
-    score_k    = 2 max(0, whole_k(prompt)) + sum over prompt and windows of max(0, part_k)
+    score_k    = max(0, whole_k(prompt)) + max(0, part_k of the prompt or of its best window)
 
-So text of other kinds before or after a question adds little, because it is no nearer to a skill than to general text.
+So a question is known among text of other kinds: that text lowers the first value, and leaves the second as it is.
 The skill with the largest score is asked if its margin is above the threshold, else the base model answers alone. The
-margin is the largest `u_k / s_k` among whole and parts, where `s_k` is the value of `u_k` at the skill's own mean.
+margin is the mean of the two `u_k / s_k`, where `s_k` is the value of `u_k` at the skill's own mean.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ from mola.tuner.skills.statistics import (
     prompt_features,
 )
 
-# Chosen on rows held out of the training rows of six tasks, whole, cut, and with general text before or after them.
+# Chosen on further rows of six tasks, as they are and shifted: see "decisions on real text" in docs/skills.md.
 _GENERAL_IN_WHOLE, _GENERAL_IN_PART = 0.5, 1.0
 _RIDGE = 0.3
-_WEIGHT_OF_WHOLE = 2.0
 
 Name = str | tuple[str, ...] | None
 
@@ -120,10 +119,10 @@ class Decider:
         """Scores and margins `(K)` of one prompt."""
         whole, whole_margins = self._whole(features[:1])
         parts, part_margins = self._part(torch.cat([features[:1], features[NUM_PARTS:]]))
-        scores = _WEIGHT_OF_WHOLE * whole[WHOLE].clamp(min=0) + parts.clamp(min=0).sum(0)
+        scores = whole[WHOLE].clamp(min=0) + parts.amax(0).clamp(min=0)
         # A prompt that is like general text everywhere has scores of 0.
         scores = torch.where(scores.max() > 0, scores, whole[WHOLE])
-        return scores, torch.cat([whole_margins, part_margins]).amax(0)
+        return scores, (whole_margins[WHOLE] + part_margins.amax(0)) / 2
 
 
 class _Lines:

@@ -1,7 +1,7 @@
 """What a skill keeps of the prompts it was trained on, and what a base model keeps of general text.
 
 The features of a prompt are means of the input of decoder layer L over parts of its content, each token divided by
-its own root mean square. The parts are the whole, each half, and in long prompts windows that overlap. In a causal
+its own root mean square. The parts are the whole, each half, and windows that overlap. In a causal
 model the first half is also what a prompt would be that ends there, so that halves cost no pass of their own.
 
 All sums are per skill, so adding a skill changes nothing that other skills keep.
@@ -19,7 +19,7 @@ from torch import Tensor
 from mola.errors import MolaError
 
 WHOLE, HALVES, NUM_PARTS = 0, slice(1, 3), 3  # rows of a prompt's features, before those of the windows
-_WINDOW, _STRIDE = 32, 16  # tokens
+_WINDOW, _STRIDE = 16, 8  # tokens
 _DIRECTIONS = 16  # of a skill's prompts, beside which the variance is taken to be the same in all directions
 _GENERAL_DIRECTIONS = 64
 _HELD_OUT_EVERY = 5
@@ -48,7 +48,7 @@ def prompt_features(batch: PromptBatch) -> list[Tensor]:
 
     Returns:
         `(3 + windows, d)` in float32 for each row of the batch: means over the whole content, its first and its second
-        half, and windows of 32 tokens that begin 16 tokens apart. Content of up to 48 tokens has no windows.
+        half, and windows of 16 tokens that begin 8 tokens apart. Content of up to 16 tokens has no windows.
 
     Raises:
         MolaError: a row has no content.
@@ -63,11 +63,11 @@ def _parts(tokens: Tensor) -> Tensor:
         raise MolaError("`content` must hold at least one token of every prompt: a row has none.")
     tokens = tokens * tokens.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
     middle = (length + 1) // 2
-    spans = [(0, length), (0, middle), (min(middle, length - 1), length)]
-    if length > _WINDOW + _STRIDE:
-        begins = [*range(0, length - _WINDOW, _STRIDE), length - _WINDOW]
-        spans += [(begin, begin + _WINDOW) for begin in begins]
-    return torch.stack([tokens[begin:end].mean(0) for begin, end in spans]).cpu()
+    parts = [tokens.mean(0), tokens[:middle].mean(0), tokens[min(middle, length - 1) :].mean(0)]
+    if length > _WINDOW:
+        windows = tokens.unfold(0, _WINDOW, _STRIDE).mean(-1)
+        parts += [*windows, tokens[-_WINDOW:].mean(0)]
+    return torch.stack(parts).cpu()
 
 
 @dataclass(frozen=True)
