@@ -37,7 +37,7 @@ def asked(answers: Answers) -> dict[str, dict[str, int]]:
 
 
 def changed(before: Answers, now: Answers) -> list[dict[str, Any]]:
-    """The questions of earlier tasks that another one is asked than after the stage before, or with another answer.
+    """The questions of earlier tasks that ask another skill, or have another answer, than after the stage before.
 
     Returns:
         For each question `task`, `place` in its test, counted from 0, `id`, and `before` and `now`, each with `asked`,
