@@ -6,7 +6,8 @@ import pytest
 
 from mola.data.examples import load_examples
 from mola.data.tasks import load_task
-from mola.evaluation.evaluate import EvaluateOptions
+from mola.evaluation.evaluate import EvaluateOptions, evaluate
+from mola.evaluation.resuming import AnswersFile
 
 SUBJECTS = ["physics", "biology"]
 
@@ -53,3 +54,24 @@ def options(tiny_model_dir, data, tmp_path):
         device="cpu",
         output=str(tmp_path / "out" / "result.json"),
     )
+
+
+@pytest.fixture
+def interrupt_after(monkeypatch):
+    """Function that runs `evaluate` and stops it, as Ctrl-C would, after some batches were saved."""
+
+    def run(options, num_batches=1):
+        append, calls = AnswersFile.append, []
+
+        def stopping(self, records):
+            append(self, records)
+            calls.append(len(list(records)))
+            if len(calls) == num_batches:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(AnswersFile, "append", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(options)
+
+    return run

@@ -209,18 +209,9 @@ def test_a_task_without_answers_is_measured_by_its_loss(free, tmp_path):
     assert result.tokens == sum(len(f"What is it?\n{word}") + 1 for word in WORDS[:2])
 
 
-def test_interrupted_evaluation_of_free_text_resumes(free, monkeypatch, tmp_path, caplog):
+def test_interrupted_evaluation_of_free_text_resumes(free, interrupt_after, tmp_path, caplog):
     whole = evaluate(replace(free, output=str(tmp_path / "whole.json")))
-    append = AnswersFile.append
-
-    def stopping(self, records):
-        append(self, records)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AnswersFile, "append", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(free)
+    interrupt_after(free)
     with pytest.raises(MolaError, match="template 'alpaca' there, 'meta' now"):
         evaluate(replace(free, template="meta"))
     resumed = evaluate(free)

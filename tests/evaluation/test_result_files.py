@@ -39,25 +39,9 @@ def test_result_file_has_the_documented_fields(options, examples):
     assert not AnswersFile(options.output, {}).path.exists()
 
 
-def interrupt_after(options, monkeypatch, num_batches):
-    """Run `evaluate` and stop it, as Ctrl-C would, after some batches were saved."""
-    append, calls = AnswersFile.append, []
-
-    def stopping(self, records):
-        append(self, records)
-        calls.append(len(list(records)))
-        if len(calls) == num_batches:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AnswersFile, "append", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(options)
-
-
-def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(options, monkeypatch, tmp_path, caplog):
+def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(options, interrupt_after, tmp_path, caplog):
     whole = evaluate(EvaluateOptions(**asdict(options) | {"output": str(tmp_path / "whole.json")}))
-    interrupt_after(options, monkeypatch, num_batches=2)
+    interrupt_after(options, num_batches=2)
     partial = AnswersFile(options.output, {}).path
     with open(partial, "a") as file:
         file.write('{"index": 0, "sam')  # killed while writing
@@ -89,8 +73,8 @@ def test_finished_samples_are_not_asked_again(tiny_model, tiny_tokenizer, task, 
     assert sum(sample["output"] == "kept" for sample in result.samples) == 9
 
 
-def test_unfinished_run_with_other_settings_is_refused_or_discarded(options, monkeypatch):
-    interrupt_after(options, monkeypatch, num_batches=1)
+def test_unfinished_run_with_other_settings_is_refused_or_discarded(options, interrupt_after):
+    interrupt_after(options)
     changed = EvaluateOptions(**asdict(options) | {"max_new_tokens": 6})
     with pytest.raises(MolaError, match=r"4 samples.*max_new_tokens 5 there, 6 now.*`overwrite`"):
         evaluate(changed)
@@ -102,8 +86,8 @@ def test_unfinished_run_with_other_settings_is_refused_or_discarded(options, mon
     ("column", "value", "named"),
     [("question", "Something else?", "data_fingerprint"), ("answer", 0, "answers_fingerprint")],
 )
-def test_unfinished_run_on_other_data_is_refused(column, value, named, options, monkeypatch, data):
-    interrupt_after(options, monkeypatch, num_batches=1)
+def test_unfinished_run_on_other_data_is_refused(column, value, named, options, interrupt_after, data):
+    interrupt_after(options)
     rows = json.loads(data.read_text())
     assert rows[3][column] != value
     rows[3][column] = value
@@ -112,22 +96,22 @@ def test_unfinished_run_on_other_data_is_refused(column, value, named, options, 
         evaluate(options)
 
 
-def test_unfinished_run_with_another_rule_for_answers_is_refused(options, monkeypatch, tmp_path):
+def test_unfinished_run_with_another_rule_for_answers_is_refused(options, monkeypatch, interrupt_after, tmp_path):
     text = (resources.files("mola.data.tasks") / "scienceqa.yaml").read_text(encoding="utf-8")
     own = tmp_path / "own.yaml"
     own.write_text(text.replace("name: scienceqa", "name: own"))
     options = replace(options, task=str(own))
-    interrupt_after(options, monkeypatch, 1)
+    interrupt_after(options)
     own.write_text(own.read_text().replace("answer_pattern: '", "answer_pattern: '(?i)"))
     with pytest.raises(MolaError, match="task_fingerprint"):
         evaluate(options)
 
 
-def test_unfinished_run_of_an_adapter_trained_again_is_refused(options, monkeypatch, tiny_model, tmp_path):
+def test_unfinished_run_of_an_adapter_trained_again_is_refused(options, interrupt_after, tiny_model, tmp_path):
     model = get_peft_model(tiny_model, LoraConfig(task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "adapter")
     options.adapter = str(tmp_path / "adapter")
-    interrupt_after(options, monkeypatch, num_batches=1)
+    interrupt_after(options)
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(MolaError, match="weights"):
         evaluate(options)

@@ -9,7 +9,6 @@ from mola import load_model
 from mola.errors import MolaError
 from mola.evaluation.evaluate import EvaluateOptions, evaluate, main
 from mola.evaluation.free_text import evaluate_loss
-from mola.evaluation.resuming import AnswersFile
 from tests.serving.skills_folders import NO_KIND, PROMPTS, make_skills_folder, prompt_of
 
 KINDS = ("numbers", "shouts", "base")
@@ -89,19 +88,10 @@ def test_each_question_asks_a_skill(options, scoring, tmp_path):
         assert sample == alone[sample["asked"]].samples[index] | {"asked": sample["asked"]}
 
 
-def test_an_unfinished_evaluation_goes_on_with_the_same_skills_alone(options, folder, monkeypatch, tmp_path):
+def test_an_unfinished_evaluation_goes_on_with_the_same_skills_alone(options, folder, interrupt_after, tmp_path):
     whole = evaluate(options)
     options.output = str(tmp_path / "result.json")
-    append = AnswersFile.append
-
-    def stopping(self, records):
-        append(self, records)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AnswersFile, "append", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(options)
+    interrupt_after(options)
     with pytest.raises(MolaError, match="skill None there, 'shouts' now"):
         evaluate(replace(options, skill="shouts"))
     record = (folder / "skills.json").read_text()
