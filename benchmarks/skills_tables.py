@@ -33,7 +33,6 @@ WORDS = {
     "own": "own LoRA, named by the caller",
     "sum": "sum of the LoRAs",
     "mean": "mean of the LoRAs",
-    "linear": "PEFT linear, weights 1/K",
     "ties": "PEFT TIES, density 0.5",
     "dare": "PEFT DARE, density 0.5",
     "arrow": "PEFT Arrow, top 3",

@@ -2,15 +2,15 @@
 
 A part of a prompt has for each skill, with its mean `m_k`, the mean `m_0` of general text and a covariance `S`,
 
-    P = (S + 0.3 mean(diag S) I)^-1
+    P = (S + c mean(diag S) I)^-1
     w_k = P (m_k - m_0)        b_k = -(m_k + m_0)^T w_k / 2        u_k = w_k phi + b_k
 
 This is the logarithm of how much likelier the part is in the skill than in general text, for normal distributions with
 the covariance S. `whole_k` has the means and the covariance of whole prompts. `part_k` has those of whole prompts and
 halves, whichever mean is the best. General text is in both covariances: what varies in it tells no skills apart.
 
-    S of whole = mean over skills of (whole prompts) + 1/2 general text
-    S of part  = mean over skills of (whole prompts + 2 halves) / 3 + general text
+    S of whole = mean over skills of (whole prompts) + 1/2 general text                  c = 0.1
+    S of part  = mean over skills of (whole prompts + 2 halves) / 3 + general text       c = 0.3
     score_k    = max(0, whole_k(prompt)) + max(0, part_k of the prompt or of its best window)
 
 So a question is known among text of other kinds: that text lowers the first value, and leaves the second as it is.
@@ -38,7 +38,7 @@ from mola.tuner.skills.statistics import (
 
 # Chosen on further rows of six tasks, as they are and shifted: see "decisions on real text" in docs/skills.md.
 _GENERAL_IN_WHOLE, _GENERAL_IN_PART = 0.5, 1.0
-_RIDGE = 0.3
+_RIDGE_OF_WHOLE, _RIDGE_OF_PART = 0.1, 0.3
 
 Name = str | tuple[str, ...] | None
 
@@ -89,8 +89,8 @@ class Decider:
         half = _covariance([(each.half_directions, each.half_rest) for each in kept])
         text = _covariance([(general.directions, general.rest)])
         base = general.mean.double()
-        self._whole = _Lines(means[:, :1], base, whole + _GENERAL_IN_WHOLE * text)
-        self._part = _Lines(means, base, (whole + 2 * half) / 3 + _GENERAL_IN_PART * text)
+        self._whole = _Lines(means[:, :1], base, whole + _GENERAL_IN_WHOLE * text, _RIDGE_OF_WHOLE)
+        self._part = _Lines(means, base, (whole + 2 * half) / 3 + _GENERAL_IN_PART * text, _RIDGE_OF_PART)
 
     def decide(self, batch: PromptBatch) -> Decisions:
         """Who answers each prompt of a batch.
@@ -128,10 +128,10 @@ class Decider:
 class _Lines:
     """`u_k` and `u_k / s_k` of parts of a prompt; of a skill's means the one with the largest `u_k` counts."""
 
-    def __init__(self, means: Tensor, base: Tensor, covariance: Tensor) -> None:
-        ridge = _RIDGE * covariance.diagonal().mean() * torch.eye(len(base), dtype=torch.float64)
+    def __init__(self, means: Tensor, base: Tensor, covariance: Tensor, ridge: float) -> None:
+        added = ridge * covariance.diagonal().mean() * torch.eye(len(base), dtype=torch.float64)
         away = (means - base).flatten(0, 1)
-        weights = torch.linalg.solve(covariance + ridge, away.T).T
+        weights = torch.linalg.solve(covariance + added, away.T).T
         offsets = -((means + base).flatten(0, 1) * weights).sum(1) / 2
         self._weights, self._offsets = weights.float(), offsets.float()
         self._scales = ((weights * away).sum(1) / 2).float()

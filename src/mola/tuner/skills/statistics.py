@@ -20,8 +20,7 @@ from mola.errors import MolaError
 
 WHOLE, HALVES, NUM_PARTS = 0, slice(1, 3), 3  # rows of a prompt's features, before those of the windows
 _WINDOW, _STRIDE = 16, 8  # tokens
-_DIRECTIONS = 16  # of a skill's prompts, beside which the variance is taken to be the same in all directions
-_GENERAL_DIRECTIONS = 64
+_DIRECTIONS = 64  # of a covariance, beside which the variance is taken to be the same in all directions
 _HELD_OUT_EVERY = 5
 _MAX_HELD_OUT = 16
 _STORED = torch.float16  # of directions and features: halves the file, and moves scores by less than a thousandth
@@ -120,8 +119,8 @@ class SkillStatistics:
         measured = parts[~held_out].double()
         means = measured.mean(0)
         away = measured - means
-        whole = _directions(away[:, WHOLE], _DIRECTIONS)
-        half = _directions(away[:, HALVES].flatten(0, 1), _DIRECTIONS)
+        whole = _directions(away[:, WHOLE])
+        half = _directions(away[:, HALVES].flatten(0, 1))
         return cls(means.float(), *whole, *half, parts[held_out, WHOLE].to(_STORED), torch.tensor(len(parts)))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -172,7 +171,7 @@ class GeneralStatistics:
         """Like `measure`, from the features of the texts."""
         values = _first_parts(features)[:, WHOLE].double()
         mean = values.mean(0)
-        return cls(mean.float(), *_directions(values - mean, _GENERAL_DIRECTIONS), torch.tensor(len(values)))
+        return cls(mean.float(), *_directions(values - mean), torch.tensor(len(values)))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors to write into a file, by name."""
@@ -195,11 +194,11 @@ def _first_parts(features: Sequence[Tensor]) -> Tensor:
     return torch.stack([each[:NUM_PARTS] for each in features])
 
 
-def _directions(away: Tensor, number: int) -> tuple[Tensor, Tensor]:
+def _directions(away: Tensor) -> tuple[Tensor, Tensor]:
     """Main directions of a covariance, and the remaining variance for each dimension; sums in float64."""
     _, sizes, main = torch.linalg.svd(away / len(away) ** 0.5, full_matrices=False)
-    rest = sizes[number:].square().sum() / away.shape[1]
-    return (sizes[:number, None] * main[:number]).to(_STORED), rest.float()
+    rest = sizes[_DIRECTIONS:].square().sum() / away.shape[1]
+    return (sizes[:_DIRECTIONS, None] * main[:_DIRECTIONS]).to(_STORED), rest.float()
 
 
 def _check_names(cls: type, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
