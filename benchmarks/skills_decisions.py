@@ -66,6 +66,9 @@ class DecisionOptions:
     base_model: str = option("", "Folder of the base model.")
     data: list[str] = field(default_factory=list, metadata={"help": "Rows of each kind, NAME=FILE."})
     unknown: list[str] = field(default_factory=list, metadata={"help": "Rows that no skill is for, NAME=FILE."})
+    last_lines: list[str] = field(
+        default_factory=list, metadata={"help": "Last line of every text of a kind, NAME=TEXT, for kinds of one file."}
+    )
     rows: int = option(100, "Training rows, and test rows, of each kind.")
     long_rows: int = option(20, "Test rows of each kind with the long preamble.")
     preambles: list[int] = field(default_factory=lambda: [60, 600], metadata={"help": "Tokens of the two preambles."})
@@ -138,7 +141,9 @@ def measure(options: DecisionOptions) -> dict[str, Any]:
     )
     if len(sources) < 2:
         raise MolaError(f"`data` must have at least two kinds, NAME=FILE each: got {len(sources)}.")
+    lines = split_pairs("last_lines", options.last_lines, "NAME=TEXT")
     rows = {name: _texts(options, name, path, 2 * options.rows) for name, path in sources.items()}
+    rows = {name: [f"{text}\n{lines[name]}" if name in lines else text for text in rows[name]] for name in rows}
     tests = {name: each[: options.rows] for name, each in rows.items()}
     reader = _Reader(options)
     shifted = {

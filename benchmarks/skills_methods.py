@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from mola.files.reading import read_json
 from mola.models.tokenizer import load_tokenizer
 from mola.studies.continual_learning.continual import continual
 from mola.studies.continual_learning.record import EVALUATION_FOLDER, RECORD_FILE
+from mola.studies.continual_learning.stages import check_stages
 
 Found = dict[str, Any]
 
@@ -33,17 +36,16 @@ def marks_of(study: Study, model: Any, kind: str, wanted: Sequence[int] | None =
     """The marks of a model on the test questions of a kind, or on those with the `wanted` places."""
     examples = study.examples(kind, "test")
     chosen = examples if wanted is None else [examples[place] for place in wanted]
-    result = evaluate_examples(
-        model,
-        load_tokenizer(study.options.base_model, "left"),
-        study.task,
-        chosen,
-        template=PROTOCOL["template"],
-        scoring="likelihood",
-        batch_size=40,
-        show_progress=False,
-    )
-    return "".join("01"[sample["correct"]] for sample in result.samples)
+    return _marks(_samples(study, model, load_tokenizer(study.options.base_model, "left"), chosen))
+
+
+def _samples(study: Study, model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    settings: dict[str, Any] = {"scoring": "likelihood", "batch_size": 40, "show_progress": False}
+    return evaluate_examples(model, tokenizer, study.task, rows, template=PROTOCOL["template"], **settings).samples
+
+
+def _marks(samples: Sequence[Mapping[str, Any]]) -> str:
+    return "".join("01"[sample["correct"]] for sample in samples)
 
 
 def on_all_kinds(study: Study, model: Any) -> Found:
@@ -83,6 +85,50 @@ def own(study: Study) -> Found:
         model.set_adapter(kind)
         marks[kind] = marks_of(study, model, kind)
     return {"marks": marks}
+
+
+def own_from(layer: int) -> Callable[[Study], Found]:
+    """Like `own`, of LoRAs that adapt the layers from `layer` on, in as many steps."""
+
+    def measure(study: Study) -> Found:
+        options = sequence(study, f"from_layer_{layer}", {**SKILL, "layer": layer}, growth="skills")
+        marks, seconds = {}, []
+        for stage in check_stages(options):
+            result = train(stage.options)
+            seconds.append(round(result.seconds, 1))
+            marks[stage.name] = marks_of(study, base_model(study, stage.folder), stage.name)
+        shutil.rmtree(str(options.output_dir))
+        return {"marks": marks, "seconds_training": seconds}
+
+    return measure
+
+
+def two_skills(study: Study) -> Found:
+    """The skills folder with `top_k` 1 and 2, and prompts of two questions, of which the last one is scored.
+
+    The question before it is of the next kind in the order; `own` is the LoRA of the kind that is scored.
+    """
+    folder = study.folder / "skills" / "skills"
+    model, tokenizer = load_model(folder, dtype=PROTOCOL["dtype"]), load_tokenizer(study.options.base_model, "left")
+    found: dict[str, Any] = {"marks": {}, "asked": {}}
+    for place, kind in enumerate(study.order):
+        one = study.examples(kind, "test")
+        before = study.examples(study.order[(place + 1) % len(study.order)], "test")
+        two = [
+            {**row, "instruction": f"{other['instruction']}\n\n{row['instruction']}"}
+            for row, other in zip(one, before, strict=True)
+        ]
+        for name, rows in (("one question", one), ("two questions", two)):
+            for who in ("top_k 1", "top_k 2", "own"):
+                if who != "own":
+                    model.skills.decide_by(model.skills.threshold, int(who[-1]))
+                with model.skills.use(kind) if who == "own" else contextlib.nullcontext():
+                    samples = _samples(study, model, tokenizer, rows)
+                both = f"{name}, {who}"
+                found["marks"].setdefault(both, {})[kind] = _marks(samples)
+                if who != "own":
+                    found["asked"].setdefault(both, {})[kind] = dict(Counter(str(row["asked"]) for row in samples))
+    return found
 
 
 def text_classifier(study: Study) -> Found:
@@ -242,6 +288,9 @@ METHODS: dict[str, Callable[[Study], Found]] = {
     "base": lambda study: on_all_kinds(study, base_model(study)),
     "skills": skills,
     "own": own,
+    "from layer 0": own_from(0),
+    "from layer 20": own_from(20),
+    "two skills": two_skills,
     "sum": merged(share=1.0, combination_type="cat"),
     "mean": merged(combination_type="cat"),
     "ties": merged(share=1.0, combination_type="ties", density=0.5),

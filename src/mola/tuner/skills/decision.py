@@ -147,9 +147,12 @@ class _Lines:
 
 def _covariance(kept: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Mean of covariances, each kept as its main directions and the remaining variance; summed in their order."""
-    directions = torch.cat([each.double() for each, _ in kept])
-    rest = torch.stack([rest.double() for _, rest in kept]).mean()
-    return directions.T @ directions / len(kept) + rest * torch.eye(directions.shape[1], dtype=torch.float64)
+    size = kept[0][0].shape[1]
+    total = torch.zeros(size, size, dtype=torch.float64)
+    for directions, rest in kept:
+        total.addmm_(directions.double().T, directions.double())
+        total.diagonal().add_(rest.double())
+    return total / len(kept)
 
 
 def suggest_threshold(
