@@ -336,7 +336,7 @@ def test_raw_rows_that_look_prepared_are_refused_if_the_filters_leave_them_out(t
     assert len(load_examples(write(tmp_path, rows), task, None)) == 3
     rows[1]["language"] = "de"
     with pytest.raises(
-        MolaError, match="row 1 .*`language` 'de', which.*`french` leave out.*rename or drop its column"
+        MolaError, match="Row 1 .*`language` is 'de', which.*`french` reject.*rename or drop its column"
     ):
         load_examples(write(tmp_path, rows), task, None)
 

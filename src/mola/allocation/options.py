@@ -32,10 +32,10 @@ class AllocateOptions:
         "that `adapter` was trained on.",
     )
     method: str = required(
-        "How layers are scored: by a shape (inverted_triangle, triangle, hourglass, diamond, rectangle, or digits such "
-        "as 2468), uniform, alphalora (the spectra of the weights), redundancy (how different the experts of `adapter` "
-        "are), usage (how many of its experts are used), gradient (the squared gradients on `data`) or activation (how "
-        "much variance of the inputs on `data` few directions explain)."
+        "How layers are scored. Without data: uniform, or a shape (inverted_triangle, triangle, hourglass, diamond, "
+        "rectangle, or digits such as 2468). By the base model's weights: alphalora. By a trained `adapter`: "
+        "redundancy (how different its experts are) or usage (how many are used). By `data`: gradient (squared "
+        "gradients) or activation (how much variance of the inputs few directions explain)."
     )
     budget: int = required("Total number of experts: the sum over the layers.")
     output: str | None = option(None, "File to write (JSON); it can be passed as `num_experts`.")

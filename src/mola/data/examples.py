@@ -205,10 +205,9 @@ def _check_task_filters(rows: _Rows, task: Task, path: str | Path) -> None:
         for name, value in filters.items():
             if row.get(name) != value:
                 raise MolaError(
-                    f"`data` must be rows as `mola prepare` writes them, or raw ones: row {index} of `{path}` has "
-                    f"`id`, `input`, `instruction` and `output` as if it were prepared, but `{name}` "
-                    f"{row.get(name)!r}, which the filters of the task `{task.name}` leave out. If the row is raw, "
-                    "rename or drop its column `id`."
+                    f"`data` must be rows as `mola prepare` writes them, or raw ones. Row {index} of `{path}` has "
+                    f"the columns of a prepared row, but its `{name}` is {row.get(name)!r}, which the filters of the "
+                    f"task `{task.name}` reject. If the row is raw, rename or drop its column `id`."
                 )
     logger.info("%s is taken as prepared: its rows have `id`, `input`, `instruction` and `output`", path)
 

@@ -50,9 +50,9 @@ class ConvertOptions:
     rank: int | None = option(None, "Rank of the LoRA.", "r")
     method: str | None = option(
         None,
-        "regression: the LoRA nearest to the mixture on `data` or `text`; the default if one of them is given. mean: "
-        "the mean of the experts; the default otherwise. usage: their mean weighted by the gates in the last interval "
-        "of the adapter's routing.jsonl.",
+        "regression: the LoRA nearest to the mixture on `data` or `text`. It is the default if one of them is given. "
+        "Otherwise the default is mean: the mean of the experts. With usage the mean is weighted by the gates in the "
+        "last interval of the adapter's routing.jsonl.",
     )
     fit_passes: int = option(
         1,
