@@ -100,6 +100,15 @@ def router_entropies(logits: torch.Tensor, dim: int) -> torch.Tensor:
     return -(log_probabilities.exp() * log_probabilities).sum(dim) / math.log(logits.shape[dim])
 
 
+def effective_experts(gates: torch.Tensor, dim: int) -> torch.Tensor:
+    r"""Effective number of experts along `dim`: `1 / sum_e g_e^2`, from 1 to `top_k`.
+
+    1: one expert has the whole gate. `top_k`: all chosen experts have the same gate. The result lacks the dimension
+    `dim`. This is the inverse of Simpson's index, also called participation ratio or Hill number of order 2.
+    """
+    return gates.square().sum(dim).reciprocal()
+
+
 # ---------------------------------------------------------------------- sums over the tokens of a training
 
 
