@@ -10,6 +10,7 @@ import io
 import json
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +103,24 @@ def _caption(record: dict[str, Any]) -> str:
     )
 
 
+def to_svg(draw: Callable[[], Any], title: str) -> str:
+    """The figure that `draw` returns as an SVG file, in the look of all pictures; equal figures give equal texts.
+
+    Raises:
+        MolaError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MolaError('`matplotlib` draws the picture and is missing: run pip install "mola-peft[plot]".') from error
+    file = io.BytesIO()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_LOOK)
+        draw().savefig(file, format="svg", metadata={"Title": title, "Date": None, "Creator": None})
+    return file.getvalue().decode("utf-8")
+
+
 @in_one_line("benchmarks.plot")
 def main(arguments: list[str] | None = None) -> int:
     """Draw the picture; the exit code is 0, or 2 for wrong input."""
@@ -110,21 +129,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("growth.svg"), help="SVG file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace `output` if it exists")
     options = parser.parse_args(arguments)
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MolaError('`matplotlib` draws the picture and is missing: run pip install "mola-peft[plot]".') from error
     record = json.loads(options.results.read_text(encoding="utf-8"))
     if not record["results"].get("growth"):
         raise MolaError(f"`results` must hold the suite growth: {str(options.results)!r} has none.")
     output = check_new_file("output", options.output, options.overwrite)
-    file = io.BytesIO()
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_LOOK)
-        title = "Time of a training step over that of the frozen layers, for growing numbers of experts and tokens"
-        draw(record).savefig(file, format="svg", metadata={"Title": title, "Date": None, "Creator": None})
-    print(f"Written to {atomic_write_text(output, file.getvalue().decode('utf-8'))}.")
+    title = "Time of a training step over that of the frozen layers, for growing numbers of experts and tokens"
+    print(f"Written to {atomic_write_text(output, to_svg(lambda: draw(record), title))}.")
     return 0
 
 
