@@ -4,13 +4,13 @@
 # make test-min     the tests of `make test` with the lowest versions that pyproject.toml allows for what they install
 # make test-mid     the same with versions in between
 # make dist         build wheel and source distribution, check what an index would refuse
-# make fuzz         properties of mola's own formats, 10,000 inputs each (see docs/reliability.md)
+# make fuzz         properties of mola's own formats, 10,000 inputs each (see docs/research/reliability.md)
 # make coverage     which lines and branches of the layer and the checkpoints the tests run
-# make mutation     small faults in the layer's code, one by one: do tests notice? (see docs/reliability.md)
-# make test-peft    run PEFT's own tests with MolaConfig (see docs/peft-suite.md)
+# make mutation     small faults in the layer's code, one by one: do tests notice? (see docs/research/reliability.md)
+# make test-peft    run PEFT's own tests with MolaConfig (see docs/research/peft-suite.md)
 # make bench        measure step time, memory, decoding and more against LoRA and a plain loop (see below)
 # make clean        remove environments, caches and what was built; runs stay
-# make bench-gpu    is mola right and fast on the GPU of this machine? in a quarter of an hour (see docs/gpu.md)
+# make bench-gpu    is mola right and fast on the GPU of this machine? in a quarter of an hour (see docs/research/gpu.md)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -118,7 +118,7 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml
 	.venv-min/bin/uv pip install --quiet --python .venv-min/bin/python --resolution lowest-direct --editable ".[test]"
 	@touch $@
 
-# Below what changed last in each: see docs/compatibility.md.
+# Below what changed last in each: see docs/reference/compatibility.md.
 MID = "torch==2.12.*" "transformers==5.16.*" "peft==0.20.*" "trl==0.29.*" "accelerate==1.13.*" "datasets==4.6.*" "numpy==2.3.*"
 .venv-mid/.test: pyproject.toml Makefile | same-python
 	$(PYTHON) -m venv --clear .venv-mid

@@ -1,7 +1,7 @@
 """Measures the accuracy on prepared ScienceQA questions.
 
 This script has the flags and the result file of the research code's script of the same name, see
-docs/from-the-research-code.md. `mola evaluate` does the same for other tasks.
+docs/guides/from-the-research-code.md. `mola evaluate` does the same for other tasks.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Writes the table in docs/compatibility.md: runs the tests marked with `compatibility` and records their results.
+"""Writes the table in docs/reference/compatibility.md: runs the tests marked with `compatibility`, records results.
 
 python scripts/make_compatibility_table.py                        every marked test, slow ones too: some minutes
 python scripts/make_compatibility_table.py --columns DDP FSDP     these columns only; other cells stay as they are
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGET = ROOT / "docs" / "compatibility.md"
+TARGET = ROOT / "docs" / "reference" / "compatibility.md"
 COLUMNS = ("targets", "train", "save/load", "generate", "switching", "checkpointing", "compile")
 COLUMNS += ("quantised", "DDP", "FSDP")
 FAMILIES = {
@@ -133,7 +133,7 @@ def _pytest(recorder: Recorder, *options: str) -> Recorder:
 
 
 def read_table() -> Cells:
-    """Read the cells of the table in docs/compatibility.md."""
+    """Read the cells of the table in docs/reference/compatibility.md."""
     table = _TABLE.search(TARGET.read_text(encoding="utf-8"))
     assert table is not None, f"{TARGET} has no table"
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[0].splitlines() if line]
@@ -161,7 +161,7 @@ def _untested(family: str, column: str) -> str:
 
 def main() -> int:
     """Run the tests and write the table."""
-    parser = argparse.ArgumentParser(description="Write the table of docs/compatibility.md from the tests it names.")
+    parser = argparse.ArgumentParser(description="Run the tests of docs/reference/compatibility.md, write its table.")
     parser.add_argument(
         "--columns", nargs="+", choices=COLUMNS, default=COLUMNS, help="Run only the tests of these columns."
     )

@@ -1,4 +1,4 @@
-"""Writes docs/options.md: the options of every command as tables, from the dataclasses the commands use.
+"""Writes docs/reference/options.md: the options of every command as tables, from the dataclasses the commands use.
 
 python scripts/make_option_tables.py            write the file
 python scripts/make_option_tables.py --check    exit code 1 if the file is out of date
@@ -21,7 +21,7 @@ from mola.cli import COMMANDS, find
 from mola.files.atomic import atomic_write_text
 from mola.options.fields import group_options, is_required, shown_name
 
-TARGET = Path(__file__).resolve().parents[1] / "docs" / "options.md"
+TARGET = Path(__file__).resolve().parents[1] / "docs" / "reference" / "options.md"
 _HEAD = """\
 # Options
 
@@ -132,7 +132,7 @@ def _default(field: dataclasses.Field) -> str:
 
 def main() -> int:
     """Write the file, or check that it is up to date."""
-    parser = argparse.ArgumentParser(description="Write docs/options.md from the commands' options.")
+    parser = argparse.ArgumentParser(description="Write docs/reference/options.md from the commands' options.")
     parser.add_argument("--check", action="store_true", help="Write nothing; exit code 1 if the file is out of date.")
     text = render()
     if parser.parse_args().check:

@@ -1,7 +1,7 @@
 """Fine-tune experts on plain text, such as sampled instruction data.
 
 This script has the flags of the research code's script of the same name; `--help` explains them, see also
-docs/from-the-research-code.md. `mola train` does the same with more options.
+docs/guides/from-the-research-code.md. `mola train` does the same with more options.
 """
 
 import sys

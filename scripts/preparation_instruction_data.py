@@ -1,7 +1,7 @@
 """Prepare instruction data in the form of OpenOrca: a random part of it, as plain text.
 
 This script has the flags of the research code's script of the same name; `--help` explains them, see also
-docs/data.md. `mola prepare --num_samples` does the same with more columns, or for other data.
+docs/guides/data.md. `mola prepare --num_samples` does the same with more columns, or for other data.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Prepare ScienceQA: the questions without an image, as prompts and answers.
 
 This script has the flags of the research code's script of the same name; `--help` explains them, see also
-docs/data.md. `mola prepare` does the same for any task.
+docs/guides/data.md. `mola prepare` does the same for any task.
 """
 
 import sys

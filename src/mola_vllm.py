@@ -1,4 +1,4 @@
-"""vLLM's entry to mola: registers the load format `mola`; see docs/vllm.md.
+"""vLLM's entry to mola: registers the load format `mola`; see docs/guides/vllm.md.
 
 vLLM imports this module and calls `register` in every process, whatever vLLM serves. So the module imports mola only
 when a model is loaded in this format.

@@ -31,7 +31,7 @@ from mola.options.parsing import parse
 from .versions import has
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TRAINING_OFTEN = (
     *("continual.md", "from-the-research-code.md", "hub.md", "quantization.md", "report.md", "training.md"),
 )
@@ -189,7 +189,7 @@ def anchors(page):
 
 
 def test_every_public_name_is_documented():
-    text = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
     missing = [
         name for name in mola.__all__ if not re.search(rf"`(mola\.)?{re.escape(name)}[`(]|\bmola\.{name}\b", text)
     ]
@@ -198,7 +198,7 @@ def test_every_public_name_is_documented():
 
 def test_every_field_of_the_configuration_is_documented():
     own = mola.MolaConfig.__annotations__
-    text = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reference" / "python-api.md").read_text(encoding="utf-8")
     assert [name for name in own if f"| `{name}` |" not in text] == []
 
 
@@ -241,7 +241,8 @@ def test_every_command_is_shown_on_a_page_two_clicks_from_the_readme(near):
         for words in commands(block)
     }
     assert sorted(cli.COMMANDS.keys() - shown - {"quickstart"}) == []  # the one that `make` runs
-    sections = re.findall(r"^## mola (.+)$", (ROOT / "docs" / "options.md").read_text(encoding="utf-8"), re.M)
+    tables = (ROOT / "docs" / "reference" / "options.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## mola (.+)$", tables, re.M)
     assert sorted(sections) == sorted(cli.COMMANDS)
 
 

@@ -1,4 +1,4 @@
-"""The structure of the package: imports run in one direction, and its root stays small. See docs/design.md."""
+"""The structure of the package: imports run in one direction, and its root stays small. See docs/research/design.md."""
 
 import subprocess
 import sys

@@ -21,9 +21,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
-    built = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
-    assert pages - {"index"} <= built
+    pages = {path.relative_to(ROOT / "docs").with_suffix("") for path in (ROOT / "docs").rglob("*.md")}
+    built = {path.parent.relative_to(tmp_path / "site") for path in (tmp_path / "site").glob("*/*/index.html")}
+    assert pages - {Path("index")} == built
     assert "https://fonts" not in (tmp_path / "site" / "index.html").read_text()
 
 
@@ -45,8 +45,8 @@ def test_every_page_is_in_the_navigation():
     Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", lambda *arguments: None)
     navigation = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"]
     text = str(navigation)
-    for page in (ROOT / "docs").glob("*.md"):
-        assert f"'{page.name}'" in text, page.name
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f"'{page.relative_to(ROOT / 'docs')}'" in text, page.name
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)

@@ -16,7 +16,7 @@ from tests.ports import free_port
 from tests.test_docs import blocks, write_files
 from tests.waiting import PATIENCE, wait_until
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "tutorial.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "get-started" / "tutorial.md"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 

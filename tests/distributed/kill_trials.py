@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python -m tests.distributed.kill_trials --way ddp --trials 30 --seed 0 --output kills.json
 
 A trial starts a run of 6 steps with a checkpoint after each, kills one process at a moment drawn over the time that
-such a run took, waits for the other one, and goes on as docs/training.md says. Adapter, loss curve and use of experts
-must then be those of a run that nothing killed, bit for bit. Trials that are in the output file already are not run
-again. A process that is left must end by itself: after `--ddp_timeout` 20 where it waits for one that never came.
+such a run took, waits for the other one, and goes on as docs/guides/training.md says. Adapter, loss curve and use of
+experts must then be those of a run that nothing killed, bit for bit. Trials that are in the output file already are not
+run again. A process that is left must end by itself: after `--ddp_timeout` 20 where it waits for one that never came.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The commands of docs/distributed.md as a user types them, and the configurations in recipes/accelerate."""
+"""The commands of docs/guides/distributed.md as a user types them, and the configurations in recipes/accelerate."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A tiny random model of every family in docs/compatibility.md, and a batch it can be trained on.
+"""A tiny random model of every family in docs/reference/compatibility.md, and a batch it can be trained on.
 
 Six layers in encoder-decoders (T5: three and three, BART: two and four), four in all others; float32, no dropout.
 """

@@ -1,4 +1,4 @@
-"""The table of docs/compatibility.md names the cells that have tests, no others. Nothing but collection runs here."""
+"""The table of docs/reference/compatibility.md names the cells that have tests, no others. Only collection runs."""
 
 import importlib.util
 from pathlib import Path

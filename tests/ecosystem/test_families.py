@@ -1,4 +1,4 @@
-"""mola on every model family of docs/compatibility.md: tiny random models, one test per cell of the table."""
+"""mola on every model family of docs/reference/compatibility.md: tiny random models, one test per cell of the table."""
 
 import re
 

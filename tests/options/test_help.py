@@ -28,7 +28,7 @@ KNOWN_FROM_TRAINER = (
     *("per_device_eval_batch_size", "save_steps", "save_total_limit", "load_best_model_at_end", "push_to_hub"),
     "resume_from_checkpoint",
 )
-# docs/training.md says why the first of these have other defaults.
+# docs/guides/training.md says why the first of these have other defaults.
 OTHER_DEFAULTS = {"learning_rate", "warmup_steps", "logging_steps", "logging_nan_inf_filter", "hub_strategy"}
 OTHER_DEFAULTS |= {"eval_strategy", "save_strategy", "save_total_limit", "load_best_model_at_end"}
 
@@ -84,7 +84,7 @@ def test_train_fits_two_screens_and_begins_with_what_a_newcomer_sets(help_of):
     assert tuple(groups["start with these"]) == FIRST
     assert set(KNOWN_FROM_TRAINER) <= set(groups["run"])
     assert "mola train --help all" in lines[-1]
-    assert "docs/options.md" in lines[-1]
+    assert "docs/reference/options.md" in lines[-1]
     assert help_of("train", "-h") == text
 
 

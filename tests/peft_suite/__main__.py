@@ -22,7 +22,7 @@ from tests.peft_suite.report import Result, markdown, write_page
 from tests.peft_suite.source import PACKAGE, fetch_tests
 
 PROJECT = Path(__file__).resolve().parents[2]
-PAGE = PROJECT / "docs" / "peft-suite.md"
+PAGE = PROJECT / "docs" / "research" / "peft-suite.md"
 FILES = (
     "test_config",
     "test_custom_models",
@@ -45,7 +45,7 @@ class SuiteOptions:
 
     cache: str = option(str(PROJECT / ".cache" / "peft-suite"), "Folder for PEFT's tests, kept from run to run.")
     only: str | None = option(None, "A pytest -k expression: run what it selects, and do not look for stale entries.")
-    write_page: bool = option(False, "Write the result into docs/peft-suite.md, if everything holds.")
+    write_page: bool = option(False, "Write the result into docs/research/peft-suite.md, if everything holds.")
 
     def __post_init__(self) -> None:
         if self.only is not None and self.write_page:

@@ -1,4 +1,4 @@
-"""What came of a run: the verdict, a table for the terminal, the generated part of `docs/peft-suite.md`."""
+"""What came of a run: the verdict, a table for the terminal, the generated part of `docs/research/peft-suite.md`."""
 
 from __future__ import annotations
 

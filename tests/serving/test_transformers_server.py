@@ -1,4 +1,4 @@
-"""Transformers' own server with a mixture, as docs/serving.md has it."""
+"""Transformers' own server with a mixture, as docs/guides/serving.md has it."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Fields of PEFT's LoraConfig: each works as in LoRA, or is refused with its reason; docs/lora-fields.md lists all."""
+"""Fields of PEFT's LoraConfig: each works as in LoRA or raises an error; docs/reference/lora-fields.md lists all."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ from mola.tuner.loraplus import create_loraplus_optimizer
 from tests.tuner.models import clone, random_config, tiny_llama, token_batch
 from tests.versions import has, needs
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "lora-fields.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "lora-fields.md"
 OWN = {field.name for field in dataclasses.fields(LoraConfig)} - {
     field.name for field in dataclasses.fields(LoraConfig.__mro__[1])
 }
@@ -45,7 +45,7 @@ def test_every_field_of_lora_is_a_field_of_ours_or_refused_and_in_the_table():
 
 
 def test_a_field_of_lora_alone_is_refused():
-    with pytest.raises(MolaError, match=r"MolaConfig has no fields use_dora\..*docs/lora-fields.md explains"):
+    with pytest.raises(MolaError, match=r"MolaConfig has no fields use_dora\..*docs/reference/lora-fields.md explains"):
         MolaConfig(use_dora=True)
 
 

@@ -36,7 +36,7 @@ def _help_text(parser: OptionsParser, is_complete: bool) -> str:
     if rest and not is_complete:
         lines += [
             "",
-            f"`{parser.prog} --help all` lists every option of TrainingArguments too; tables: docs/options.md.",
+            f"`{parser.prog} --help all` also lists options of TrainingArguments. Tables: docs/reference/options.md",
         ]
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Faults of a run that its folder shows. There is one rule per fault; each rule also says what to change.
 
-The limits are far from the values of healthy runs (docs/doctor.md has both). A run without findings may still be poor.
+The limits are far from the values of healthy runs (docs/guides/doctor.md has both). A run without findings may still be
+poor.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""`mola serve --engine vllm`: replaces this process by vLLM's own server; see docs/vllm.md."""
+"""`mola serve --engine vllm`: replaces this process by vLLM's own server; see docs/guides/vllm.md."""
 
 import dataclasses
 import importlib.util

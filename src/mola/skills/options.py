@@ -16,7 +16,7 @@ from mola.options.fields import START, Group, check_positive, check_required, co
 REJECT_RATE = 0.02
 _FOLDER = "Skills folder."
 _TASK = "Task of the data: its name or a YAML file. Default: the one of the adapter's run, else by the columns."
-_TEMPLATE = "Prompt template of the data. Default: the one that the skill was trained with; see docs/data.md."
+_TEMPLATE = "Prompt template of the data. Default: the one that the skill was trained with; see docs/guides/data.md."
 _BASE = "Folder or hub id of the base model. Default: the one that the skills folder records."
 
 

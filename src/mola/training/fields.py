@@ -46,7 +46,7 @@ class TrainFields(Quantization):
 
     _start: ClassVar = START
     base_model: str | None = option(None, "Folder or hub id of the base. Default: that of `adapter`.")
-    data: str | None = option(None, "Training data: a file, a folder or a Hub id; see docs/data.md.")
+    data: str | None = option(None, "Data: file, folder or Hub id; see docs/guides/data.md.")
     task: str | None = option(None, "Task: its name or a YAML file. Default: by the columns.")
     output_dir: str | None = option(None, "Folder for the adapter and the run's files.", "output")
     num_experts: str | None = option(
@@ -78,7 +78,7 @@ class TrainFields(Quantization):
     use_rslora: bool | None = option(None, "Scale by lora_alpha / sqrt(r).", nargs="?", const=True)
     init_lora_weights: str | None = option(None, "Start: true (default), gaussian, orthogonal or principal.")
     skill: str | None = option(None, "Train a plain LoRA and add it to `into` under this name.")
-    into: str | None = option(None, "Skills folder, see docs/skills.md; a new one is created.")
+    into: str | None = option(None, "Skills folder, created if missing; see docs/guides/skills.md.")
     layer: int | None = option(None, "Lowest layer of a skill. Default: that of `into`, else n / 3.")
 
     _data: ClassVar = Group("data")
@@ -111,7 +111,7 @@ class TrainFields(Quantization):
     activation_checkpointing: bool | None = option(
         None, "Less memory, more time; formerly gradient_checkpointing.", nargs="?", const=True
     )
-    torch_compile: bool = option(False, "Compile the step (takes minutes); see docs/performance.md.")
+    torch_compile: bool = option(False, "Compile (takes minutes); see docs/research/performance.md.")
     train_device: str | None = option(None, "Device: cpu, cuda or mps. Default: the best one here.", "device")
     nproc: int = option(1, "Processes on this machine, one per device.")
     seed: int = option(42, "Seed of all random numbers.")
@@ -127,7 +127,7 @@ class TrainFields(Quantization):
     eval_steps: float | None = option(None, "Steps between evaluations. Default: `logging_steps`.")
     per_device_eval_batch_size: int = option(8, "Batch size per device in evaluations.")
     save_strategy: str = option("epoch", "When to save: no, steps, epoch or best.")
-    save_steps: float = option(500, "Steps between checkpoints; see docs/training.md.")
+    save_steps: float = option(500, "Steps per checkpoint (docs/guides/training.md).")
     save_total_limit: int | None = option(3, "Checkpoints to keep, including the best one.")
     load_best_model_at_end: bool = option(True, "Keep the weights of lowest evaluation loss.")
     push_to_hub: bool = option(False, "Upload the finished run to the Hub.")

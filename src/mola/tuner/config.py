@@ -54,8 +54,8 @@ def _refuse_unknown_fields(cls: type[_Class]) -> type[_Class]:
         if unknown:
             raise MolaError(
                 f"MolaConfig has no fields {', '.join(unknown)}. Its fields are {', '.join(known)}. "
-                "docs/lora-fields.md explains which LoraConfig fields MolaConfig lacks. If the field is in a saved "
-                "adapter, a different version wrote it: install the matching mola-peft or peft."
+                "docs/reference/lora-fields.md explains which LoraConfig fields MolaConfig lacks. If the field is in a "
+                "saved adapter, a different version wrote it: install the matching mola-peft or peft."
             )
         dataclass_init(self, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""vLLM's server with a mixture: the load format `mola`, see docs/vllm.md.
+"""vLLM's server with a mixture: the load format `mola`, see docs/guides/vllm.md.
 
 - `parts` reads an adapter folder as parts of linears and slices them; `mixture` computes what is added to a linear.
   These two do not import vLLM.

@@ -68,7 +68,7 @@ def test_whole_steps_on_fake_cuda_tensors_never_wait_for_the_device():
 @needs_compiler
 @needs_fake_devices
 def test_launches_per_linear():
-    """At most as many as LoRA asks for without dropout and when it decodes; docs/performance.md has them all."""
+    """At most as many as LoRA asks for without dropout and when it decodes; docs/research/performance.md has all."""
     rows = json.loads(run("benchmarks.launches", "--json"))
     found = {(row["provider"], row["adapters"], row["dropout"]): row for row in rows}
     total = {key: row["forward"] + row["backward"] for key, row in found.items()}
