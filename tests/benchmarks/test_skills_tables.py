@@ -59,3 +59,16 @@ def test_a_folder_without_records_is_an_error_of_one_line(tmp_path, capsys):
         read(TableOptions(records=str(tmp_path)))
     assert main(["--records", str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_picture_has_the_accuracy_on_all_kinds_so_far(records, tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import skills_plot
+
+    options = TableOptions(kinds=12, records=str(records))
+    (axes,) = skills_plot.draw(read(options)).axes
+    thick = [line for line in axes.lines if line.get_label() == "skills folder, 2 seeds"]
+    assert list(thick[0].get_ydata()) == [100] * 11 + [pytest.approx(100 * 119 / 120)]
+    output = tmp_path / "skills.svg"
+    assert skills_plot.main(["--kinds", "12", "--records", str(records), "--output", str(output)]) == 0
+    assert "kinds of questions learnt so far" in output.read_text()
