@@ -3,6 +3,7 @@
 # make test-all     the slow ones too, more inputs for properties, all extras (for a job at night)
 # make test-min     the tests of `make test` with the lowest versions that pyproject.toml allows for what they install
 # make test-mid     the same with versions in between
+# make docs         build the pages of docs/ as a site in site/; a dead link is an error
 # make dist         build wheel and source distribution, check what an index would refuse
 # make fuzz         properties of mola's own formats, 10,000 inputs each (see docs/research/reliability.md)
 # make coverage     which lines and branches of the layer and the checkpoints the tests run
@@ -27,7 +28,7 @@ endif
 # Two installs into one environment would get in each other's way.
 .NOTPARALLEL:
 
-.PHONY: quickstart test test-min test-mid test-all test-peft dist fuzz coverage mutation bench bench-gpu check style setup clean same-python
+.PHONY: quickstart test test-min test-mid test-all test-peft docs dist fuzz coverage mutation bench bench-gpu check style setup clean same-python
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/mola quickstart
@@ -82,7 +83,11 @@ dist: $(VENV)/.dev
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
-check: $(VENV)/.dev
+# The variable silences an advertisement.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+check: $(VENV)/.dev docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -255,16 +255,21 @@ def test_every_command_is_in_the_readme():
     ] == []
 
 
-def test_readme_names_the_lowest_versions_and_all_extras():
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+@pytest.mark.parametrize("page", ["README.md", "docs/get-started/install.md"])
+def test_the_lowest_versions_and_all_extras_are_named(page):
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     required = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
     lowest = {name: [each.version for each in found if each.operator == ">="] for name, found in required.items()}
     python = project["requires-python"].removeprefix(">=")
     torch, transformers, peft = (lowest[name][0] for name in ("torch", "transformers", "peft"))
     assert f"Python {python}, PyTorch {torch}, Transformers {transformers}, PEFT {peft} or newer" in text
-    named = set(re.findall(r"`([\w-]+)`", text.partition("Extras, as in")[2].partition("## ")[0]))
-    assert named == set(project["optional-dependencies"]) - {"test", "dev", "docs"}
+    extras = set(project["optional-dependencies"]) - {"test", "dev", "docs"}
+    if page == "README.md":
+        named = re.findall(r"`([\w-]+)`", text.partition("Extras, as in")[2].partition("## ")[0])
+    else:
+        named = re.findall(r"`([\w-]+)`", " ".join(re.findall(r"\| (`[^|]+`) \| ", text)))
+    assert sorted(named) == sorted(extras)
 
 
 def test_readme_is_short():
