@@ -118,7 +118,7 @@ def write_files(page, folder):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", pages_with("run", slow=TRAINING_OFTEN))
 def test_code_runs(page, work, monkeypatch):
-    if page.name == "trainers.md" and importlib.util.find_spec("trl") and not has("trl", "0.27"):
+    if page.name == "trl.md" and importlib.util.find_spec("trl") and not has("trl", "0.27"):
         pytest.skip("needs TRL 0.27: its DPO reads `warnings_issued`, which models of Transformers 5 do not have")
     wanted = [block for block in blocks(page) if block.mark == "run"]
     missing = {block.value for block in wanted if block.value and importlib.util.find_spec(block.value) is None}

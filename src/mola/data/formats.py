@@ -113,7 +113,7 @@ def _preference(columns: set[str], row: Row) -> Format | None:
     raise MolaError(
         "`data` has pairs of a `chosen` and a `rejected` answer, which this command does not read. TRL trains on them: "
         "python -m mola.integrations.trl_command dpo --model_name_or_path MODEL --dataset_name FOLDER --output_dir RUN "
-        "(see docs/guides/trainers.md). To train on the chosen answers alone, rename `chosen` to `messages` or "
+        "(see docs/guides/trl.md). To train on the chosen answers alone, rename `chosen` to `messages` or "
         "`completion`."
     )
 

@@ -171,7 +171,7 @@ class ChatTemplate(Template):
             raise MolaError(
                 f"`template` {CHAT} needs a chat template whose generation prompt is the beginning of an answer: this "
                 f"template ends the prompt with {prompt[-40:]!r}, and begins answers differently. Train with TRL, see "
-                "docs/guides/trainers.md."
+                "docs/guides/trl.md."
             )
         return conversation[len(prompt) :].partition(_ANSWER)[0]
 

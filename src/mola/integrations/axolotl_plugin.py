@@ -1,4 +1,4 @@
-"""Plug-in for axolotl: `adapter: mola` in its YAML trains a mixture, see docs/guides/trainers.md.
+"""Plug-in for axolotl: `adapter: mola` in its YAML trains a mixture, see docs/guides/axolotl.md.
 
 axolotl finds the plug-in by the entry point in pyproject.toml and imports the plug-in whenever axolotl starts.
 """

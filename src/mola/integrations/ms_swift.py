@@ -1,4 +1,4 @@
-"""Plug-in for ms-swift: `swift sft --external_plugins <this file> --tuner_type mola`; see docs/guides/trainers.md.
+"""Plug-in for ms-swift: `swift sft --external_plugins <this file> --tuner_type mola`; see docs/guides/ms-swift.md.
 
 ms-swift runs this file by its path while it checks its arguments. It rejects unknown arguments, so the settings of a
 mixture are in `model_kwargs`.
