@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 import torch
 
 from benchmarks.errors import in_one_line
-from benchmarks.token_updates import FIRST_GATE, LinearMeasures, measured_updates
+from benchmarks.token_updates import LinearMeasures, measured_updates
 from mola.data.encode import data_fingerprint
 from mola.data.tasks import load_task
 from mola.data.tokenized import IGNORED
@@ -42,7 +42,7 @@ from mola.files.environment import machine_description, software_versions
 from mola.files.reading import first_repeated, read_json_lines
 from mola.files.terminal import show_progress
 from mola.insight import ROUTING_FILE
-from mola.insight.recorder import effective_experts
+from mola.insight.recorder import FIRST_GATE, effective_experts
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
 from mola.models.from_options import check_model, model_for, tokenizer_for

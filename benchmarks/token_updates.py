@@ -23,11 +23,10 @@ import torch
 from torch import nn
 
 from mola.errors import MolaError
-from mola.insight.recorder import ModuleGates, effective_experts, recorded_gates
+from mola.insight.recorder import FIRST_GATE, ModuleGates, effective_experts, recorded_gates
 from mola.insight.redundancy import in_float64
 from mola.tuner.layer import MolaLinear
 
-FIRST_GATE = 0.9  # the first gate rules a token if it is above
 QUANTILES = (0.1, 0.5, 0.9)
 
 

@@ -33,6 +33,7 @@ from tests.tuner.test_routing import sigmoid_router
 # One layer has top_k 1, whose router learns nothing without router losses; it is not to learn here.
 pytestmark = pytest.mark.filterwarnings("ignore:.*top_k=1:UserWarning")
 
+OF_TOKENS = ("entropy", "margin", "effective_experts", "first_gate_above")  # means over tokens
 SUMMARY = {f"experts/{name}" for name in ("balance", "entropy", "margin", "dead", "drift")}
 
 
@@ -110,7 +111,7 @@ def pooled(found):
         for record in line["modules"]:
             mine = total.setdefault(record["module"], {"num_tokens": 0, "sums": 0})
             mine["num_tokens"] += record["num_tokens"]
-            values = [*record["shares"], *record["mean_gates"], record["entropy"], record["margin"]]
+            values = [*record["shares"], *record["mean_gates"], *(record[name] for name in OF_TOKENS)]
             mine["sums"] = mine["sums"] + torch.tensor(values, dtype=torch.float64) * record["num_tokens"]
     return {module: (mine["num_tokens"], mine["sums"] / mine["num_tokens"]) for module, mine in total.items()}
 
@@ -121,7 +122,8 @@ def assert_same_use(found, usages):
     for usage in usages:
         num_tokens, values = means[usage.module]
         assert num_tokens == usage.num_tokens
-        wanted = torch.tensor([*usage.shares, *usage.mean_gates, usage.entropy, usage.margin], dtype=torch.float64)
+        of_tokens = [getattr(usage, name) for name in OF_TOKENS]
+        wanted = torch.tensor([*usage.shares, *usage.mean_gates, *of_tokens], dtype=torch.float64)
         torch.testing.assert_close(values, wanted, atol=1e-5, rtol=0)
 
 
@@ -245,10 +247,21 @@ def test_a_resumed_run_records_the_same_as_an_uninterrupted_run(step, make, tmp_
     assert lines(part) == lines(whole)
 
 
-def test_a_checkpoint_without_sums_is_warned_about(make, tmp_path, caplog):
+def remove_sums(path):
+    path.unlink()
+
+
+def write_sums_of_an_earlier_version(path):
+    """Up to version 0.9.0 each router had two sums less."""
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "sums": [row[:-2] for row in saved["sums"]]}))
+
+
+@pytest.mark.parametrize("change", [remove_sums, write_sums_of_an_earlier_version])
+def test_a_checkpoint_without_sums_is_warned_about(make, tmp_path, caplog, change):
     options = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 3}
     make(**options).train()
-    (tmp_path / "checkpoint-3" / "routing_sums.json").unlink()
+    change(tmp_path / "checkpoint-3" / "routing_sums.json")
     make(**options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert "no sums of the experts' use since step 2" in caplog.text
 

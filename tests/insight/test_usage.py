@@ -45,6 +45,9 @@ def test_usage_equals_its_definitions_for_any_batches(num_tokens, num_experts, d
     assert usage.entropy == pytest.approx(all_entropies.mean().item(), abs=1e-6)
     ordered = [sorted(row, reverse=True) for row in rows]
     assert usage.margin == pytest.approx(sum(row[0] - row[1] for row in ordered) / num_tokens)
+    effective = [1 / sum(gate**2 for gate in row) for row in rows]
+    assert usage.effective_experts == pytest.approx(sum(effective) / num_tokens)
+    assert usage.first_gate_above == sum(max(row) > 0.9 for row in rows) / num_tokens
 
 
 def test_masked_tokens_do_not_count():

@@ -21,7 +21,9 @@ from mola.tuner.router_losses import call_arguments
 from mola.tuner.router_statistics import RouterOutput
 from mola.tuner.routing import DEFAULT_ROUTER, route_dense
 
-SCALAR_SUMS = 3  # columns of a router's sums that are not per expert: entropies, margins, tokens
+# Columns of a router's sums that are not per expert: entropies, margins, effective experts, first gates above, tokens.
+SCALAR_SUMS = 5
+FIRST_GATE = 0.9  # above it, one expert does nearly all of a token's update
 
 # ---------------------------------------------------------------------- gates of every token
 
@@ -245,7 +247,8 @@ class RouterRecorder:
 
         Returns:
             float64 on the CPU `(routers, 2 * largest E + SCALAR_SUMS)`: how often each expert was chosen and each
-            expert's gates, both padded with zeros to the largest number of experts, then entropies, margins, tokens.
+            expert's gates, both padded with zeros to the largest number of experts, then the sums of
+            `sums_over_tokens` that are not per expert.
         """
         total = torch.zeros(len(self.routers), 2 * self._width + SCALAR_SUMS, dtype=torch.float64, device="cpu")
         for sums in self._sums.values():
@@ -324,7 +327,8 @@ def sums_over_tokens(
         width: number of columns for the choices, and for the gates, at least E.
 
     Returns:
-        float64 (float32 on MPS) `(M, 2 width + SCALAR_SUMS)`: choices and gates by expert, entropies, margins, tokens.
+        float64 (float32 on MPS) `(M, 2 width + SCALAR_SUMS)`: choices and gates by expert, entropies, margins,
+        effective experts, tokens whose largest gate is above `FIRST_GATE`, tokens.
     """
     dtype = _sum_dtype(logits.device)
     gates = _chosen_gates(function, logits, expert_indices)  # (M, K, N)
@@ -338,7 +342,13 @@ def sums_over_tokens(
     empty = torch.zeros_like(logits)
     by_expert = [empty.scatter(1, expert_indices, each).sum(2, dtype=dtype) for each in (counted, gates * counted)]
     padded = [nn.functional.pad(each, (0, width - each.shape[1])) for each in by_expert]
-    by_token = [router_entropies(logits, 1) * counted[:, 0], margins, counted[:, 0]]
+    by_token = [
+        router_entropies(logits, 1) * counted[:, 0],
+        margins,
+        effective_experts(gates, 1) * counted[:, 0],
+        (gates.amax(1) > FIRST_GATE) * counted[:, 0],
+        counted[:, 0],
+    ]
     return torch.cat([*padded, torch.stack([each.sum(1, dtype=dtype) for each in by_token], 1)], 1)
 
 

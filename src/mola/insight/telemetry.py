@@ -204,11 +204,12 @@ def _checkpoint_folder(args: TrainingArguments, step: int) -> Path:
 
 
 def _saved_sums(recorder: RouterRecorder, checkpoint: Path) -> torch.Tensor | None:
-    """Sums in a checkpoint; None if it has none, or has sums of different routers."""
+    """Sums in a checkpoint; None if it has none, or has sums of different routers or of another version of mola."""
     saved = read_json_object(checkpoint / SUMS_FILE)
     if saved.get("routers") != [router.module for router in recorder.routers]:
         return None
-    return torch.tensor(saved["sums"], dtype=torch.float64)
+    sums = torch.tensor(saved["sums"], dtype=torch.float64)
+    return sums if sums.shape == recorder.sums().shape else None
 
 
 def _sums_of_all_processes(recorder: RouterRecorder, args: TrainingArguments) -> torch.Tensor:

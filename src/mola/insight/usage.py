@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mola.errors import MolaError
-from mola.insight.recorder import SCALAR_SUMS, ModuleGates, RecordedRouter
+from mola.insight.recorder import FIRST_GATE, SCALAR_SUMS, ModuleGates, RecordedRouter, effective_experts
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class ModuleUsage:
         entropy: mean over tokens of the entropy of the router's softmax `p` over all experts, `-sum_e p_e log p_e /
             log E`: 1 if a router is undecided, 0 if it is sure.
         margin: mean difference between the largest and the second largest gate; 1 if only one expert is chosen.
+        effective_experts: mean over tokens of `1 / sum_e g_e^2`: 1 if one expert has the whole gate, `top_k` if all
+            chosen experts have the same gate.
+        first_gate_above: share of tokens whose largest gate is above 0.9.
         dead_experts: experts that no token chose.
     """
 
@@ -36,6 +39,8 @@ class ModuleUsage:
     balance: float
     entropy: float
     margin: float
+    effective_experts: float
+    first_gate_above: float
     dead_experts: tuple[int, ...]
 
 
@@ -58,8 +63,14 @@ class UsageCounter:
                 counted = token_mask.flatten().to(gates.device) != 0
                 gates, entropies = gates[counted], entropies[counted]
             largest = gates.topk(2, dim=1).values
-            scalars = [entropies.sum(), (largest[:, 0] - largest[:, 1]).sum(), largest.new_tensor(len(gates))]
-            sums = torch.cat([(gates > 0).sum(0).double(), gates.sum(0), torch.stack(scalars)])
+            by_token = [
+                entropies,
+                largest[:, 0] - largest[:, 1],
+                effective_experts(gates, 1),
+                (largest[:, 0] > FIRST_GATE).double(),
+                torch.ones_like(entropies),
+            ]
+            sums = torch.cat([(gates > 0).sum(0).double(), gates.sum(0), torch.stack(by_token).sum(1)])
             key = each.module, each.layer_index
             self._sums[key] = self._sums[key] + sums if key in self._sums else sums
 
@@ -93,7 +104,7 @@ def _module_usage(
 ) -> ModuleUsage:
     """Use of one module from its sums, which may be padded for more than `num_experts` experts."""
     width = (len(sums) - SCALAR_SUMS) // 2
-    chosen, gates, (entropy, margin, tokens) = sums.split([width, width, SCALAR_SUMS])
+    chosen, gates, (entropy, margin, effective, above, tokens) = sums.split([width, width, SCALAR_SUMS])
     chosen, mean = chosen[:num_experts], gates[:num_experts] / tokens
     return ModuleUsage(
         module,
@@ -104,5 +115,7 @@ def _module_usage(
         torch.special.entr(mean).sum().item() / math.log(len(mean)),
         (entropy / tokens).item(),
         (margin / tokens).item(),
+        (effective / tokens).item(),
+        (above / tokens).item(),
         tuple(torch.nonzero(chosen == 0).flatten().tolist()),
     )

@@ -59,8 +59,9 @@ from mola.skills.testing import test
 logger = logging.getLogger(__name__)
 
 _CAPTION = (
-    "Means over the modules of a layer. dead: experts that no token chose; agreement: between the choices of the "
-    "modules of a layer; below: between their choices and those of the layer below."
+    "Means over the modules of a layer. effective: effective experts of a token; above 0.9: tokens whose largest gate "
+    "is; dead: experts that no token chose; agreement: between the choices of the modules of a layer; below: between "
+    "their choices and those of the layer below."
 )
 
 
@@ -259,13 +260,14 @@ def _reads_data(task: Task, options: InspectOptions) -> bool:
 def _result_table(result: Mapping[str, Any]) -> Table:
     """Means by layer, as a table for `rich`."""
     table = Table(title=escape(f"{result['settings']['adapter']}: {result['samples']} samples"), caption=_CAPTION)
-    columns = ["layer", "experts", "balance", "entropy", "margin", "dead", "distance", "input overlap"]
-    columns += ["output overlap", "agreement", "below"]
+    columns = ["layer", "experts", "balance", "entropy", "margin", "effective", "above 0.9", "dead", "distance"]
+    columns += ["input overlap", "output overlap", "agreement", "below"]
     if result["leave_one_out"] is not None:
         samples = result["leave_one_out_baseline"]["samples"]
         columns += [f"loss without an expert, {samples} samples, least", "most"]
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")  # no digit is cut
+    means = ("balance", "entropy", "margin", "effective_experts", "first_gate_above")
     usage = result["usage"]["all"]
     redundancy, left_out = _by_layer(result["redundancy"]), _by_layer(result["leave_one_out"] or ())
     layer_of = {row["module"]: row["layer_index"] for row in usage}
@@ -275,7 +277,7 @@ def _result_table(result: Mapping[str, Any]) -> Table:
         table.add_row(
             "-" if layer is None else str(layer),
             ", ".join(str(number) for number in sorted({len(row["shares"]) for row in rows})),
-            *(f"{fmean(row[name] for row in rows):.2f}" for name in ("balance", "entropy", "margin")),
+            *(f"{fmean(row[name] for row in rows):.2f}" for name in means),
             str(sum(len(row["dead_experts"]) for row in rows)),
             f"{fmean(row['distance'] for row in redundancy[layer]):.3g}",
             _mean_text(row["input_overlap"] for row in redundancy[layer]),
