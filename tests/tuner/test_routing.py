@@ -17,6 +17,7 @@ from mola.tuner.routing import (
     router_backward,
     router_logits,
     router_logits_by_expert,
+    top_k_constant,
     top_k_softmax,
     top_k_softmax_backward,
 )
@@ -75,7 +76,24 @@ def sigmoid_router(logits, top_k, dim):
     return Routing(chosen, logits.gather(dim, chosen).sigmoid())
 
 
-@pytest.mark.parametrize("router", [top_k_softmax, sigmoid_router])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("num_tokens", [3, 100])
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5])
+def test_constant_gates_have_the_gradient_of_the_softmax(top_k, num_tokens, dim):
+    shape = (5, num_tokens) if dim == 0 else (num_tokens, 5)
+    logits, weights = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found, softmax = top_k_constant(logits, top_k, dim), top_k_softmax(logits, top_k, dim)
+    assert torch.equal(found.expert_indices, softmax.expert_indices)
+    assert torch.equal(found.routing_weights, torch.full_like(softmax.routing_weights, 1 / top_k))
+    gradients = [
+        torch.autograd.grad((dense_gates(each, 5, dim) * weights).sum(), logits, retain_graph=True)[0]
+        for each in (found, softmax)
+    ]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].any() == (top_k > 1)
+
+
+@pytest.mark.parametrize("router", [top_k_softmax, top_k_constant, sigmoid_router])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_gradients_of_routers(router, top_k, monkeypatch):
     """By autograd for any router, written out for that of the paper: `<t_e, a_e>` is what both are given."""

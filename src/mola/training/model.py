@@ -136,6 +136,7 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
         start = {"true": True, "false": False}.get(start.lower(), start)
     return MolaConfig(
         **{name: setting(name) for name in plain},
+        **(setting("experimental") or {}),
         num_experts=options.num_experts,  # None: the default of `MolaConfig`, which fits a model of any depth
         use_rslora=bool(setting("use_rslora")),
         init_lora_weights=True if start is None else start,

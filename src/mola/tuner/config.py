@@ -112,7 +112,9 @@ class MolaConfig(PeftConfig):
         trainable_token_indices (`list[int] | dict[str, list[int]]`): tokens whose embeddings are trained, as in PEFT.
         ensure_weight_tying (`bool`): keep tied weights tied when `modules_to_save` or `trainable_token_indices` train
             them, as in PEFT.
-        router (`str`): how experts are chosen, a name in `mola.tuner.routing.ROUTERS`.
+        router (`str`): how experts are chosen, a name in `mola.tuner.routing.ROUTERS`: "top_k_softmax", the paper's
+            formula; or "top_k_constant" (experimental), which chooses the same experts, gives each the gate
+            `1 / top_k`, and gives the router the gradient of "top_k_softmax".
         router_aux_loss_coef (`float`): weight of the balance loss, 0 = off. The paper's code uses 1e-3 with the
             reduction "layer".
         router_aux_loss_reduction (`str`): "module" is the mean over routers; it ignores padding and tokens without

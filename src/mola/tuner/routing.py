@@ -1,7 +1,8 @@
 """From router logits to gates: `top_k_softmax` is the paper's formula.
 
 - `router_logits`: the logits `z = x Wr^T`.
-- `top_k_softmax`: chooses experts and computes their gates. `ROUTERS` is the table of such functions.
+- `top_k_softmax`: chooses experts and computes their gates. `top_k_constant` gives equal gates to the same experts.
+  `ROUTERS` is the table of such functions.
 - `top_k_softmax_backward`: its gradient as a formula, for backends that do not use autograd.
 - `router_backward`: the gradient of any router in the table, with autograd.
 """
@@ -86,9 +87,28 @@ def top_k_softmax(logits: torch.Tensor, top_k: int, dim: int = -1) -> Routing:
     return Routing(expert_indices, torch.softmax(largest, dim))
 
 
-DEFAULT_ROUTER = "top_k_softmax"
+def top_k_constant(logits: torch.Tensor, top_k: int, dim: int = -1) -> Routing:
+    r"""The experts of `top_k_softmax`, each with the gate `1 / top_k`; the gradient is that of `top_k_softmax`.
+
+        p = softmax over the top_k largest logits,   g_e = 1 / top_k + p_e - stop_gradient(p_e)
+
+    So the value of every gate is exactly `1 / top_k`, and with the loss `L`
+
+        dL/dz_e = p_e (dL/dg_e - sum_k p_k dL/dg_k)    for chosen experts, else 0
+
+    This is a straight-through gradient (Bengio et al., arXiv 1308.3432). `p` is renormalised over the chosen experts,
+    because the gates always sum to 1: a softmax over all experts would also have a gradient that raises or lowers all
+    chosen logits together, which these gates cannot follow.
+
+    Arguments as in `top_k_softmax`.
+    """
+    expert_indices, p = top_k_softmax(logits, top_k, dim)
+    return Routing(expert_indices, (p - p.detach()) + 1.0 / top_k)
+
+
+DEFAULT_ROUTER, CONSTANT = "top_k_softmax", "top_k_constant"
 Router = Callable[[torch.Tensor, int, int], Routing]
-ROUTERS: dict[str, Router] = {DEFAULT_ROUTER: top_k_softmax}
+ROUTERS: dict[str, Router] = {DEFAULT_ROUTER: top_k_softmax, CONSTANT: top_k_constant}
 
 
 def dense_gates(routing: Routing, num_experts: int, dim: int = -1) -> torch.Tensor:
@@ -102,9 +122,8 @@ def route_dense(router: str, logits: torch.Tensor, top_k: int, dim: int) -> tupl
     """Dense gates (see `dense_gates`) and chosen experts; `router` is a name in `ROUTERS`."""
     expert_indices, gates = routing = ROUTERS[router](logits, top_k, dim)
     num_experts = logits.shape[dim]
-    # If all experts are chosen, the default router returns them in their order, so that no scatter is needed.
-    in_order = router == DEFAULT_ROUTER and top_k == num_experts
-    return gates if in_order else dense_gates(routing, num_experts, dim), expert_indices
+    # If all experts are chosen, they are in their order, see `Routing`, so that no scatter is needed.
+    return gates if top_k == num_experts else dense_gates(routing, num_experts, dim), expert_indices
 
 
 def top_k_softmax_backward(

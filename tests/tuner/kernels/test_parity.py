@@ -13,9 +13,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mola.tuner.kernels.api import Backend
+from mola.tuner.kernels.api import OTHER_ROUTER, Backend
 from mola.tuner.kernels.autograd import compute
-from mola.tuner.kernels.dispatch import BACKENDS
+from mola.tuner.kernels.cpu.decode import _NO_FUNCTION
+from mola.tuner.kernels.dispatch import BACKENDS, select
 from mola.tuner.kernels.dropout import drop, sample_dropout_mask
 from mola.tuner.kernels.reference import Reference
 
@@ -48,6 +49,7 @@ DTYPES = {
 }
 WITH_GRADIENTS = ("reference", "dense", "grouped", "cpu_train")
 WITHOUT = ("gathered", "decode", "cpu_decode")
+OTHER_ROUTERS = ["top_k_constant"]
 
 
 def sizes_of(name):
@@ -177,6 +179,45 @@ def test_values_without_gradients(name, sizes, dtype, top_k, fused, ran):
     assert calls == ["forward"]
     assert (found["logits"] is None) == (name == "cpu_decode")
     check(found, expected_of(inputs, run_without_gradients), TOLERANCE[dtype])
+
+
+def with_router(router, inputs):
+    return inputs._replace(settings=inputs.settings._replace(router=router))
+
+
+@pytest.mark.parametrize("router", OTHER_ROUTERS)
+@pytest.mark.parametrize(("name", "sizes", "dtype", "top_k"), grid(("reference", "dense", "cpu_train")))
+@pytest.mark.parametrize("dropout", ["none", "sampled"])
+def test_other_routers(router, name, sizes, dtype, top_k, dropout):
+    shape, out, num_experts, r = sizes
+    plain = with_mask(make_inputs(shape, num_experts, dtype, r=r, out=out, top_k=top_k), dropout)
+    inputs = with_router(router, plain)
+    backend = backend_for(name, inputs)
+    found = run(backend, inputs)
+    check(found, expected_of(inputs, run), TOLERANCE[dtype])
+    if top_k > 1:  # else the only gate is 1
+        assert not torch.allclose(found["output"], run(backend, plain)["output"], atol=3e-2)
+
+
+@pytest.mark.parametrize("router", OTHER_ROUTERS)
+@pytest.mark.parametrize(("name", "sizes", "dtype", "top_k"), grid(("gathered", "decode")))
+def test_other_routers_without_gradients(router, name, sizes, dtype, top_k):
+    shape, out, num_experts, r = sizes
+    inputs = with_router(router, make_inputs(shape, num_experts, dtype, r=r, out=out, top_k=top_k))
+    with torch.no_grad():
+        backend = backend_for(name, inputs)
+    found = run_without_gradients(backend, inputs)
+    check(found, expected_of(inputs, run_without_gradients), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("router", OTHER_ROUTERS)
+@torch.no_grad()
+def test_backends_that_do_not_know_a_router_say_so(router):
+    inputs = with_router(router, make_inputs((2, 3, 32), 4, torch.float32, r=8, out=64))
+    quiet = inputs._replace(settings=inputs.settings._replace(needs_router_output=False))
+    assert BY_NAME["grouped"].why_unsupported(inputs) == OTHER_ROUTER
+    assert BY_NAME["cpu_decode"].why_unsupported(quiet) in (OTHER_ROUTER, _NO_FUNCTION)
+    assert select(quiet).name == "decode"
 
 
 @pytest.mark.parametrize("name", ["dense", "grouped", "cpu_train"])

@@ -14,7 +14,7 @@ from mola.tuner.routing import DEFAULT_ROUTER
 
 # Reasons for which several backends do not support inputs.
 NO_ROUTER = "a layer with one expert has no router"
-OTHER_ROUTER = f"needs a router {DEFAULT_ROUTER!r} in float32"
+OTHER_ROUTER = "does not compute this router, or not in its dtype"
 NOT_PLAIN = "for plain tensors in the CPU's memory"
 
 

@@ -168,20 +168,20 @@ class Fenced:
         return all(bool((fence == 77).all()) for fence in self.fences)
 
 
-@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize(("joint", "has_slopes"), [(True, False), (False, True)])
 @pytest.mark.parametrize("r", [3, 8, 17])
 @dtypes
-def test_nothing_is_written_beside_the_results(dtype, r, joint):
+def test_nothing_is_written_beside_the_results(dtype, r, joint, has_slopes):
     n, i, o, e, k = 37, 96, 160, 5, 2
     fenced = Fenced()
     x, experts_A, experts_B, router = (fenced(t.detach()) for t in leaves(make((n, i), e, dtype, r=r, out=o)))
     output, gated = fenced(torch.zeros(n, o, dtype=dtype)), fenced(torch.zeros(n, k * (r + r % 2), dtype=dtype))
     if dtype == torch.float32:
         gated = fenced(torch.zeros(n, k * r))
-    logits, weights, indices = (
-        fenced(t) for t in (torch.zeros(e, n), torch.zeros(k, n), torch.zeros(k, n, dtype=torch.int64))
-    )
-    tensors = x, x, router, experts_A, experts_B, output, logits, weights, indices, gated
+    logits, weights, slopes = (fenced(torch.zeros(size, n)) for size in (e, k, k))
+    indices = fenced(torch.zeros(k, n, dtype=torch.int64))
+    slopes = slopes if has_slopes else slopes[:0]  # an empty tensor has the address 0
+    tensors = x, x, router, experts_A, experts_B, output, logits, weights, slopes, indices, gated
     functions = native.load("jit_train")
     kernel = functions.forward_kernel(dtype, dtype, torch.float32, r)
     kernel(*(t.data_ptr() for t in tensors), n, i, o, e, k, 1.0)
@@ -193,10 +193,10 @@ def test_nothing_is_written_beside_the_results(dtype, r, joint):
     )
     grads = [fenced(torch.zeros_like(t)) for t in (experts_A, experts_B, router)]
     inner = fenced(torch.zeros(e, n, dtype=dtype))
-    tensors = dy, x, gated, weights, indices, asked, experts_A, experts_B, router, total, *grads, inner
+    tensors = dy, x, gated, weights, slopes, indices, asked, experts_A, experts_B, router, total, *grads, inner
     kernel = functions.backward_kernel(dtype, torch.float32, r, joint)
     addresses = [t.data_ptr() for t in tensors]
-    addresses[5] = 0 if joint else addresses[5]
+    addresses[6] = 0 if joint else addresses[6]
     kernel(*addresses, n, i, o, e, k, 1.0)
     assert [bool(t.any()) for t in (total, *grads, inner)] == [True, True, True, joint, not joint]
     assert fenced.stand()
