@@ -12,11 +12,11 @@ from mola.errors import MolaError
 from tests.peft_suite.cases import KINDS
 
 REASONS = {
-    "mixture": "a mixture cannot do it",
-    "design": "mola does otherwise on purpose",
-    "test": "the test takes something for granted",
+    "mixture": "a mixture cannot do this",
+    "design": "mola behaves differently on purpose",
+    "test": "the test makes an assumption that does not hold",
     "hub": "the test downloads",
-    "rounding": "rounding decides, so that it passes on some CPUs",
+    "rounding": "the result depends on rounding, so the test passes on some CPUs",
 }
 _FOLDER = Path(__file__).parent
 
