@@ -202,6 +202,7 @@ def converted(study: Study) -> Found:
         str(output),
         source_format="lora",
         base_model=study.options.base_model,
+        num_experts=str(len(study.order)),
         data=[_rows_file(study, kind, study.examples(kind, "train")) for kind in study.order],
         task=PROTOCOL["task"],
         template=PROTOCOL["template"],
