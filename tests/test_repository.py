@@ -19,8 +19,8 @@ TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
 
 def build_site(folder, **environment):
     """Build the site as the workflow does; a warning is an error."""
-    if importlib.util.find_spec("material") is None:
-        pytest.skip("needs MkDocs Material: pip install 'mola-peft[docs]'")
+    if not all(map(importlib.util.find_spec, ("material", "mkdocstrings"))):
+        pytest.skip("needs MkDocs Material and mkdocstrings: pip install 'mola-peft[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, **environment}
@@ -35,6 +35,8 @@ def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path):
     built = {path.parent.relative_to(site) for path in site.glob("*/*/index.html")}
     assert pages - {Path("index")} == built
     assert "https://fonts" not in (site / "index.html").read_text()
+    api = (site / "reference" / "python-api" / "index.html").read_text()
+    assert "rank of each expert: one integer" in api
 
 
 def test_links_out_of_the_docs_lead_to_the_repository(tmp_path):

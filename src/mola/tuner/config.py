@@ -75,57 +75,57 @@ class MolaConfig(PeftConfig):
     with gates `g` from the `top_k` largest of `num_experts` router logits. See `MolaLinear`.
 
     Args:
-        r (`int | list[int] | str`): rank of each expert: one integer, a list with one entry per decoder layer, a
+        r (int | list[int] | str): rank of each expert: one integer, a list with one entry per decoder layer, a
             string such as "8,8,16,16", or a JSON file. Default: 8. In an encoder-decoder, every per-layer list has one
             entry per encoder layer, then one per decoder layer.
-        num_experts (`int | list[int] | str`): experts per adapted module: like `r`, or a string with one number per
+        num_experts (int | list[int] | str): experts per adapted module: like `r`, or a string with one number per
             group of layers of nearly equal size ("2468" or "2-4", lowest layers first), or one of the paper's shapes
             ("inverted_triangle", "triangle", "hourglass", "rectangle", "diamond"). A layer with one expert is plain
             LoRA and has no router. Default: "2468"; models with one, two or three layers get 5, [3, 7] or [2, 4, 7],
             respectively.
-        top_k (`int | list[int] | str`): experts used per token, like `r`. More than a layer's
+        top_k (int | list[int] | str): experts used per token, like `r`. More than a layer's
             `num_experts` is an error, except for layers with one expert. Default: 2.
-        lora_alpha (`float`): the experts' output is multiplied by `lora_alpha / r`. Default: 16.
-        lora_dropout (`float`): dropout on the input of the experts. The router's input has no dropout.
-        target_modules (`list[str] | str`): names of linears to adapt, one name, a regular expression,
+        lora_alpha (float): the experts' output is multiplied by `lora_alpha / r`. Default: 16.
+        lora_dropout (float): dropout on the input of the experts. The router's input has no dropout.
+        target_modules (list[str] | str): names of linears to adapt, one name, a regular expression,
             or "all-linear". Default: the seven LLaMA linears if the model has them, else PEFT's choice for
             the architecture.
-        exclude_modules (`list[str] | str`): names or regular expression of modules that are not adapted.
-        modules_to_save (`list[str]`): modules trained in full and saved with the adapter.
-        layers_to_transform (`int | list[int]`): adapt these decoder layers only. Per-layer lists still
+        exclude_modules (list[str] | str): names or regular expression of modules that are not adapted.
+        modules_to_save (list[str]): modules trained in full and saved with the adapter.
+        layers_to_transform (int | list[int]): adapt these decoder layers only. Per-layer lists still
             have one entry for every layer of the model.
-        layers_pattern (`list[str] | str`): name of the layer list, for `layers_to_transform`.
-        target_parameters (`list[str]`): names of parameters that stack the base model's own experts, such as
+        layers_pattern (list[str] | str): name of the layer list, for `layers_to_transform`.
+        target_parameters (list[str]): names of parameters that stack the base model's own experts, such as
             ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]. Each of these experts gets a LoRA, not a mixture,
             as with PEFT's field. `target_modules` may then be an empty list, so that no linears are adapted.
-        bias (`str`): biases that are trained: "none", "all" or "mola_only" (those of adapted linears).
-        init_lora_weights (`bool | str`): initial values of the experts, see `mola.tuner.initialization`. With
+        bias (str): biases that are trained: "none", "all" or "mola_only" (those of adapted linears).
+        init_lora_weights (bool | str): initial values of the experts, see `mola.tuner.initialization`. With
             True (`B` zero), "gaussian", "orthogonal" and "principal" the adapted model starts with the base model's
             outputs. False draws `B` at random, for tests.
-        use_rslora (`bool`): multiply the experts' output by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
-        num_experts_pattern (`dict[str, int]`): experts of individual modules, such as `{"mlp.*": 8}`. A key is a
+        use_rslora (bool): multiply the experts' output by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
+        num_experts_pattern (dict[str, int]): experts of individual modules, such as `{"mlp.*": 8}`. A key is a
             regular expression for a module's whole name or for the end of the name after a dot; the first matching key
             applies. Other modules use their layer's `num_experts`. If `num_experts` is a JSON file, the file may
             contain this pattern.
-        rank_pattern (`dict[str, int]`): the same for `r`.
-        alpha_pattern (`dict[str, float]`): the same for `lora_alpha`.
-        trainable_token_indices (`list[int] | dict[str, list[int]]`): tokens whose embeddings are trained, as in PEFT.
-        ensure_weight_tying (`bool`): keep tied weights tied when `modules_to_save` or `trainable_token_indices` train
+        rank_pattern (dict[str, int]): the same for `r`.
+        alpha_pattern (dict[str, float]): the same for `lora_alpha`.
+        trainable_token_indices (list[int] | dict[str, list[int]]): tokens whose embeddings are trained, as in PEFT.
+        ensure_weight_tying (bool): keep tied weights tied when `modules_to_save` or `trainable_token_indices` train
             them, as in PEFT.
-        router (`str`): how experts are chosen, a name in `mola.tuner.routing.ROUTERS`: "top_k_softmax", the paper's
+        router (str): how experts are chosen, a name in `mola.tuner.routing.ROUTERS`: "top_k_softmax", the paper's
             formula; or "top_k_constant" (experimental), which chooses the same experts, gives each the gate
             `1 / top_k`, and gives the router the gradient of "top_k_softmax".
-        router_aux_loss_coef (`float`): weight of the balance loss, 0 = off. The paper's code uses 1e-3 with the
+        router_aux_loss_coef (float): weight of the balance loss, 0 = off. The paper's code uses 1e-3 with the
             reduction "layer".
-        router_aux_loss_reduction (`str`): "module" is the mean over routers; it ignores padding and tokens without
+        router_aux_loss_reduction (str): "module" is the mean over routers; it ignores padding and tokens without
             a label. "layer" follows the paper: pool the routers of each decoder layer, sum over layers, and include
             padding.
-        router_z_loss_coef (`float`): weight of the mean squared log-sum-exp of router logits, 0 = off.
-        router_jitter_noise (`float`): in training the router's input is multiplied by uniform noise
+        router_z_loss_coef (float): weight of the mean squared log-sum-exp of router logits, 0 = off.
+        router_jitter_noise (float): in training the router's input is multiplied by uniform noise
             from [1 - noise, 1 + noise]; 0 = off.
-        base_model_type (`str`): `model_type` in the `config.json` of the base model. mola fills it in, and refuses
+        base_model_type (str): `model_type` in the `config.json` of the base model. mola fills it in, and refuses
             to load the adapter into a model of a different type.
-        weights_sha256 (`str`): sha256 of the weights file. mola fills it in when it saves the adapter, and checks it
+        weights_sha256 (str): sha256 of the weights file. mola fills it in when it saves the adapter, and checks it
             when it loads the adapter.
 
     Raises:
