@@ -25,7 +25,7 @@ from research_code.training import train_settings
 from .scripts import write_dataset
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "guides" / "from-the-research-code.md"
+PAGE = ROOT / "docs" / "research" / "research-code.md"
 _ROW = re.compile(r"^\| (\d+) \| (.+) \| (.+) \| (.+) \|$", re.M)
 _TEST = r"`([\w/]+\.py)::(\w+)`"
 _TESTS = re.compile(rf"{_TEST}(, {_TEST})*")
