@@ -85,7 +85,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     Parameters of adapter `a`: `mola_A[a]: (E, r, in)`, `mola_B[a]: (E, r, out)` and, for `E > 1`,
     `mola_router[a]: (E, in)` in float32.
 
-    Example:
+    Examples:
         >>> import torch, mola
         >>> from mola.tuner.layer import ExpertSettings, MolaLinear
         >>> layer = MolaLinear(torch.nn.Linear(8, 4), "default", ExpertSettings(2, 3, 2, 16.0))
