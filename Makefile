@@ -91,6 +91,7 @@ check: $(VENV)/.dev docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/check_prose.py
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
