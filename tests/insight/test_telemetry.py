@@ -158,11 +158,12 @@ def test_telemetry_beside_router_losses(make, model, data, tmp_path):
     assert_same_use(lines(tmp_path), expected(model, data))
 
 
-def test_gates_come_from_the_adapters_router_function(make, model, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("router", ["sigmoid", "sparsegen:0.9"])
+def test_gates_come_from_the_adapters_router_function(router, make, model, data, tmp_path, monkeypatch):
     monkeypatch.setitem(ROUTERS, "sigmoid", sigmoid_router)
     for layer in model.modules():
         if isinstance(layer, MolaLinear):
-            layer.settings["default"] = replace(layer.settings["default"], router="sigmoid")
+            layer.settings["default"] = replace(layer.settings["default"], router=router)
     make().train()
     assert_same_use(lines(tmp_path), expected(model, data))
 

@@ -7,7 +7,7 @@ import pytest
 from mola.cli import main
 from tests.training.runs import NO_EVALUATION, losses, read_record
 
-SETTINGS = [{"router": "top_k_constant"}]
+SETTINGS = [{"router": "top_k_constant"}, {"router": "sparsegen", "sparsegen_lambda": -0.5}]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -39,7 +39,9 @@ def test_commands(settings, flags, tmp_path, tiny_model_dir, rows_file, capsys):
     ("settings", "message"),
     [
         ({"router": "soft"}, "`router` must be one of ['top_k_softmax', 'top_k_constant'"),
-        ({"r": 3}, "`experimental` may have the keys router: got r."),
+        ({"router": "sparsegen", "sparsegen_lambda": 1}, "`sparsegen_lambda` must be a number below 1, got 1"),
+        ({"sparsegen_lambda": 0.5}, "`sparsegen_lambda` is only used with `router` 'sparsegen': got 0.5 with"),
+        ({"r": 3}, "`experimental` may have the keys router, sparsegen_lambda: got r."),
     ],
     ids=str,
 )

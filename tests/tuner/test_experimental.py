@@ -9,7 +9,11 @@ from mola.tuner.routing import route_dense
 
 from .models import clone, random_config, tiny_llama, token_batch
 
-SETTINGS = [{"router": "top_k_constant"}]
+SETTINGS = [
+    {"router": "top_k_constant"},
+    {"router": "sparsegen", "top_k": [1, 3, 2, 4]},
+    {"router": "sparsegen", "sparsegen_lambda": 0.5, "top_k": [1, 3, 4, 4]},
+]
 each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=str)
 
 

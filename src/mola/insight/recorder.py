@@ -126,7 +126,7 @@ class _RouterCall(NamedTuple):
     """Output of a router in one call of its layer."""
 
     row: int  # row of the router in the sums
-    function: str  # name of the function in `ROUTERS` that turns logits into gates
+    function: str  # the router that turns logits into gates, as in `mola.tuner.routing.route`
     layer_index: int | None
     output: RouterOutput
 
@@ -320,7 +320,7 @@ def sums_over_tokens(
     """Sums over the counted tokens of `M` routers.
 
     Args:
-        function: name of the function in `mola.tuner.routing.ROUTERS` that turns logits into gates.
+        function: the router that turns logits into gates, as in `mola.tuner.routing.route`.
         logits: float32 `(M, E, N)`.
         expert_indices: chosen experts, `(M, K, N)`.
         mask: booleans `(N,)`, True for counted tokens; None counts all.
@@ -340,7 +340,9 @@ def sums_over_tokens(
         largest = gates if gates.shape[1] == 2 else gates.topk(2, dim=1).values
         margins = (largest[:, 0] - largest[:, 1]).abs() * counted[:, 0]
     empty = torch.zeros_like(logits)
-    by_expert = [empty.scatter(1, expert_indices, each).sum(2, dtype=dtype) for each in (counted, gates * counted)]
+    by_expert = [
+        empty.scatter(1, expert_indices, each).sum(2, dtype=dtype) for each in (counted * (gates > 0), gates * counted)
+    ]
     padded = [nn.functional.pad(each, (0, width - each.shape[1])) for each in by_expert]
     by_token = [
         router_entropies(logits, 1) * counted[:, 0],

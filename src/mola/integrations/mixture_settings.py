@@ -26,6 +26,7 @@ FIELDS = (
     "num_experts",
     "top_k",
     "router",
+    "sparsegen_lambda",
     "router_aux_loss_reduction",
     "router_aux_loss_coef",
     "router_z_loss_coef",

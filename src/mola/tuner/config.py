@@ -22,7 +22,7 @@ from mola.files.atomic import atomic_write_json
 from mola.files.digests import check_digest, weights_sha256
 from mola.files.reading import read_json_object
 from mola.tuner.initialization import check_initialization
-from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS
+from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS, SPARSE
 
 _CHOICES: dict[str, Collection[Any]] = {
     "router": ROUTERS,
@@ -113,8 +113,11 @@ class MolaConfig(PeftConfig):
         ensure_weight_tying (bool): keep tied weights tied when `modules_to_save` or `trainable_token_indices` train
             them, as in PEFT.
         router (str): how experts are chosen, a name in `mola.tuner.routing.ROUTERS`: "top_k_softmax", the paper's
-            formula; or "top_k_constant" (experimental), which chooses the same experts, gives each the gate
-            `1 / top_k`, and gives the router the gradient of "top_k_softmax".
+            formula; or one of two that are experimental. "top_k_constant" chooses the same experts, gives each the
+            gate `1 / top_k`, and gives the router the gradient of "top_k_softmax". "sparsegen" uses at most `top_k`
+            experts: `g_e = max(0, z_e - tau) / (1 - sparsegen_lambda)`, with `tau` such that the gates sum to 1.
+        sparsegen_lambda (float): below 1, for the router "sparsegen"; 0 is sparsemax, a larger number leaves fewer
+            experts.
         router_aux_loss_coef (float): weight of the balance loss, 0 = off. The paper's code uses 1e-3 with the
             reduction "layer".
         router_aux_loss_reduction (str): "module" is the mean over routers; it ignores padding and tokens without
@@ -152,6 +155,7 @@ class MolaConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
     router: str = DEFAULT_ROUTER
+    sparsegen_lambda: float = 0.0
     router_aux_loss_coef: float = 0.0
     router_aux_loss_reduction: str = "module"
     router_z_loss_coef: float = 0.0
@@ -256,6 +260,7 @@ def _check_values(config: MolaConfig) -> None:
     for names, is_allowed, rule in (
         (["lora_alpha"], lambda value: 0 < value < math.inf, "above 0"),
         (["router_aux_loss_coef", "router_z_loss_coef"], lambda value: 0 <= value < math.inf, "at least 0"),
+        (["sparsegen_lambda"], lambda value: -math.inf < value < 1, "below 1"),
         (["lora_dropout", "router_jitter_noise"], lambda value: 0 <= value < 1, "at least 0 and below 1"),
     ):
         for name in names:
@@ -310,6 +315,11 @@ def _layer_numbers(value: Any) -> list[int] | int | None:
 
 def _check_combinations(config: MolaConfig) -> None:
     """Raise MolaError for values that are allowed individually, but not together."""
+    if config.sparsegen_lambda and config.router != SPARSE:
+        raise MolaError(
+            f"`sparsegen_lambda` is only used with `router` {SPARSE!r}: got {config.sparsegen_lambda} with "
+            f"{config.router!r}. Leave it out, or set `router`."
+        )
     if config.target_modules == set() and not config.target_parameters:
         raise MolaError("`target_modules` must not be empty unless `target_parameters` is set.")
     if config.target_parameters and config.lora_dropout:

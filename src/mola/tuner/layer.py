@@ -23,12 +23,15 @@ from mola.tuner.kernels.dispatch import drop_cached_copies, mixture, register_la
 from mola.tuner.kernels.tensors import autocast_is_on, has_hooks
 from mola.tuner.merging import SingleExpertMerging
 from mola.tuner.router_statistics import RouterOutput
-from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS, Routing, router_logits
+from mola.tuner.routing import DEFAULT_ROUTER, Routing, route, router_logits
 
 
 @dataclass(frozen=True)
 class ExpertSettings:
-    """Settings of one adapter for one module: fields of `MolaConfig` with the values for this module."""
+    """Settings of one adapter for one module: fields of `MolaConfig` with the values for this module.
+
+    `router` includes `sparsegen_lambda`, see `mola.tuner.routing.parse_router`.
+    """
 
     r: int
     num_experts: int
@@ -310,7 +313,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             MolaError: see `router_logits`.
         """
         logits = self.router_logits(adapter_name, x)
-        return ROUTERS[self.settings[adapter_name].router](logits, self.top_k[adapter_name], -1)
+        return route(self.settings[adapter_name].router, logits, self.top_k[adapter_name])
 
     def router_logits(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Router logits for `x: (..., in)`: float32 `(N, E)`.

@@ -1,8 +1,8 @@
 """From router logits to gates: `top_k_softmax` is the paper's formula.
 
 - `router_logits`: the logits `z = x Wr^T`.
-- `top_k_softmax`: chooses experts and computes their gates. `top_k_constant` gives equal gates to the same experts.
-  `ROUTERS` is the table of such functions.
+- `top_k_softmax`: chooses experts and computes their gates. `top_k_constant` gives equal gates to the same experts, and
+  `sparsegen` chooses their number for each token. `ROUTERS` is the table of such functions, `route` calls one of them.
 - `top_k_softmax_backward`: its gradient as a formula, for backends that do not use autograd.
 - `router_backward`: the gradient of any router in the table, with autograd.
 """
@@ -24,7 +24,8 @@ class Routing(NamedTuple):
     Attributes:
         expert_indices: chosen experts, integers `(N, top_k)`: largest logit first, or in the order of the experts if
             all are chosen.
-        routing_weights: gates of the chosen experts, float32 `(N, top_k)`; each row sums to 1.
+        routing_weights: gates of the chosen experts, float32 `(N, top_k)`; each row sums to 1. The gates of `sparsegen`
+            may be 0.
     """
 
     expert_indices: torch.Tensor
@@ -79,12 +80,8 @@ def top_k_softmax(logits: torch.Tensor, top_k: int, dim: int = -1) -> Routing:
         top_k: experts per token, `1 <= top_k <= E`.
         dim: dimension of the experts.
     """
-    if top_k == logits.shape[dim]:
-        shape = (-1, 1) if dim == 0 else (1, -1)
-        all_experts = torch.arange(top_k, device=logits.device).view(shape).expand(logits.shape)
-        return Routing(all_experts, torch.softmax(logits, dim))
-    largest, expert_indices = _largest(logits, top_k, dim)
-    return Routing(expert_indices, torch.softmax(largest, dim))
+    chosen_logits, expert_indices = _choose(logits, top_k, dim)
+    return Routing(expert_indices, torch.softmax(chosen_logits, dim))
 
 
 def top_k_constant(logits: torch.Tensor, top_k: int, dim: int = -1) -> Routing:
@@ -106,9 +103,48 @@ def top_k_constant(logits: torch.Tensor, top_k: int, dim: int = -1) -> Routing:
     return Routing(expert_indices, (p - p.detach()) + 1.0 / top_k)
 
 
-DEFAULT_ROUTER, CONSTANT = "top_k_softmax", "top_k_constant"
-Router = Callable[[torch.Tensor, int, int], Routing]
-ROUTERS: dict[str, Router] = {DEFAULT_ROUTER: top_k_softmax, CONSTANT: top_k_constant}
+def sparsegen(logits: torch.Tensor, top_k: int, dim: int = -1, sparsegen_lambda: float = 0.0) -> Routing:
+    r"""At most `top_k` experts for each token, as many as their logits ask for; the other gates are exactly 0.
+
+    With `z` the `top_k` largest logits and `lambda < 1` the gates are the projection
+
+        g = argmin ||g - z||^2 - lambda ||g||^2    over g_e >= 0 with sum_e g_e = 1
+          = max(0, z - tau) / (1 - lambda),        tau such that the gates sum to 1
+
+    `lambda = 0` is sparsemax (Martins and Astudillo, arXiv 1602.02068), other values are sparsegen-lin (Laha et al.,
+    arXiv 1810.11975). A larger `lambda` leaves fewer experts. The differences of logits decide, not their signs: with
+    `lambda = 0` an expert has the gate 0 if its logit is at least 1 below the largest. The gradient is
+
+        dL/dz_e = (dL/dg_e - mean of dL/dg over experts with g > 0) / (1 - lambda)    where g_e > 0, else 0
+
+    Arguments as in `top_k_softmax`.
+    """
+    chosen_logits, expert_indices = _choose(logits, top_k, dim)
+    shifted = chosen_logits - chosen_logits.detach().amax(dim, keepdim=True)  # the gates stay the same
+    ordered = shifted if top_k < logits.shape[dim] else shifted.sort(dim, descending=True).values
+    counts = torch.arange(1, top_k + 1, dtype=logits.dtype, device=logits.device).view((-1, 1) if dim == 0 else (1, -1))
+    # With the k largest logits alone, tau would be this; the right k has the largest tau.
+    tau = ((ordered.cumsum(dim) - (1.0 - sparsegen_lambda)) / counts).max(dim, keepdim=True).values
+    return Routing(expert_indices, torch.relu(shifted - tau) / (1.0 - sparsegen_lambda))
+
+
+DEFAULT_ROUTER, CONSTANT, SPARSE = "top_k_softmax", "top_k_constant", "sparsegen"
+Router = Callable[..., Routing]
+ROUTERS: dict[str, Router] = {DEFAULT_ROUTER: top_k_softmax, CONSTANT: top_k_constant, SPARSE: sparsegen}
+
+
+def parse_router(router: str) -> tuple[str, float]:
+    """Name in `ROUTERS` and lambda of a router in settings: "sparsegen:0.5", or a name alone, whose lambda is 0."""
+    name, _, sparsegen_lambda = router.partition(":")
+    return name, float(sparsegen_lambda or 0.0)
+
+
+def route(router: str, logits: torch.Tensor, top_k: int, dim: int = -1) -> Routing:
+    """Chosen experts and their gates; `router` is a router in settings, see `parse_router`."""
+    name, sparsegen_lambda = parse_router(router)
+    if name == SPARSE:
+        return sparsegen(logits, top_k, dim, sparsegen_lambda)
+    return ROUTERS[name](logits, top_k, dim)
 
 
 def dense_gates(routing: Routing, num_experts: int, dim: int = -1) -> torch.Tensor:
@@ -119,11 +155,22 @@ def dense_gates(routing: Routing, num_experts: int, dim: int = -1) -> torch.Tens
 
 
 def route_dense(router: str, logits: torch.Tensor, top_k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense gates (see `dense_gates`) and chosen experts; `router` is a name in `ROUTERS`."""
-    expert_indices, gates = routing = ROUTERS[router](logits, top_k, dim)
+    """Dense gates (see `dense_gates`) and chosen experts; arguments as in `route`."""
+    expert_indices, gates = routing = route(router, logits, top_k, dim)
     num_experts = logits.shape[dim]
     # If all experts are chosen, they are in their order, see `Routing`, so that no scatter is needed.
     return gates if top_k == num_experts else dense_gates(routing, num_experts, dim), expert_indices
+
+
+def used_experts(router: str, logits: torch.Tensor, expert_indices: torch.Tensor) -> torch.Tensor:
+    """1 for each expert that a token uses, else 0, in the shape and dtype of `logits: (..., E)`.
+
+    `expert_indices: (..., top_k)` are the chosen experts, which all are used, except by `sparsegen` those with gate 0.
+    """
+    if parse_router(router)[0] != SPARSE:
+        return torch.zeros_like(logits).scatter(-1, expert_indices, 1.0)
+    gates, _ = route_dense(router, logits.detach().flatten(0, -2), expert_indices.shape[-1], -1)
+    return (gates > 0).to(logits.dtype).view(logits.shape)
 
 
 def top_k_softmax_backward(
@@ -157,17 +204,25 @@ def router_backward(router: str, logits: torch.Tensor, top_k: int, grad_log_gate
     """Like `top_k_softmax_backward`, for any router: backpropagates the gate gradients `v_e / g_e` with autograd.
 
     Args:
-        router: name in `ROUTERS`.
+        router: as in `route`.
         logits: `(E, N)`.
         top_k: experts per token.
         grad_log_gates: `v`, gradient with respect to `log g`, `(E, N)`.
     """
     with torch.enable_grad():
         logits = logits.detach().requires_grad_()
-        routing = ROUTERS[router](logits, top_k, 0)
+        routing = route(router, logits, top_k, 0)
     gates, chosen = routing.routing_weights, grad_log_gates.gather(0, routing.expert_indices)
     grad_gates = torch.where(gates > 0, chosen / gates, 0.0).detach()  # an expert with gate 0 contributes nothing
     return torch.autograd.grad(gates, logits, grad_gates)[0]
+
+
+def _choose(logits: torch.Tensor, top_k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and indices of the chosen experts: those of `_largest`, or all experts in their order."""
+    if top_k < logits.shape[dim]:
+        return _largest(logits, top_k, dim)
+    shape = (-1, 1) if dim == 0 else (1, -1)
+    return logits, torch.arange(top_k, device=logits.device).view(shape).expand(logits.shape)
 
 
 def _largest(logits: torch.Tensor, count: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ from mola.tuner.kernels.cpu.decode import _NO_FUNCTION
 from mola.tuner.kernels.dispatch import BACKENDS, select
 from mola.tuner.kernels.dropout import drop, sample_dropout_mask
 from mola.tuner.kernels.reference import Reference
+from tests.grids import slow
 
 from .inputs import LEAVES, in_float64, leaves, make_inputs
 
@@ -49,7 +50,7 @@ DTYPES = {
 }
 WITH_GRADIENTS = ("reference", "dense", "grouped", "cpu_train")
 WITHOUT = ("gathered", "decode", "cpu_decode")
-OTHER_ROUTERS = ["top_k_constant"]
+OTHER_ROUTERS = ["top_k_constant", "sparsegen:0.6", *slow("sparsegen:0.0", "sparsegen:-2.0")]
 
 
 def sizes_of(name):

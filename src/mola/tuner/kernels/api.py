@@ -34,7 +34,7 @@ class MixtureSettings(NamedTuple):
         dtype: dtype of the matrix products.
         dropout: probability with which an element of the experts' input is dropped.
         jitter: relative noise on the router's input.
-        router: name in `mola.tuner.routing.ROUTERS`.
+        router: as in `mola.tuner.routing.route`.
         needs_router_output: whether the caller reads `Mixture.logits` and `Mixture.expert_indices`.
     """
 

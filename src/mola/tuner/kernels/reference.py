@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from mola.tuner.kernels.api import NO_ROUTER, Backend, Mixture, MixtureInputs
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.tensors import as_rows
-from mola.tuner.routing import ROUTERS, Routing, dense_gates, jitter, router_logits
+from mola.tuner.routing import Routing, dense_gates, jitter, route, router_logits
 
 _MAX_GATHERED_TOKENS = 8  # on a CPU, compiled `gathered` is faster up to this many tokens
 
@@ -101,7 +101,7 @@ class Lora(Reference):
 def _route(inputs: MixtureInputs) -> tuple[torch.Tensor, Routing]:
     settings = inputs.settings
     logits = router_logits(jitter(inputs.x, settings.jitter) if settings.jitter else inputs.x, inputs.router)
-    return logits, ROUTERS[settings.router](logits, settings.top_k, -1)
+    return logits, route(settings.router, logits, settings.top_k)
 
 
 def _after_dropout(inputs: MixtureInputs) -> torch.Tensor:

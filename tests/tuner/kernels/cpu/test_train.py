@@ -168,10 +168,10 @@ class Fenced:
         return all(bool((fence == 77).all()) for fence in self.fences)
 
 
-@pytest.mark.parametrize(("joint", "has_slopes"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("joint", "kind"), [(True, 0), (False, 1), (True, 2)])
 @pytest.mark.parametrize("r", [3, 8, 17])
 @dtypes
-def test_nothing_is_written_beside_the_results(dtype, r, joint, has_slopes):
+def test_nothing_is_written_beside_the_results(dtype, r, joint, kind):
     n, i, o, e, k = 37, 96, 160, 5, 2
     fenced = Fenced()
     x, experts_A, experts_B, router = (fenced(t.detach()) for t in leaves(make((n, i), e, dtype, r=r, out=o)))
@@ -180,11 +180,11 @@ def test_nothing_is_written_beside_the_results(dtype, r, joint, has_slopes):
         gated = fenced(torch.zeros(n, k * r))
     logits, weights, slopes = (fenced(torch.zeros(size, n)) for size in (e, k, k))
     indices = fenced(torch.zeros(k, n, dtype=torch.int64))
-    slopes = slopes if has_slopes else slopes[:0]  # an empty tensor has the address 0
+    slopes = slopes if kind else slopes[:0]  # an empty tensor has the address 0
     tensors = x, x, router, experts_A, experts_B, output, logits, weights, slopes, indices, gated
     functions = native.load("jit_train")
     kernel = functions.forward_kernel(dtype, dtype, torch.float32, r)
-    kernel(*(t.data_ptr() for t in tensors), n, i, o, e, k, 1.0)
+    kernel(*(t.data_ptr() for t in tensors), n, i, o, e, k, kind, 1.0, 0.0)
     assert output.any()
     assert gated.any()
     assert fenced.stand()

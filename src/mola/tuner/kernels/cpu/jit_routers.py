@@ -12,6 +12,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+SOFTMAX, CONSTANT, SPARSE = 0, 1, 2  # numbers of the routers in `mola.tuner.routing.ROUTERS`
+
 
 @numba.njit(forceinline=True)
 def make_constant(weights, slopes, scaling):
@@ -28,6 +30,29 @@ def make_constant(weights, slopes, scaling):
 
 
 @numba.njit(forceinline=True)
+def make_sparse(logits, expert_indices, weights, slopes, scaling, sparsegen_lambda):
+    """Fill `weights: (top_k, N)` with the gates of `sparsegen` times scaling, and `slopes: (top_k, N)` with its slopes.
+
+    `logits: (E, N)`; `expert_indices: (top_k, N)` are the chosen experts, largest logit first. The slopes of experts
+    with gate 0 are 0, the others are `scaling / (1 - lambda)`.
+    """
+    top_k, num_tokens = weights.shape
+    width = np.float32(1) - sparsegen_lambda
+    for n in range(num_tokens):
+        largest, total, tau = logits[expert_indices[0, n], n], np.float32(0), np.float32(-np.inf)
+        for k in range(top_k):
+            total += logits[expert_indices[k, n], n] - largest
+            found = (total - width) / np.float32(k + 1)
+            if not found <= tau:  # NaN is kept, too
+                tau = found
+        for k in range(top_k):
+            above = logits[expert_indices[k, n], n] - largest - tau
+            is_zero = above <= np.float32(0)
+            weights[k, n] = np.float32(0) if is_zero else above / width * scaling
+            slopes[k, n] = np.float32(0) if is_zero else scaling / width
+
+
+@numba.njit(forceinline=True)
 def gradient_of_logits(agreement, weights, slopes):
     """Turn a token's `agreement: (top_k,)` into the gradient of the chosen logits, in place.
 
@@ -36,7 +61,7 @@ def gradient_of_logits(agreement, weights, slopes):
     """
     total, mean = np.float32(0), np.float32(0)
     for k in range(len(agreement)):
-        agreement[k] = agreement[k] * slopes[k] / weights[k]
+        agreement[k] = np.float32(0) if weights[k] == np.float32(0) else agreement[k] * slopes[k] / weights[k]
         mean += agreement[k]
         total += slopes[k]
     for k in range(len(agreement)):

@@ -33,7 +33,7 @@ from mola.tuner.kernels.cpu.jit_products import (
     sum_outer,
     tiles_of_eight,
 )
-from mola.tuner.kernels.cpu.jit_routers import gradient_of_logits, make_constant
+from mola.tuner.kernels.cpu.jit_routers import CONSTANT, SOFTMAX, gradient_of_logits, make_constant, make_sparse
 from mola.tuner.kernels.cpu.jit_vectors import hold
 
 
@@ -125,7 +125,7 @@ def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
 
     # Arguments: see `forward_kernel`. n: tokens, i: in, o: out, e: experts, s: scaling.
     def forward(x, inputs, router, experts_A, experts_B, output, logits, weights, slopes, indices, gated,
-                n, i, o, e, top_k, s):  # fmt: skip
+                n, i, o, e, top_k, kind, s, sparsegen_lambda):  # fmt: skip
         all_logits = numba.carray(pointer(logits), (e, n), np.float32)
         all_weights = numba.carray(pointer(weights), (top_k, n), np.float32)
         expert_indices = numba.carray(pointer(indices), (top_k, n), np.int64)
@@ -134,8 +134,13 @@ def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
         router_rows = numba.carray(pointer(router), (e, i), np.float32)
         router_logits(numba.carray(pointer(x), (n, i), values), router_rows, all_logits)
         choose_for_all_tokens(all_logits, all_weights, expert_indices, np.float32(s))
-        if slopes:
-            make_constant(all_weights, numba.carray(pointer(slopes), (top_k, n), np.float32), np.float32(s))
+        if kind != SOFTMAX:
+            all_slopes, scaling = numba.carray(pointer(slopes), (top_k, n), np.float32), np.float32(s)
+            if kind == CONSTANT:
+                make_constant(all_weights, all_slopes, scaling)
+            else:
+                share = np.float32(sparsegen_lambda)
+                make_sparse(all_logits, expert_indices, all_weights, all_slopes, scaling, share)
         sort = sort_by_expert(expert_indices, e, 1)
         memory = np.empty(e * r * i * itemsize + 64 if rounds else 0, np.uint8)
         matrices = experts_A
@@ -155,7 +160,8 @@ def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
         add_to_tokens(output, itemsize, n, o, expert_indices, packed, lanes, gated, is_bf16)
         hold(memory_B)
 
-    return compiled(forward, types.void(*[types.int64] * 16, types.float64), values, products, params, r)
+    signature = types.void(*[types.int64] * 17, types.float64, types.float64)
+    return compiled(forward, signature, values, products, params, r)
 
 
 def _specialize_backward(products: Any, params: Any, r: int, joint: bool) -> Any:
@@ -237,11 +243,11 @@ def forward_kernel(values: torch.dtype, products: torch.dtype, params: torch.dty
         - `x: (N, in)`, the router's input, and `inputs: (N, in)`, the experts' input.
         - `router: (E, in)`, `experts_A: (E, r, in)`, `experts_B: (E, r, out)`.
         - `output: (N, out)`, to which the update is added.
-        - Written: `logits`, float32 `(E, N)`; `weights`, gates times scaling, float32 `(top_k, N)`; `slopes`, float32
-          `(top_k, N)` for the router `top_k_constant`, see `jit_routers`, 0 for `top_k_softmax`;
+        - Written: `logits`, float32 `(E, N)`; `weights`, gates times scaling, float32 `(top_k, N)`; `slopes`, see
+          `jit_routers`, float32 `(top_k, N)`, 0 for `top_k_softmax`;
           `expert_indices`, int64 `(top_k, N)`; `gated`, the gated output of A in the dtype of products,
           `(N, top_k, r)`, in bfloat16 with `r` rounded up to an even number.
-        - `num_tokens, in, out, num_experts, top_k, scaling`.
+        - `num_tokens, in, out, num_experts, top_k`, the router's number in `jit_routers`, `scaling, sparsegen_lambda`.
     """
     return _specialize_forward(FORMATS[values], FORMATS[products], FORMATS[params], r)
 
