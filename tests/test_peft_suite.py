@@ -120,7 +120,7 @@ def test_the_page_gives_the_reason_of_every_entry():
 
 def test_the_result_goes_between_the_marks(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}old\n{END}after\n")
+    page.write_text(f"before\n{BEGIN}earlier result\n{END}after\n")
     result = Result({"test_demo.py": {"passed": 2, "listed": 1}}, {"a": 1}, {"Not\n for <class 'x'>.": 1})
     write_page(page, markdown(result, Lists((NotApplicable("a", "hub", "e", "Downloads."),), ())))
     text = page.read_text()
@@ -128,7 +128,7 @@ def test_the_result_goes_between_the_marks(tmp_path):
     assert text.endswith("after\n")
     assert "| `test_demo.py` | 2 | 1 | 0 | 0 |" in text
     assert "- Downloads. (1 test)" in text
-    assert "old" not in text
+    assert "earlier result" not in text
     page.write_text("no marks")
     with pytest.raises(MolaError, match="must hold the lines"):
         write_page(page, "text")
