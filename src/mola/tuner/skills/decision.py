@@ -36,7 +36,7 @@ from mola.tuner.skills.statistics import (
     prompt_features,
 )
 
-# Chosen on further rows of six tasks, as they are and shifted: see "decisions on real text" in docs/guides/skills.md.
+# Chosen on further rows of six tasks, as they are and shifted: see "decisions on real text" in docs/research/skills.md.
 _GENERAL_IN_WHOLE, _GENERAL_IN_PART = 0.5, 1.0
 _RIDGE_OF_WHOLE, _RIDGE_OF_PART = 0.1, 0.3
 
