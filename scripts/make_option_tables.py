@@ -29,8 +29,7 @@ _HEAD = """\
 
 Every option is a flag of the command (`--num_experts 2468` or `--num-experts 2468`), a key of a YAML
 recipe given with `--config`, and a field of the command's options class in Python. Flags win over the recipe.
-`mola COMMAND --help` prints the same. The tables say where a field has a different name in Python. Names that earlier
-versions used, such as `--overwrite_output_dir`, still work and print a warning.
+`mola COMMAND --help` prints the same. The tables say where a field has a different name in Python.
 
 With an adapter, `base_model` is by default the model that its `adapter_config.json` records.
 """

@@ -251,30 +251,40 @@ def test_false_is_false(words):
     assert parse_train("--train_on_inputs").train_on_inputs is True
 
 
-def test_old_names_work_with_one_warning(tmp_path, caplog):
-    (tmp_path / "recipe.yaml").write_text("overwrite_output_dir: true\noutput_dir: a\nper_device_train_batch_size: 2\n")
-    options = parse(TrainOptions, ["--config", str(tmp_path / "recipe.yaml")], prog="mola train")
-    assert (options.output_dir, options.overwrite_output_dir, options.per_device_train_batch_size) == ("a", True, 2)
-    assert caplog.messages == ["--overwrite_output_dir is now called --overwrite. The old name will be removed."]
-    caplog.clear()
-    assert parse(ServeOptions, ["--base_model=m", "--max-tokens", "9"], prog="mola serve").max_tokens == 9
-    assert parse(PrepareOptions, ["--task=sample", "--output_dir=x"], prog="mola prepare").output_dir == "x"
-    assert [message.partition(".")[0] for message in caplog.messages] == [
-        "--max_tokens is now called --max_new_tokens",
-        "--output_dir is now called --output",
-    ]
-
-
-def test_new_names_work_without_a_warning(tmp_path, caplog):
-    (tmp_path / "recipe.yaml").write_text("overwrite: true\noutput: a\nbatch_size: 2\n")
-    options = parse(TrainOptions, ["--config", str(tmp_path / "recipe.yaml"), "--device=cpu"], prog="mola train")
+def test_flags_and_recipes_have_the_names_of_the_help_text(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("overwrite: true\noutput: a\nbatch_size: 2\n")
+    options = parse(TrainOptions, ["--config", str(recipe), "--device=cpu"], prog="mola train")
     assert (options.output_dir, options.overwrite_output_dir, options.per_device_train_batch_size) == ("a", True, 2)
     assert options.use_cpu
     assert parse(ServeOptions, ["--base_model=m", "--max-new-tokens", "9"], prog="mola serve").max_tokens == 9
-    (tmp_path / "recipe.yaml").write_text("output_dir: a\noutput: b")
+
+
+def test_commands_that_train_keep_the_names_of_the_trainer(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output_dir: a\nper_device_train_batch_size: 2\n")
+    options = parse(TrainOptions, ["--config", str(recipe)], prog="mola train")
+    assert (options.output_dir, options.per_device_train_batch_size) == ("a", 2)
+    recipe.write_text("output_dir: a\noutput: b")
     with pytest.raises(MolaError, match="`output` is in .* twice, in two spellings"):
-        parse(TrainOptions, ["--config", str(tmp_path / "recipe.yaml")], prog="mola train")
-    assert caplog.messages == []
+        parse(TrainOptions, ["--config", str(recipe)], prog="mola train")
+
+
+@pytest.mark.parametrize(
+    ("options", "old", "new"),
+    [
+        (TrainOptions, "overwrite_output_dir", "overwrite"),
+        (PrepareOptions, "output_dir", "output"),
+        (ServeOptions, "max_tokens", "max_new_tokens"),
+        (ConvertOptions, "rank", "r"),
+    ],
+)
+def test_a_name_from_before_1_0_is_answered_with_the_new_one(options, old, new, tmp_path):
+    with pytest.raises(MolaError, match=f"there is no flag --{old}: mola calls it --{new}"):
+        parse(options, [f"--{old}=2"], prog="mola")
+    (tmp_path / "recipe.yaml").write_text(f"{old}: 2")
+    with pytest.raises(MolaError, match=f"`{old}` in .* is no option of this command. mola calls it `{new}`"):
+        parse(options, ["--config", str(tmp_path / "recipe.yaml")], prog="mola")
 
 
 def test_dashes_and_underscores_are_the_same():
@@ -408,8 +418,8 @@ def test_names_of_other_programs_are_answered_only_where_the_command_has_the_opt
 @pytest.mark.parametrize("name", [name for name, each in COMMANDS.items() if each.positional and not each.further])
 def test_first_word_and_its_flag_are_the_same(name):
     positional, options = COMMANDS[name].positional, options_of(name)
-    required = {"base_model", *(each.name for each in fields(options) if is_required(each))}
-    names = {each.name for each in fields(options)}
+    required = {"base_model", *(shown_name(each) for each in fields(options) if is_required(each))}
+    names = {shown_name(each) for each in fields(options)}
     others = command(**dict.fromkeys(required & names - {positional}, "2"))
     by_word = parse(options, ["runs/first", *others], prog=name, positional=positional)
     assert by_word == parse(options, [f"--{positional}=runs/first", *others], prog=name, positional=positional)

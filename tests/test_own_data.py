@@ -22,7 +22,7 @@ def adapter(tiny_model_dir, tmp_path_factory):
 def _train(base, data, output):
     settings = {"num_experts": "2,2,2,2", "max_steps": 2, "warmup_steps": 0, "dtype": "float32", "cutoff_len": 1024}
     words = [f"--{name}={value}" for name, value in settings.items()]
-    return ["train", f"--base_model={base}", f"--data={data}", f"--output_dir={output}", *words, "--disable_tqdm=true"]
+    return ["train", f"--base_model={base}", f"--data={data}", f"--output={output}", *words, "--disable_tqdm=true"]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -49,8 +49,8 @@ def test_the_other_commands_take_it(name, adapter, tiny_model_dir, tmp_path):
     assert main(["inspect", "--adapter", str(adapter), "--data", data, "--json", str(tmp_path / "experts.json")]) == 0
     scored = ["--method", "gradient", "--data", data, "--output", str(tmp_path / "experts-of-layers.json")]
     assert main(["allocate", *base, "--budget", "10", *scored]) == 0
-    fitted = ["--rank", "4", "--data", data, "--output", str(tmp_path / "lora"), "--dtype", "float32"]
+    fitted = ["--r", "4", "--data", data, "--output", str(tmp_path / "lora"), "--dtype", "float32"]
     assert main(["convert", str(adapter), "--to", "lora", *fitted]) == 0
     steps = ["--max_steps=1", "--warmup_steps=0", "--dtype=float32", "--num_experts=2468", "--cutoff_len=1024"]
-    compared = ["compare", *base, f"--data={data}", f"--output_dir={tmp_path / 'out'}", *steps, "--disable_tqdm=true"]
+    compared = ["compare", *base, f"--data={data}", f"--output={tmp_path / 'out'}", *steps, "--disable_tqdm=true"]
     assert main(compared) == 0

@@ -278,7 +278,6 @@ def _run(command: Command, arguments: Sequence[str], name: str, *, accept_noflag
         further=command.further,
         accept_noflag=accept_noflag,
         read=functools.cache(read_recipe),  # a recipe may come from a pipe, which can be read once
-        warn=functools.cache(logging.getLogger("mola").warning),  # options may be parsed twice
     )
     try:
         return _parse_and_run(command, arguments, parse_as)

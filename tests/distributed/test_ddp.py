@@ -137,7 +137,7 @@ def test_signal_to_one_process_leaves_a_run_that_goes_on(processes, flags, tmp_p
 def test_wrong_input_ends_all_processes_and_earlier_runs_stay(processes, flags, whole, tmp_path):
     folder = shutil.copytree(whole[0], tmp_path / "run")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    for options, field in (({}, "`output`"), ({"overwrite_output_dir": "true", "cutoff_len": 3}, "cutoff_len")):
+    for options, field in (({}, "`output`"), ({"overwrite": "true", "cutoff_len": 3}, "cutoff_len")):
         assert processes.run(arguments=flags(folder, **options)) == [2, 2], processes.output
         assert all("mola train: error: " in text and field in text for text in processes.output)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

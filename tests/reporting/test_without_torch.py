@@ -50,28 +50,28 @@ def test_help_and_wrong_flags():
 def test_wrong_paths(tiny_model_dir, tmp_path):
     (tmp_path / "data.json").write_text("[]")
     missing = str(tmp_path / "nowhere")
-    train = ["train", "--output_dir", str(tmp_path / "out")]
+    train = ["train", "--output", str(tmp_path / "out")]
     given = ["--base_model", str(tiny_model_dir)]
     calls = [
         [*train, "--base_model", missing, "--data", missing],
         [*train, *given, "--data", f"{missing}.json"],
         [*train, *given, "--data", str(tmp_path / "data.json"), "--adapter", missing],
-        ["compare", "--output_dir", str(tmp_path / "out"), *given, "--data", f"{missing}.json"],
+        ["compare", "--output", str(tmp_path / "out"), *given, "--data", f"{missing}.json"],
         ["evaluate", *given, "--task", "sample", "--data", f"{missing}.json"],
         ["generate", missing, "--prompt", "x"],
         ["generate", *given, "--adapter", missing, "--prompt", "x"],
         ["serve", "--base_model", missing],
         ["plan", "--base_model", missing],
-        ["train", "--base_model", Path(missing).name, "--data", str(tmp_path / "data.json"), "--output_dir", "out"],
+        ["train", "--base_model", Path(missing).name, "--data", str(tmp_path / "data.json"), "--output", "out"],
         ["generate", "--base_model", "owner/nowhere", "--prompt", "x"],
         ["allocate", *given, "--method", "gradient", "--budget", "20", "--data", f"{missing}.json"],
-        ["reallocate", missing, "--num_experts", "2468", "--output_dir", str(tmp_path / "out")],
+        ["reallocate", missing, "--num_experts", "2468", "--output", str(tmp_path / "out")],
         ["convert", missing, "--to", "lora", "--output", str(tmp_path / "out")],
         ["merge", missing, "--output", str(tmp_path / "out")],
         ["inspect", missing, "--data", missing],
         ["report", missing],
         ["doctor", missing],
-        ["prepare", "commonsenseqa", "--data", f"{missing}.json", "--output_dir", str(tmp_path / "out")],
+        ["prepare", "commonsenseqa", "--data", f"{missing}.json", "--output", str(tmp_path / "out")],
     ]
     for words, (code, text, imported) in zip(calls, answers(*calls), strict=True):
         assert (words, code, imported) == (words, 2, [])

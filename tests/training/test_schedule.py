@@ -38,7 +38,7 @@ def test_schedules_that_cannot_be_are_refused_before_an_earlier_run_is_removed(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text('{"status": "finished", "settings": {}}', encoding="utf-8")
     before = (tmp_path / "run" / "run.json").read_bytes()
-    assert message in error_line(flags(**options, overwrite_output_dir="true"))
+    assert message in error_line(flags(**options, overwrite="true"))
     assert (tmp_path / "run" / "run.json").read_bytes() == before
 
 

@@ -20,7 +20,7 @@ def option(default: Any, help: str, name: str | None = None, **more: Any) -> Any
     Args:
         default: the default value.
         help: the text.
-        name: its name in flags, recipes and help texts, if the field is called differently; both names are accepted.
+        name: its name in flags, recipes and help texts, if the field is called differently; see `OptionsParser`.
         more: arguments of argparse's `add_argument` for the flag.
     """
     if name is not None:

@@ -15,6 +15,7 @@ from mola.errors import MolaError
 from mola.options.fields import parse_mapping
 
 _SPELLINGS = re.compile(r"--[\w-]+(/--[\w-]+)+")  # as argparse names a flag
+_NAMES_OF_TRAINER = {"output_dir", "per_device_train_batch_size"}  # those that have another name in mola
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
@@ -32,6 +33,9 @@ class RaisingParser(ArgumentParser):
 
 class OptionsParser(RaisingParser):
     """A parser for the fields of one dataclass.
+
+    The flag of a field with another shown name has this name only. Commands that train also accept every name of
+    Transformers' `TrainingArguments`.
 
     Attributes:
         options_class: the dataclass.
@@ -61,10 +65,12 @@ class OptionsParser(RaisingParser):
 
     def _add_field(self, field: Field, kind: Any) -> None:
         settings = dict(field.metadata)
-        names = [*_spellings(field.name), *settings.pop("aliases", ())]
+        names = settings.pop("aliases", [])
+        if not names or (field.name in _NAMES_OF_TRAINER and self.kinds.keys() >= _NAMES_OF_TRAINER):
+            names = [*_spellings(field.name), *names]
         default = field.default if field.default_factory is MISSING else field.default_factory()
         kind = _kind_of_value(kind)
-        self.add_argument(*names, **_settings(kind, default, settings))
+        self.add_argument(*names, dest=field.name, **_settings(kind, default, settings))
         if field.default is True and kind in (bool, bool | None):
             self.add_argument(
                 *_spellings(f"no_{field.name}"),

@@ -6,7 +6,6 @@ options by the same names; flags win. `~/` at the start of a value stands for th
 
 import difflib
 import json
-import logging
 import os
 import re
 from argparse import Action
@@ -22,14 +21,11 @@ from mola.files.reading import parse_yaml
 from mola.options.help import ShowHelp, shown_flag
 from mola.options.parser import OptionsParser, RaisingParser
 
-logger = logging.getLogger(__name__)
-
 _FLAG = re.compile(r"--[\w-]+(=|$)")
 _HOME = re.compile(r"(?:^|(?<=[=,]))~(?=/)")  # a `~` at the start of a value, after `=` (NAME=PATH) or after a comma
-_NAMES_OF_TRAINER = ("output_dir", "per_device_train_batch_size")
 _FREE_TEXT = ("prompt", "instruction", "input")  # options in which ~ is left unchanged
 
-# Name of an option in other programs -> mola's names for it; the first one that a command has counts.
+# Name of an option in other programs or before 1.0 -> mola's names for it; the first one that a command has counts.
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("lora_r", "lora_rank", "rank"), ("r",)),
     "lr": ("learning_rate",),
@@ -37,7 +33,8 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("epochs", "num_epochs"), ("num_train_epochs",)),
     **dict.fromkeys(("max_length", "max_seq_length", "max_seq_len"), ("cutoff_len", "max_new_tokens")),
     "max_tokens": ("max_new_tokens",),
-    **dict.fromkeys(("out", "out_dir", "output_file", "output_path", "save_path"), ("output",)),
+    **dict.fromkeys(("out", "out_dir", "output_dir", "output_file", "output_path", "save_path"), ("output",)),
+    "overwrite_output_dir": ("overwrite",),
     **dict.fromkeys(("model", "model_id", "model_name", "model_name_or_path"), ("base_model",)),
     **dict.fromkeys(("dataset", "dataset_name", "data_path", "train_file"), ("data",)),
     **dict.fromkeys(
@@ -62,7 +59,6 @@ def parse(
     further: str | None = None,
     accept_noflag: bool = False,
     read: Callable[[str], Mapping[str, Any]] | None = None,
-    warn: Callable[[str], None] = logger.warning,
 ) -> Any:
     """Options from flags and, with `--config`, a YAML recipe.
 
@@ -76,7 +72,6 @@ def parse(
         further: list option that the words after the first one set, up to the first flag.
         accept_noflag: accept `--noflag` for `--flag=false`.
         read: reads the recipe; default: `read_recipe`.
-        warn: called with a sentence about each option that has been renamed.
 
     Raises:
         MolaError: a flag or its value is wrong, the recipe is unreadable or has unknown keys, or
@@ -105,9 +100,6 @@ def parse(
     recipe = _find_recipe(arguments)
     if recipe is not None:
         arguments = _flags_of_mapping((read or read_recipe)(recipe), recipe, parser) + arguments
-    for word in arguments:
-        if sentence := _renamed(word.partition("=")[0], flags):
-            warn(sentence)
     values, stray = parser.parse_known_args(_expand_home(arguments))
     if stray:
         raise MolaError(_unknown(stray[0], flags))
@@ -232,16 +224,6 @@ def _own_name(name: str, flags: Mapping[str, Action]) -> str | None:
     """mola's name for an option of another program, if the command has this option."""
     names = _SYNONYMS.get(name.replace("-", "_"), ())
     return next((each for each in names if f"--{each}" in flags), None)
-
-
-def _renamed(flag: str, flags: Mapping[str, Action]) -> str | None:
-    """A sentence if `flag` is the name that an option had in an earlier version, else None."""
-    action, written = flags.get(flag), flag.removeprefix("--").replace("-", "_")
-    # `mola train` accepts every name of `TrainingArguments`.
-    is_kept = written in _NAMES_OF_TRAINER and "--per_device_train_batch_size" in flags
-    if action is None or written != action.dest or f"--{written}" == shown_flag(action) or is_kept:
-        return None
-    return f"--{written} is now called {shown_flag(action)}. The old name will be removed."
 
 
 def _expand_home(arguments: Sequence[str]) -> list[str]:
