@@ -1,5 +1,6 @@
 """The structure of the package: imports run in one direction, and its root stays small. See docs/research/design.md."""
 
+import inspect
 import subprocess
 import sys
 import tomllib
@@ -30,6 +31,11 @@ def test_contract_about_commands_names_all_of_them():
 
 def test_root_stays_small():
     assert len(list(PACKAGE.glob("*.py"))) <= 8
+
+
+def test_the_root_holds_only_public_names_and_modules():
+    names = {name for name in vars(mola) if not name.startswith("_")} - set(mola.__all__)
+    assert [name for name in names if not inspect.ismodule(getattr(mola, name))] == ["TYPE_CHECKING"]
 
 
 def test_no_public_name_hides_a_module():
