@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import ArrowConfig, LoraConfig, PeftModel
 
-from benchmarks.skills_study import PROTOCOL, QUIET, REPLAY_SHARE, SEQUENTIAL, SKILL, Study, sequence
+from benchmarks.skills_study import PROTOCOL, QUIET, REPLAY_SHARE, SEQUENTIAL, SKILL, TASKS, Study, sequence
 from mola import TrainOptions, load_model, train
 from mola.evaluation.core import evaluate_examples
 from mola.exporting.convert import ConvertOptions, convert
@@ -204,7 +204,7 @@ def converted(study: Study) -> Found:
         base_model=study.options.base_model,
         num_experts=str(len(study.order)),
         data=[_rows_file(study, kind, study.examples(kind, "train")) for kind in study.order],
-        task=PROTOCOL["task"],
+        task=TASKS[study.options.kinds],
         template=PROTOCOL["template"],
         dtype=PROTOCOL["dtype"],
     )
@@ -227,6 +227,7 @@ def joint(study: Study) -> Found:
     shutil.rmtree(folder, ignore_errors=True)
     values = {**PROTOCOL, **QUIET, **SEQUENTIAL["lora"], "seed": study.seed, "data_seed": study.seed}
     values |= {"base_model": study.options.base_model, "data": str(study.data / "dataset.hf")}
+    values |= {"task": TASKS[study.options.kinds]}
     result = train(TrainOptions(**values, output_dir=str(folder)))
     found = on_all_kinds(study, base_model(study, folder))
     shutil.rmtree(folder)

@@ -13,12 +13,15 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset, DatasetDict
 
 from benchmarks.errors import in_one_line
 from mola.data.examples import load_examples
@@ -40,9 +43,10 @@ DATA = {
     5: {"train_size": 400, "validation_size": 150, "test_size": 200},
     12: {"train_size": 960, "validation_size": 240, "test_size": 480, "seed": 1, "kinds": 12},
 }
+# Twelve kinds are answered in words. A kind has too few rows to learn alone which letter stands for which option.
+TASKS = {5: "sample", 12: str(Path(__file__).with_name("twelve_kinds.yaml"))}
 # The settings of the study of forgetting, which trains and tests in float32.
 PROTOCOL: dict[str, Any] = {
-    "task": "sample",
     "template": "alpaca_short",
     "dtype": "float32",
     "attn_implementation": "eager",
@@ -92,7 +96,7 @@ class Study:
         self.data = prepared(options)
         self.folder = Path(options.output_dir) / f"{options.kinds}_kinds" / f"seed_{seed}"
         self.path = Path(options.records) / f"{options.kinds}_kinds" / f"seed_{seed}.json"
-        self.task = load_task("sample")
+        self.task = load_task(TASKS[options.kinds])
         self.categories = categories(self.data)
         self.order = order_of(list(self.categories), seed)
         self.record = self._read()
@@ -111,7 +115,8 @@ class Study:
         atomic_write_json(self.path, self.record)
 
     def _read(self) -> dict[str, Any]:
-        settings = {"protocol": PROTOCOL, "skill": SKILL, "sequential": SEQUENTIAL, "replay_share": REPLAY_SHARE}
+        protocol = {"task": self.task.name, **PROTOCOL}
+        settings = {"protocol": protocol, "skill": SKILL, "sequential": SEQUENTIAL, "replay_share": REPLAY_SHARE}
         base = Path(self.options.base_model) / "model.safetensors"
         files = {f"{split} data": self.data / f"{split}.json" for split in ("train", "validation", "test")}
         new = {
@@ -143,7 +148,25 @@ def prepared(options: StudyOptions) -> Path:
     folder = Path(options.output_dir) / f"{options.kinds}_kinds" / "data"
     if not folder.exists():
         prepare(PrepareOptions("sample", str(folder), **DATA[options.kinds]))
+        if options.kinds == 12:
+            _answer_in_words(folder)
     return folder
+
+
+def _answer_in_words(folder: Path) -> None:
+    """Replace the rows by rows without options, whose `label` is category and letter."""
+    splits = {}
+    for path in sorted(folder.glob("*.json")):
+        splits[path.stem] = [
+            {
+                **{name: row[name] for name in ("id", "question", "category")},
+                "label": f"{row['category']} {row['answer']}",
+            }
+            for row in read_json(path)
+        ]
+        atomic_write_json(path, splits[path.stem])
+    shutil.rmtree(folder / "dataset.hf")
+    DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(folder / "dataset.hf")
 
 
 def categories(data: Path) -> dict[str, str]:
@@ -166,7 +189,8 @@ def sequence(study: Study, folder: str, settings: dict[str, Any], **more: Any) -
     """One kind after the other, in the order of the seed."""
     stages = {name: {"filters": {"category": study.categories[name]}} for name in study.order}
     values = {"base_model": study.options.base_model, "data": str(study.data / "dataset.hf"), "stages": stages}
-    values |= {**PROTOCOL, **QUIET, **TESTS, **settings, "seed": study.seed, "data_seed": study.seed, **more}
+    values |= {"task": TASKS[study.options.kinds], "seed": study.seed, "data_seed": study.seed}
+    values |= {**PROTOCOL, **QUIET, **TESTS, **settings, **more}
     return ContinualOptions(**values, output_dir=str(study.folder / folder))
 
 
