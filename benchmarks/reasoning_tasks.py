@@ -4,15 +4,15 @@
     python -m benchmarks.reasoning_tasks --output runs/reasoning --tasks gcd syllogism --steps 200
 
 The tasks are those of the package reasoning-gym (`pip install reasoning-gym`), made easy. Each gets TASK/train.json and
-TASK/test.json with the columns `instruction`, `input` and `output`. With `steps` each task is also learnt by a LoRA on
+TASK/test.json with the columns `instruction`, `input` and `output`. With `steps` each task is also learned by a LoRA on
 the upper two thirds of the layers, and the share of test answers that greedy decoding would write exactly is recorded
-in learnt.json. Tasks that the file has are not learnt again.
+in learned.json. Tasks that the file has are not learned again.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,19 @@ from mola.options.parsing import parse
 
 _PROJECT = Path(__file__).resolve().parents[1]
 TEMPLATE = "alpaca_short"
-# Task -> settings that make it easy enough to be learnt in a few hundred steps, with short questions and answers.
+LEARNED = "learned.json"
+TRAINING: dict[str, Any] = {
+    "template": TEMPLATE,
+    "dtype": "float32",
+    "per_device_train_batch_size": 4,
+    "lora_dropout": 0.0,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "expert_telemetry": False,
+    "disable_tqdm": True,
+}
+# Task -> settings that make it easy enough to be learned in a few hundred steps, with short questions and answers.
 TASKS: dict[str, dict[str, Any]] = {
     "aiw": {"max_entities": 4},
     "binary_alternation": {"min_n": 4, "max_n": 8},
@@ -100,6 +112,7 @@ def write_rows(options: ReasoningOptions, task: str) -> None:
 def learn(options: ReasoningOptions, task: str) -> dict[str, Any]:
     """Train a LoRA on a task; its accuracy on test rows, and that of the base model."""
     from mola import TrainOptions, load_model, train
+    from mola.models.tokenizer import load_tokenizer
 
     folder = Path(options.output, task)
     result = train(
@@ -110,42 +123,32 @@ def learn(options: ReasoningOptions, task: str) -> dict[str, Any]:
             into=str(Path(options.output) / "skills"),
             output_dir=str(folder / "lora"),
             overwrite_output_dir=True,
-            template=TEMPLATE,
-            dtype="float32",
             max_steps=options.steps or 0,
             learning_rate=options.learning_rate,
-            per_device_train_batch_size=4,
-            lora_dropout=0.0,
-            save_strategy="no",
-            eval_strategy="no",
-            load_best_model_at_end=False,
-            disable_tqdm=True,
             seed=options.seed,
+            **TRAINING,
         )
     )
-    rows = load_examples(folder / "test.json", None, None)
+    rows, tokenizer = load_examples(folder / "test.json", None, None), load_tokenizer(options.base_model, "right")
     answered = {
-        name: exact(options.base_model, load_model(options.base_model, adapter, "float32"), rows)
-        for name, adapter in (("base", None), ("learnt", folder / "lora"))
+        name: marks_of(tokenizer, load_model(options.base_model, adapter, "float32"), rows).count("1") / len(rows)
+        for name, adapter in (("base", None), ("learned", folder / "lora"))
     }
     return {**answered, "loss": result.metrics["train_loss"], "seconds": round(result.seconds, 1)}
 
 
 @torch.no_grad()
-def exact(base_model: str, model: Any, rows: Sequence[dict[str, str]]) -> float:
-    """Share of rows whose whole answer, with its end token, greedy decoding would write.
+def marks_of(tokenizer: Any, model: Any, rows: Sequence[Mapping[str, str]]) -> str:
+    """A digit per row: 1 if greedy decoding would write the whole answer with its end token.
 
     That is so exactly if every token of the answer is the most probable one after those before it.
     """
-    from mola.models.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(base_model, "right")
-    right = 0
+    marks = []
     for row in encode_untruncated(rows, tokenizer, get_template(TEMPLATE), None):
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
         best = model(input_ids=ids).logits[0, :-1].argmax(-1)
-        right += bool((best == labels)[labels != IGNORED].all())
-    return right / len(rows)
+        marks.append("01"[bool((best == labels)[labels != IGNORED].all())])
+    return "".join(marks)
 
 
 @in_one_line("reasoning_tasks")
@@ -155,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(ReasoningOptions, words, prog="benchmarks.reasoning_tasks", summary=__doc__.partition("\n")[0])
     if unknown := set(options.tasks) - TASKS.keys():
         raise MolaError(f"`tasks` must be some of {', '.join(TASKS)}: got {', '.join(sorted(unknown))}.")
-    path = Path(options.output) / "learnt.json"
+    path = Path(options.output) / LEARNED
     record = read_json(path) if path.exists() else {}
     for task in options.tasks:
         write_rows(options, task)
@@ -163,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         record[task] = {**learn(options, task), "machine": machine_description(), "versions": software_versions()}
         atomic_write_json(path, record)
-        print(f"{task}: {record[task]['base']:.0%} before, {record[task]['learnt']:.0%} after", flush=True)
+        print(f"{task}: {record[task]['base']:.0%} before, {record[task]['learned']:.0%} after", flush=True)
     return 0
 
 
