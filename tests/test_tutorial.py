@@ -33,11 +33,11 @@ def commands(tmp_path, monkeypatch, tiny_model_dir):
 def test_the_tutorial_runs_from_chats_to_an_answer_by_http(commands, tmp_path, caplog):
     caplog.set_level("INFO")
     names = [words[1] if words[0] == "mola" else words[0] for words in commands]
-    assert names == ["pip", "python", "train", "generate", "compare", "report", "serve", "curl"]
-    _, make_chats, *in_process, serve, curl = commands
+    assert names == ["pip", "python", "train", "generate", "report", "serve", "curl", "compare"]
+    _, make_chats, *in_process, serve, curl, compare = commands
     subprocess.run([sys.executable, *make_chats[1:]], check=True)
     assert len((tmp_path / "chats.jsonl").read_text(encoding="utf-8").splitlines()) == 60
-    for words in in_process:
+    for words in [*in_process, compare]:
         few = ["--max_steps", "2", "--warmup_steps", "0", "--dtype", "float32", "--disable_tqdm", "true"]
         assert main([*words[1:], *(few if words[1] in ("train", "compare") else [])]) == 0
     assert "60 conversations, 1.0 turns each" in caplog.text
