@@ -193,7 +193,7 @@ METHODS: dict[str, Callable[[Stream], dict[str, Any]]] = {
 def table(record: Mapping[str, Any]) -> str:
     """What each method got right, and whether it asked the right LoRA, in Markdown."""
     rows = [[task, *_cells(record, task)] for task in record["tasks"]]
-    rows.append(["**all**", *_cells(record, *record["tasks"])])
+    rows.append(["all", *_cells(record, *record["tasks"])])
     return markdown_table(("task", *_columns(record)), rows)
 
 

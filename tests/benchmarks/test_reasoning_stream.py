@@ -37,7 +37,7 @@ def test_the_table_has_answers_and_who_was_asked():
     assert lines[2:] == [
         "| a | 100.0 | 75.0 | 75.0 |",
         "| b | 50.0 | 50.0 | 100.0 |",
-        "| **all** | 75.0 | 62.5 | 87.5 |",
+        "| all | 75.0 | 62.5 | 87.5 |",
     ]
 
 
