@@ -7,7 +7,7 @@ import pytest
 from mola.cli import main
 from tests.training.runs import NO_EVALUATION, losses, read_record
 
-SETTINGS = [{"router": "top_k_constant"}, {"router": "sparsegen", "sparsegen_lambda": -0.5}]
+SETTINGS = [{"router": "top_k_constant"}, {"router": "sparsegen", "sparsegen_lambda": -0.5}, {"shared_a": True}]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -35,13 +35,25 @@ def test_commands(settings, flags, tmp_path, tiny_model_dir, rows_file, capsys):
         assert main(words) == 0, capsys.readouterr().err
 
 
+def test_commands_that_change_experts_name_a_shared_A(flags, tmp_path, capsys):
+    assert main(flags(experimental='{"shared_a": true}', max_steps=1, warmup_steps=0, **NO_EVALUATION)) == 0
+    run = str(tmp_path / "run")
+    for words, message in (
+        (["reallocate", run, "--num_experts", "3,"], "share one (`shared_a`)"),
+        (["convert", run, "--to", "published"], "`shared_a` cannot be expressed in the research code's format"),
+    ):
+        assert main([*words, "--output", str(tmp_path / "new")]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"router": "soft"}, "`router` must be one of ['top_k_softmax', 'top_k_constant'"),
         ({"router": "sparsegen", "sparsegen_lambda": 1}, "`sparsegen_lambda` must be a number below 1, got 1"),
         ({"sparsegen_lambda": 0.5}, "`sparsegen_lambda` is only used with `router` 'sparsegen': got 0.5 with"),
-        ({"r": 3}, "`experimental` may have the keys router, sparsegen_lambda: got r."),
+        ({"r": 3}, "`experimental` may have the keys router, sparsegen_lambda, shared_a: got r."),
+        ({"shared_a": 1}, "`shared_a` must be one of [False, True], got 1"),
     ],
     ids=str,
 )

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 
-from mola import MolaError, MolaLinear
+from mola import MolaConfig, MolaError, MolaLinear
 from mola.tuner.routing import route_dense
 
 from .models import clone, random_config, tiny_llama, token_batch
@@ -13,7 +14,10 @@ SETTINGS = [
     {"router": "top_k_constant"},
     {"router": "sparsegen", "top_k": [1, 3, 2, 4]},
     {"router": "sparsegen", "sparsegen_lambda": 0.5, "top_k": [1, 3, 4, 4]},
+    {"shared_a": True},
+    {"shared_a": True, "router": "top_k_constant"},
 ]
+PRINCIPAL = {"init_lora_weights": "principal", "r": 4, "target_modules": ["q_proj"], "top_k": 1}
 each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=str)
 
 
@@ -57,6 +61,38 @@ def test_saved_and_loaded_it_computes_the_same(base, settings, tmp_path):
     config = loaded.peft_config["default"]
     assert {name: getattr(config, name) for name in settings} == settings
     assert torch.equal(loaded.eval()(**batch).logits, model(**batch).logits)
+
+
+def test_a_shared_A_is_saved_once_and_is_that_of_all_experts(base, tmp_path):
+    model = make(base, {"shared_a": True})
+    model.save_pretrained(tmp_path)
+    shapes = {name: tensor.shape[0] for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
+    assert {count for name, count in shapes.items() if name.endswith("mola_A")} == {1}
+    assert {count for name, count in shapes.items() if name.endswith("mola_B")} == {1, 3, 4}
+    copies, batch = make(base, {}), token_batch()
+    state = {name: each.clone() for name, each in model.state_dict().items() if "mola_" in name}
+    counts = {name: len(each) for name, each in copies.state_dict().items() if "mola_A" in name}
+    state |= {name: state[name].repeat(count, 1, 1) for name, count in counts.items()}
+    copies.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, copies(**batch).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_shared_A_with_principal_directions_has_the_largest(base):
+    directions = {}
+    for shared in (True, False):
+        model = get_peft_model(
+            clone(base), MolaConfig(num_experts=1 if not shared else 3, shared_a=shared, **PRINCIPAL)
+        )
+        layer = next(each for each in model.modules() if isinstance(each, MolaLinear))
+        directions[shared] = layer.mola_A["default"][0].detach()
+    overlap = torch.linalg.svdvals(torch.nn.functional.normalize(directions[True]) @ directions[False].t())
+    torch.testing.assert_close(overlap, directions[False].norm(dim=1), atol=1e-2, rtol=1e-2)
+
+
+def test_a_shared_A_has_no_orthogonal_start():
+    with pytest.raises(MolaError, match=r"`init_lora_weights` 'orthogonal' draws .* with `shared_a`"):
+        MolaConfig(shared_a=True, init_lora_weights="orthogonal")
 
 
 @each_setting

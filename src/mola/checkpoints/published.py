@@ -211,6 +211,7 @@ def _check_expressible(config: MolaConfig) -> None:
                 "target_parameters",
                 "trainable_token_indices",
                 "use_rslora",
+                "shared_a",
                 "num_experts_pattern",
                 "rank_pattern",
                 "alpha_pattern",

@@ -27,6 +27,7 @@ FIELDS = (
     "top_k",
     "router",
     "sparsegen_lambda",
+    "shared_a",
     "router_aux_loss_reduction",
     "router_aux_loss_coef",
     "router_z_loss_coef",
@@ -61,16 +62,16 @@ def checked_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MolaError: a value is wrong.
     """
-    settings = {name: _number_or_list(name, value) for name, value in given.items() if value is not None}
+    settings = {name: _plain_value(name, value) for name, value in given.items() if value is not None}
     MolaConfig(**settings)
     return settings
 
 
-def _number_or_list(name: str, value: Any) -> Any:
+def _plain_value(name: str, value: Any) -> Any:
     """Convert text from a command line, or from YAML, which reads `1e-3` as text; leave other text to `MolaConfig`."""
-    if isinstance(value, str) and (name in _NUMBERS or value.startswith("[")):
+    if isinstance(value, str) and (name in _NUMBERS or value.startswith("[") or name == "shared_a"):
         try:
-            return float(value) if name in _NUMBERS else json.loads(value)
+            return float(value) if name in _NUMBERS else json.loads(value.lower())
         except ValueError:
             pass
     return value

@@ -31,7 +31,7 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
     "experimental": None,
 }
 # Fields of `MolaConfig` that the option `experimental` may set; see docs/reference/lora-fields.md.
-EXPERIMENTAL = ("router", "sparsegen_lambda")
+EXPERIMENTAL = ("router", "sparsegen_lambda", "shared_a")
 
 # Options that change how experts are trained, but not what they compute. With `adapter` they may be changed.
 TRAINING_ONLY = (

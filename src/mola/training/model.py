@@ -85,6 +85,7 @@ def check_model_options(
         num_experts_pattern=adapter.num_experts_pattern,
         rank_pattern=adapter.rank_pattern,
         target_parameters=adapter.target_parameters,
+        shared_a=adapter.shared_a,
         model=model,
     )
     if adapter.modules_to_save:

@@ -29,6 +29,7 @@ _CHOICES: dict[str, Collection[Any]] = {
     "router_aux_loss_reduction": ("module", "layer"),
     "bias": ("none", "all", "mola_only"),
     "use_rslora": (False, True),
+    "shared_a": (False, True),
     "ensure_weight_tying": (False, True),
 }
 _PATTERNS = ("num_experts_pattern", "rank_pattern", "alpha_pattern")
@@ -103,6 +104,8 @@ class MolaConfig(PeftConfig):
             True (`B` zero), "gaussian", "orthogonal" and "principal" the adapted model starts with the base model's
             outputs. False draws `B` at random, for tests.
         use_rslora (bool): multiply the experts' output by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
+        shared_a (bool): experimental; the experts of a module share one A, and each has its own B, so the update is
+            `lora_alpha / r * sum_e g_e(x) B_e A dropout(x)` (HydraLoRA, arXiv 2404.19245).
         num_experts_pattern (dict[str, int]): experts of individual modules, such as `{"mlp.*": 8}`. A key is a
             regular expression for a module's whole name or for the end of the name after a dot; the first matching key
             applies. Other modules use their layer's `num_experts`. If `num_experts` is a JSON file, the file may
@@ -149,6 +152,7 @@ class MolaConfig(PeftConfig):
     bias: str = "none"
     init_lora_weights: bool | str = True
     use_rslora: bool = False
+    shared_a: bool = False
     num_experts_pattern: dict[str, int] | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
@@ -315,6 +319,11 @@ def _layer_numbers(value: Any) -> list[int] | int | None:
 
 def _check_combinations(config: MolaConfig) -> None:
     """Raise MolaError for values that are allowed individually, but not together."""
+    if config.shared_a and config.init_lora_weights == "orthogonal":
+        raise MolaError(
+            "`init_lora_weights` 'orthogonal' draws a pair of A and B for each expert, but with `shared_a` the experts "
+            "share one A: choose a different initialisation."
+        )
     if config.sparsegen_lambda and config.router != SPARSE:
         raise MolaError(
             f"`sparsegen_lambda` is only used with `router` {SPARSE!r}: got {config.sparsegen_lambda} with "

@@ -73,4 +73,5 @@ class PerLayer:
             router=f"{config.router}:{config.sparsegen_lambda}" if config.router == SPARSE else config.router,
             router_jitter_noise=config.router_jitter_noise,
             init_lora_weights=config.init_lora_weights,
+            shared_a=config.shared_a,
         )

@@ -68,6 +68,7 @@ def read_adapter(folder: str, base_model: str, trust_remote_code: bool = False) 
             own = module.settings["default"]
             settings = PartSettings(own.num_experts, own.r, own.top_k, own.scaling, own.router)
             experts_A, experts_B = (tensors[f"{name}.{kind}"] for kind in ("mola_A", "mola_B"))
+            experts_A = experts_A.expand(len(experts_B), -1, -1)  # the experts may share one
             router = tensors.get(f"{name}.mola_router")
             parts[name.removeprefix(_PREFIX)] = Part(settings, experts_A, experts_B, router, 0)
     shapes = {name: [*part.settings, *part.experts_B.shape] for name, part in parts.items()}

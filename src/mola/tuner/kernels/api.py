@@ -15,6 +15,7 @@ from mola.tuner.routing import DEFAULT_ROUTER
 # Reasons for which several backends do not support inputs.
 NO_ROUTER = "a layer with one expert has no router"
 OTHER_ROUTER = "does not compute this router, or not in its dtype"
+SHARED_A = "the experts share one A"
 NOT_PLAIN = "for plain tensors in the CPU's memory"
 
 
@@ -59,7 +60,7 @@ class MixtureInputs(NamedTuple):
         weight: `(out, in)` of a frozen base layer, in the dtype of `x`. If it is given, the backend computes the base
             output too.
         bias: `(out,)` of the frozen base layer; None without bias.
-        experts_A: `(E, r, in)`.
+        experts_A: `(E, r, in)`, or `(1, r, in)` if the experts share one A.
         experts_B: `(E, r, out)`.
         router: `(E, in)`, float32 or wider; None for one expert.
         dropout_mask: see `mola.tuner.kernels.dropout`; None without dropout, or if no mask is drawn yet.
@@ -75,6 +76,11 @@ class MixtureInputs(NamedTuple):
     router: Any  # torch.Tensor | None
     dropout_mask: torch.Tensor | None
     settings: MixtureSettings
+
+    @property
+    def shares_a(self) -> bool:
+        """Whether several experts share one A."""
+        return len(self.experts_A) < len(self.experts_B)
 
 
 class Mixture(NamedTuple):

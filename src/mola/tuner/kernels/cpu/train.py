@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from mola.tuner.kernels import native
-from mola.tuner.kernels.api import NOT_PLAIN, OTHER_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
+from mola.tuner.kernels.api import NOT_PLAIN, OTHER_ROUTER, SHARED_A, Backend, Grads, Mixture, MixtureInputs, Saved
 from mola.tuner.kernels.dense import why_no_own_backward
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gemm import addmm_, base_output, mm
@@ -38,6 +38,8 @@ class CpuTrain(Backend):
             return f"needs features in multiples of {_COLUMNS}, and at least one token"
         if parse_router(settings.router)[0] not in _ROUTERS or router.dtype is not torch.float32:
             return OTHER_ROUTER
+        if inputs.shares_a:
+            return SHARED_A
         if experts_A.dtype is not experts_B.dtype or not _shapes_fit(x, experts_A, experts_B, router):
             return "shapes or dtypes of x, A, B and router do not fit"  # torch then raises its own error
         if not are_plain_cpu_tensors(x, experts_A, experts_B, router):
