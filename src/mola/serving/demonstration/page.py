@@ -47,15 +47,21 @@ def build_page(answerer: Answerer, base_model: str, template: str | None, max_ne
             yield "", "", None  # clear the earlier answers, even if this question is refused
             yield from _answers(answerer, *values)
 
-        run = start.click(generate, [prompt, chosen_template, *sampling], [adapted, plain, answer], concurrency_limit=1)
-        stop.click(None, cancels=[run])
+        generation = generate, [prompt, chosen_template, *sampling], [adapted, plain, answer]
         if answerer.skills is None:
-            _add_experts(answerer, start, run, answer)
+            run = _add_experts(answerer, start, generation, answer)
+        else:
+            run = start.click(*generation, concurrency_limit=1)
+        stop.click(None, cancels=[run])
     return page
 
 
-def _add_experts(answerer: Answerer, start: gr.Button, run: Any, answer: gr.State) -> None:
-    """The part of the page about the experts behind an answer: its controls and their actions."""
+def _add_experts(answerer: Answerer, start: gr.Button, generation: tuple[Any, ...], answer: gr.State) -> Any:
+    """The part of the page about the experts behind an answer: its controls and their actions.
+
+    Returns:
+        The run of `generation` (function, inputs, outputs), which clears the tables of the earlier answer first.
+    """
     answer_with_experts = gr.State(None)
     gr.Markdown(f"## Experts\n{_ABOUT_EXPERTS}")
     with gr.Row():
@@ -63,7 +69,9 @@ def _add_experts(answerer: Answerer, start: gr.Button, run: Any, answer: gr.Stat
         layer = gr.Dropdown([], label="Layer of the table by token", interactive=True)
         part = gr.Radio(["answer", "prompt"], value="answer", label="Tokens")
     by_layer, by_token = gr.HTML(_NO_ANSWER_YET), gr.HTML()
-    start.click(lambda: (None, _NO_ANSWER_YET, ""), None, [answer, by_layer, by_token], queue=False)
+    # One after the other: of two actions of one click, gradio may begin the second when the first has ended.
+    clear = start.click(lambda: (None, _NO_ANSWER_YET, ""), None, [answer, by_layer, by_token], queue=False)
+    run = clear.then(*generation, concurrency_limit=1)
     tables = [answer, answer_with_experts, kind, layer, part], [by_layer, by_token]
     find_experts = run.success(
         lambda answer: _find_experts(answerer, answer), [answer], [answer_with_experts, kind, layer]
@@ -71,6 +79,7 @@ def _add_experts(answerer: Answerer, start: gr.Button, run: Any, answer: gr.Stat
     find_experts.success(_tables, *tables)
     for control in (kind, layer, part):
         control.input(_tables, *tables)
+    return run
 
 
 def launch(page: gr.Blocks, host: str, port: int) -> str:
