@@ -11,10 +11,10 @@ from mola.insight.recorder import router_entropies
 from mola.tuner.routing import (
     _FEW_TOKENS,
     ROUTERS,
+    Router,
     Routing,
     dense_gates,
     jitter,
-    parse_router,
     route,
     router_backward,
     router_logits,
@@ -145,19 +145,18 @@ def test_sparse_gates_of_logits_at_minus_infinity_and_far_apart(top_k):
     assert not gradient.any()
 
 
-def test_a_router_in_settings_includes_its_lambda():
+def test_sparsegen_gets_its_lambda():
     logits = torch.tensor([[1.0, 0.5, 0.0]])
-    for name, sparsegen_lambda in (("sparsegen", 0.0), ("sparsegen:0.25", 0.25), ("sparsegen:-1e-07", -1e-7)):
-        assert parse_router(name) == ("sparsegen", sparsegen_lambda)
-        found, expected = route(name, logits, 3), sparsegen(logits, 3, -1, sparsegen_lambda)
+    for router, sparsegen_lambda in ((Router("sparsegen"), 0.0), (Router("sparsegen", 0.25), 0.25)):
+        found, expected = route(router, logits, 3), sparsegen(logits, 3, -1, sparsegen_lambda)
         assert torch.equal(found.routing_weights, expected.routing_weights)
 
 
 def test_experts_with_a_gate_of_zero_are_not_used():
     logits = torch.tensor([[[5.0, 4.9, 0.0, 0.0], [1.0, 2.0, 3.0, 0.0]]])
     chosen = torch.tensor([[[0, 1, 2], [2, 1, 0]]])
-    assert used_experts("sparsegen", logits, chosen).tolist() == [[[1, 1, 0, 0], [0, 0, 1, 0]]]
-    assert used_experts("top_k_constant", logits, chosen).tolist() == [[[1, 1, 1, 0], [1, 1, 1, 0]]]
+    assert used_experts(Router("sparsegen"), logits, chosen).tolist() == [[[1, 1, 0, 0], [0, 0, 1, 0]]]
+    assert used_experts(Router("top_k_constant"), logits, chosen).tolist() == [[[1, 1, 1, 0], [1, 1, 1, 0]]]
 
 
 @pytest.mark.parametrize("router", [top_k_softmax, top_k_constant, sparsegen, sigmoid_router])
@@ -171,7 +170,7 @@ def test_gradients_of_routers(router, top_k, monkeypatch):
     weights = 1.5 * dense_gates(router(logits, top_k, 0), 4, 0)
     (expected,) = torch.autograd.grad((weights * hidden * grad).sum(), logits)
     agreement = (weights * hidden * grad).detach()
-    torch.testing.assert_close(router_backward("tested", logits, top_k, agreement), expected)
+    torch.testing.assert_close(router_backward(Router("tested"), logits, top_k, agreement), expected)
     if router is top_k_softmax:
         extra = torch.ones(4, 9, dtype=torch.float64)
         found = top_k_softmax_backward(agreement, weights.detach(), 1.5, extra, out=torch.empty_like(extra))
@@ -183,7 +182,7 @@ def test_a_gate_of_zero_has_finite_gradients(monkeypatch):
     monkeypatch.setitem(ROUTERS, "tested", top_k_softmax)
     logits = torch.tensor([[200.0, 1.0], [0.0, 2.0], [-5.0, 0.5]])
     agreement = torch.tensor([[0.5, 0.25], [0.0, 0.75], [0.0, 0.0]])
-    found = router_backward("tested", logits, 2, agreement)
+    found = router_backward(Router("tested"), logits, 2, agreement)
     gates = dense_gates(top_k_softmax(logits, 2, 0), 3, 0)
     torch.testing.assert_close(found, agreement - gates * agreement.sum(0))
 

@@ -201,7 +201,7 @@ def to_published(
 def _check_expressible(config: MolaConfig) -> None:
     not_expressible = {
         "bias": config.bias not in ("none", None),
-        "router": config.router != DEFAULT_ROUTER,
+        "router": config.router != DEFAULT_ROUTER.name,
         "layers_to_transform": config.layers_to_transform is not None,  # 0 also chooses a layer
         **{
             name: bool(getattr(config, name))

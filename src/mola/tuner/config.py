@@ -158,7 +158,7 @@ class MolaConfig(PeftConfig):
     alpha_pattern: dict[str, float] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
-    router: str = DEFAULT_ROUTER
+    router: str = DEFAULT_ROUTER.name
     sparsegen_lambda: float = 0.0
     router_aux_loss_coef: float = 0.0
     router_aux_loss_reduction: str = "module"

@@ -23,14 +23,14 @@ from mola.tuner.kernels.dispatch import drop_cached_copies, mixture, register_la
 from mola.tuner.kernels.tensors import autocast_is_on, has_hooks
 from mola.tuner.merging import SingleExpertMerging
 from mola.tuner.router_statistics import RouterOutput
-from mola.tuner.routing import DEFAULT_ROUTER, Routing, route, router_logits
+from mola.tuner.routing import DEFAULT_ROUTER, Router, Routing, route, router_logits
 
 
 @dataclass(frozen=True)
 class ExpertSettings:
     """Settings of one adapter for one module: fields of `MolaConfig` with the values for this module.
 
-    `router` includes `sparsegen_lambda`, see `mola.tuner.routing.parse_router`.
+    `router` includes `sparsegen_lambda`.
     """
 
     r: int
@@ -38,7 +38,7 @@ class ExpertSettings:
     top_k: int
     lora_alpha: float
     lora_dropout: float = 0.0
-    router: str = DEFAULT_ROUTER
+    router: Router = DEFAULT_ROUTER
     router_jitter_noise: float = 0.0
     init_lora_weights: bool | str = True
     use_rslora: bool = False

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from mola.tuner.routing import DEFAULT_ROUTER, used_experts
+from mola.tuner.routing import DEFAULT_ROUTER, Router, used_experts
 
 
 class RouterOutput(NamedTuple):
@@ -41,14 +41,14 @@ class RouterStatistics(NamedTuple):
 
 
 def router_statistics(
-    output: RouterOutput, token_mask: torch.Tensor | None = None, router: str = DEFAULT_ROUTER
+    output: RouterOutput, token_mask: torch.Tensor | None = None, router: Router = DEFAULT_ROUTER
 ) -> RouterStatistics:
     """Sums over the tokens of one router or of several routers.
 
     Args:
         output: logits and chosen experts.
         token_mask: `(N,)`, 1 for tokens that count; None counts all.
-        router: as in `mola.tuner.routing.route`.
+        router: the one that chose the experts.
     """
     logits = output.logits
     chosen = used_experts(router, logits, output.expert_indices)

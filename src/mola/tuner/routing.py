@@ -128,23 +128,31 @@ def sparsegen(logits: torch.Tensor, top_k: int, dim: int = -1, sparsegen_lambda:
     return Routing(expert_indices, torch.relu(shifted - tau) / (1.0 - sparsegen_lambda))
 
 
-DEFAULT_ROUTER, CONSTANT, SPARSE = "top_k_softmax", "top_k_constant", "sparsegen"
-Router = Callable[..., Routing]
-ROUTERS: dict[str, Router] = {DEFAULT_ROUTER: top_k_softmax, CONSTANT: top_k_constant, SPARSE: sparsegen}
+class Router(NamedTuple):
+    """A router of one adapter.
+
+    Attributes:
+        name: key in `ROUTERS`.
+        sparsegen_lambda: argument of `sparsegen`; other routers do not read it.
+    """
+
+    name: str
+    sparsegen_lambda: float = 0.0
 
 
-def parse_router(router: str) -> tuple[str, float]:
-    """Name in `ROUTERS` and lambda of a router in settings: "sparsegen:0.5", or a name alone, whose lambda is 0."""
-    name, _, sparsegen_lambda = router.partition(":")
-    return name, float(sparsegen_lambda or 0.0)
+DEFAULT_ROUTER, CONSTANT, SPARSE = Router("top_k_softmax"), "top_k_constant", "sparsegen"
+ROUTERS: dict[str, Callable[..., Routing]] = {
+    DEFAULT_ROUTER.name: top_k_softmax,
+    CONSTANT: top_k_constant,
+    SPARSE: sparsegen,
+}
 
 
-def route(router: str, logits: torch.Tensor, top_k: int, dim: int = -1) -> Routing:
-    """Chosen experts and their gates; `router` is a router in settings, see `parse_router`."""
-    name, sparsegen_lambda = parse_router(router)
-    if name == SPARSE:
-        return sparsegen(logits, top_k, dim, sparsegen_lambda)
-    return ROUTERS[name](logits, top_k, dim)
+def route(router: Router, logits: torch.Tensor, top_k: int, dim: int = -1) -> Routing:
+    """Chosen experts and their gates; arguments as in `top_k_softmax`."""
+    if router.name == SPARSE:
+        return sparsegen(logits, top_k, dim, router.sparsegen_lambda)
+    return ROUTERS[router.name](logits, top_k, dim)
 
 
 def dense_gates(routing: Routing, num_experts: int, dim: int = -1) -> torch.Tensor:
@@ -154,7 +162,7 @@ def dense_gates(routing: Routing, num_experts: int, dim: int = -1) -> torch.Tens
     return gates.new_zeros(shape).scatter_(dim, indices, gates)
 
 
-def route_dense(router: str, logits: torch.Tensor, top_k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def route_dense(router: Router, logits: torch.Tensor, top_k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense gates (see `dense_gates`) and chosen experts; arguments as in `route`."""
     expert_indices, gates = routing = route(router, logits, top_k, dim)
     num_experts = logits.shape[dim]
@@ -162,12 +170,12 @@ def route_dense(router: str, logits: torch.Tensor, top_k: int, dim: int) -> tupl
     return gates if top_k == num_experts else dense_gates(routing, num_experts, dim), expert_indices
 
 
-def used_experts(router: str, logits: torch.Tensor, expert_indices: torch.Tensor) -> torch.Tensor:
+def used_experts(router: Router, logits: torch.Tensor, expert_indices: torch.Tensor) -> torch.Tensor:
     """1 for each expert that a token uses, else 0, in the shape and dtype of `logits: (..., E)`.
 
     `expert_indices: (..., top_k)` are the chosen experts, which all are used, except by `sparsegen` those with gate 0.
     """
-    if parse_router(router)[0] != SPARSE:
+    if router.name != SPARSE:
         return torch.zeros_like(logits).scatter(-1, expert_indices, 1.0)
     gates, _ = route_dense(router, logits.detach().flatten(0, -2), expert_indices.shape[-1], -1)
     return (gates > 0).to(logits.dtype).view(logits.shape)
@@ -200,7 +208,7 @@ def top_k_softmax_backward(
     return torch.addcmul(grad_log_gates, scaled_gates, total, value=-1.0 / scaling, out=out)
 
 
-def router_backward(router: str, logits: torch.Tensor, top_k: int, grad_log_gates: torch.Tensor) -> torch.Tensor:
+def router_backward(router: Router, logits: torch.Tensor, top_k: int, grad_log_gates: torch.Tensor) -> torch.Tensor:
     """Like `top_k_softmax_backward`, for any router: backpropagates the gate gradients `v_e / g_e` with autograd.
 
     Args:

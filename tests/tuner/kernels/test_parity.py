@@ -19,6 +19,7 @@ from mola.tuner.kernels.cpu.decode import _NO_FUNCTION
 from mola.tuner.kernels.dispatch import BACKENDS, select
 from mola.tuner.kernels.dropout import drop, sample_dropout_mask
 from mola.tuner.kernels.reference import Reference
+from mola.tuner.routing import Router
 from tests.grids import slow
 
 from .inputs import LEAVES, as_leaves, in_float64, leaves, make_inputs
@@ -50,7 +51,11 @@ DTYPES = {
 }
 WITH_GRADIENTS = ("reference", "dense", "grouped", "cpu_train")
 WITHOUT = ("gathered", "decode", "cpu_decode")
-OTHER_ROUTERS = ["top_k_constant", "sparsegen:0.6", *slow("sparsegen:0.0", "sparsegen:-2.0")]
+OTHER_ROUTERS = [
+    Router("top_k_constant"),
+    Router("sparsegen", 0.6),
+    *slow((Router("sparsegen"),), (Router("sparsegen", -2.0),)),
+]
 
 
 def sizes_of(name):
@@ -192,7 +197,7 @@ def with_shared_A(inputs):
 )
 def test_a_shared_A(name, sizes, dtype, top_k, dropout, router):
     shape, out, num_experts, r = sizes
-    plain = with_router(router, make_inputs(shape, num_experts, dtype, r=r, out=out, top_k=top_k))
+    plain = with_router(Router(router), make_inputs(shape, num_experts, dtype, r=r, out=out, top_k=top_k))
     inputs = with_shared_A(with_mask(plain, dropout))
     copies = inputs._replace(experts_A=inputs.experts_A.expand(num_experts, -1, -1))
     found, expected = run(backend_for(name, inputs), inputs), expected_of(copies, run)
@@ -224,7 +229,7 @@ def with_router(router, inputs):
     return inputs._replace(settings=inputs.settings._replace(router=router))
 
 
-@pytest.mark.parametrize("router", OTHER_ROUTERS)
+@pytest.mark.parametrize("router", OTHER_ROUTERS, ids=str)
 @pytest.mark.parametrize(("name", "sizes", "dtype", "top_k"), grid(("reference", "dense", "cpu_train")))
 @pytest.mark.parametrize("dropout", ["none", "sampled"])
 def test_other_routers(router, name, sizes, dtype, top_k, dropout):
@@ -238,7 +243,7 @@ def test_other_routers(router, name, sizes, dtype, top_k, dropout):
         assert not torch.allclose(found["output"], run(backend, plain)["output"], atol=3e-2)
 
 
-@pytest.mark.parametrize("router", OTHER_ROUTERS)
+@pytest.mark.parametrize("router", OTHER_ROUTERS, ids=str)
 @pytest.mark.parametrize(("name", "sizes", "dtype", "top_k"), grid(("gathered", "decode")))
 def test_other_routers_without_gradients(router, name, sizes, dtype, top_k):
     shape, out, num_experts, r = sizes
@@ -249,7 +254,7 @@ def test_other_routers_without_gradients(router, name, sizes, dtype, top_k):
     check(found, expected_of(inputs, run_without_gradients), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("router", OTHER_ROUTERS)
+@pytest.mark.parametrize("router", OTHER_ROUTERS, ids=str)
 @torch.no_grad()
 def test_backends_that_do_not_know_a_router_say_so(router):
     inputs = with_router(router, make_inputs((2, 3, 32), 4, torch.float32, r=8, out=64))

@@ -20,6 +20,7 @@ from mola.models.adapters import check_fits
 from mola.models.meta import model_on_meta
 from mola.serving.vllm_command import check_servable
 from mola.tuner import MolaLinear
+from mola.tuner.routing import Router
 
 _PREFIX = "base_model.model."
 
@@ -31,7 +32,7 @@ class PartSettings(NamedTuple):
     r: int
     top_k: int
     scaling: float
-    router: str
+    router: Router
 
 
 class Part(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mola.tuner.routing import DEFAULT_ROUTER
+from mola.tuner.routing import DEFAULT_ROUTER, Router
 
 # Reasons for which several backends do not support inputs.
 NO_ROUTER = "a layer with one expert has no router"
@@ -35,7 +35,7 @@ class MixtureSettings(NamedTuple):
         dtype: dtype of the matrix products.
         dropout: probability with which an element of the experts' input is dropped.
         jitter: relative noise on the router's input.
-        router: as in `mola.tuner.routing.route`.
+        router: computes the gates from the logits.
         needs_router_output: whether the caller reads `Mixture.logits` and `Mixture.expert_indices`.
     """
 
@@ -44,7 +44,7 @@ class MixtureSettings(NamedTuple):
     dtype: torch.dtype
     dropout: float = 0.0
     jitter: float = 0.0
-    router: str = DEFAULT_ROUTER
+    router: Router = DEFAULT_ROUTER
     needs_router_output: bool = True
 
 

@@ -14,6 +14,7 @@ from mola.tuner.kernels.cpu.train import CpuTrain
 from mola.tuner.kernels.dense import Dense
 from mola.tuner.kernels.dropout import sample_dropout_mask
 from mola.tuner.kernels.reference import Reference
+from mola.tuner.routing import Router
 
 from ...counting import CountOperators
 from ...models import random_config, tiny_llama, token_batch
@@ -255,7 +256,7 @@ def test_sizes_and_dtypes_that_it_does_not_compute(change, reason):
     [
         ("router", None, NO_ROUTER),
         ("router", torch.zeros(4, 64, dtype=torch.float64), OTHER_ROUTER),
-        ("settings", MixtureSettings(2, 1.0, torch.float32, router="sigmoid"), OTHER_ROUTER),
+        ("settings", MixtureSettings(2, 1.0, torch.float32, router=Router("sigmoid")), OTHER_ROUTER),
         ("x", torch.zeros(40, 32), FIT),
         ("experts_B", torch.zeros(4, 4, 96), FIT),
         ("experts_B", torch.zeros(3, 8, 96), FIT),

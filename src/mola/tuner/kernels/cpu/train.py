@@ -14,10 +14,10 @@ from mola.tuner.kernels.dense import why_no_own_backward
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gemm import addmm_, base_output, mm
 from mola.tuner.kernels.tensors import are_plain_cpu_tensors, as_rows
-from mola.tuner.routing import CONSTANT, DEFAULT_ROUTER, SPARSE, parse_router
+from mola.tuner.routing import CONSTANT, DEFAULT_ROUTER, SPARSE
 
 _FUNCTIONS = "jit_train"
-_ROUTERS = DEFAULT_ROUTER, CONSTANT, SPARSE  # in the order of their numbers in `jit_routers`
+_ROUTERS = DEFAULT_ROUTER.name, CONSTANT, SPARSE  # in the order of their numbers in `jit_routers`
 _COLUMNS = 32  # the native functions need features in multiples of this
 
 
@@ -36,7 +36,7 @@ class CpuTrain(Backend):
         experts_A, experts_B = inputs.experts_A, inputs.experts_B
         if (experts_A.shape[2] | experts_B.shape[2]) % _COLUMNS or x.numel() == 0:
             return f"needs features in multiples of {_COLUMNS}, and at least one token"
-        if parse_router(settings.router)[0] not in _ROUTERS or router.dtype is not torch.float32:
+        if settings.router.name not in _ROUTERS or router.dtype is not torch.float32:
             return OTHER_ROUTER
         if inputs.shares_a:
             return SHARED_A
@@ -79,9 +79,8 @@ class CpuTrain(Backend):
         tensors = tokens, rows, *matrices, total, logits, weights, slopes, expert_indices, gated
         addresses = _addresses(*tensors)
         kernel = native.load(_FUNCTIONS).forward_kernel(inputs.x.dtype, dtype, inputs.experts_A.dtype, r)
-        name, sparsegen_lambda = parse_router(settings.router)
-        sizes = num_tokens, in_features, out_features, num_experts, top_k, _ROUTERS.index(name)
-        kernel(*addresses, *sizes, settings.scaling, sparsegen_lambda)
+        sizes = num_tokens, in_features, out_features, num_experts, top_k, _ROUTERS.index(settings.router.name)
+        kernel(*addresses, *sizes, settings.scaling, settings.router.sparsegen_lambda)
         if total is not output:
             output.add_(total)
         return Mixture(output, logits, expert_indices), Saved(x, (gated, weights, slopes, expert_indices))
