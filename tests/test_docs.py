@@ -279,3 +279,19 @@ def test_the_lowest_versions_and_all_extras_are_named(page):
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_every_dependency_is_in_the_table_of_licences():
+    text = (ROOT / "docs" / "reference" / "licences.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+) \| \S+ \| (.+) \| (.+) \|$", text, re.M)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    users = {
+        name: each for name, each in project["optional-dependencies"].items() if name not in ("dev", "docs", "test")
+    }
+    listed = {name: each for name, each in users.items() if f"`{name}`" not in text.partition("all extras but")[2]}
+    assert users.keys() - listed.keys() == {"vllm"}  # it brings a PyTorch of its own
+    wanted = {
+        Requirement(each).name
+        for each in [*project["dependencies"], *(line for each in listed.values() for line in each)]
+    }
+    assert wanted <= {name for name, _, _ in rows}
