@@ -33,13 +33,15 @@ class PlotOptions:
 def draw(options: PlotOptions) -> Any:
     """One row for neighbouring layers with equally many experts, as a `matplotlib.figure.Figure`."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Patch
 
     rows = layer_groups(resolve_per_layer(options.num_experts, options.num_layers, "num_experts"))
     if options.top_k < 1:
         raise MolaError(f"`top_k` must be at least 1: got {options.top_k}.")
     widest = max(count for _, _, count in rows)
-    figure = Figure(figsize=(4.2, 0.9 + 0.42 * len(rows)), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # inches
+    figure = Figure(figsize=(4.2, 0.9 + 0.42 * len(rows)), layout=layout)
     axes = figure.subplots()
     choice = random.Random(1)  # an example: in a model the router chooses
     for y, (_, _, count) in enumerate(rows):
