@@ -60,7 +60,7 @@ def test_every_command_with_the_models_own_code(base, data, tmp_path, capsys):
     ]
     for name, options in commands:
         assert run(name, **options) == 0, capsys.readouterr().err
-    exported = {**placed, "task": "sample", "data": data / "train.json", "limit": 8, "rank": 2}
+    exported = {**placed, "task": "sample", "data": data / "train.json", "limit": 8, "r": 2}
     assert run("convert", adapter, "--to", "lora", output=lora, **exported) == 0, capsys.readouterr().err
     assert run("merge", lora, output=tmp_path / "merged", **model) == 0, capsys.readouterr().err
     again = {"base_model": tmp_path / "merged", "trust_remote_code": "true", "device": "cpu"}

@@ -85,11 +85,11 @@ def test_top_k_per_layer_is_saved(tmp_path):
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["top_k"] == [1, 2, 3, 4]
 
 
-def test_long_spelling_and_recipe(tmp_path):
+def test_flags_and_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"source: {CASE}\nfrom: published\nbase_model: {BASE}\ntop_k: 2\noutput: {tmp_path / 'a'}\n")
     assert main(["convert", "--config", str(recipe)]) == 0
-    flags = ["--source_format", "published", *FROM[2:], "--output", str(tmp_path / "b")]
+    flags = ["--from", "published", *FROM[2:], "--output", str(tmp_path / "b")]
     assert main(["convert", "--source", CASE, *flags]) == 0
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
