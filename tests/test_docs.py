@@ -1,13 +1,6 @@
-"""The documentation is true: its code runs, its commands exist, its links lead somewhere, nothing public is left out.
+"""The documentation is true: its commands exist, its links lead somewhere, nothing public is left out.
 
-A comment in the line before a code block says what is done with it here:
-
-    <!-- run -->          python: executed, blocks of one page share their names; bash: every `mola` command and every
-                          `python scripts/...` is executed
-    <!-- run: PACKAGE --> the same, skipped if the package is not installed
-    <!-- file: NAME -->   written to the working folder before anything of the page runs
-
-The working folder has `my-model` (tiny, random) and `data/sample`. Of other bash blocks the flags are checked.
+`tests/test_docs_run.py` runs its code.
 """
 
 import functools
@@ -15,137 +8,31 @@ import importlib
 import importlib.util
 import inspect
 import re
-import runpy
-import shlex
 import tomllib
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from packaging.requirements import Requirement
 
 import mola
 from mola import cli
-from mola.data.prepare import PrepareOptions, prepare
 from mola.options.parsing import parse
+from tests.docs_blocks import PAGES, ROOT, blocks, commands, page_id, write_files
 
-from .versions import has
-
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TRAINING_OFTEN = (
-    *("continual.md", "from-the-research-code.md", "hub.md", "quantization.md", "report.md", "training.md"),
-)
-_BLOCK = re.compile(
-    r"(?:^<!-- (?P<mark>run|file)(?:: (?P<value>\S+))? -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
-)
 _LINK = re.compile(r"\]\((?!https?:|mailto:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
 
 
-class Block(NamedTuple):
-    mark: str | None
-    value: str | None
-    kind: str
-    text: str
-    line: int
+def bash_blocks(page):
+    return [block for block in blocks(page) if block.kind == "bash"]
 
 
-def blocks(page):
-    text = page.read_text(encoding="utf-8")
-    return [
-        Block(m["mark"], m["value"], m["kind"], m["text"], text[: m.start("text")].count("\n") + 1)
-        for m in _BLOCK.finditer(text)
-    ]
-
-
-def lines(block):
-    """Words of every line of a bash block."""
-    return [shlex.split(line, comments=True) for line in block.text.replace("\\\n", " ").splitlines()]
-
-
-def commands(block):
-    """Arguments of every `mola` command in a bash block, behind a launcher too."""
-    found = []
-    for line in lines(block):
-        words = [word for word in line if word != "--"]
-        if words[:1] == ["mola"]:
-            found.append(words[1:])
-        elif "-m" in words and words[words.index("-m") + 1] == "mola":
-            found.append(words[words.index("-m") + 2 :])
-    return found
-
-
-def run_line(line, monkeypatch):
-    """Exit code of a line of a bash block."""
-    if line[:1] == ["mola"]:
-        return cli.main(line[1:])
-    if line[:1] == ["python"] and line[1].startswith("scripts/"):
-        monkeypatch.setattr("sys.argv", line[1:])
-        monkeypatch.syspath_prepend(ROOT / "scripts")  # as Python does
-        with pytest.raises(SystemExit) as exit:
-            runpy.run_path(str(ROOT / line[1]), run_name="__main__")
-        return exit.value.code or 0
-    return f"{line[0]} is no program that pages may run" if line else 0
-
-
-def page_id(page):
-    return str(page.relative_to(ROOT))
-
-
-def pages_with(mark=None, kind=None, slow=()):
-    return [
-        pytest.param(page, id=page_id(page), marks=[pytest.mark.slow] if page.name in slow else [])
-        for page in PAGES
-        if any((block.mark == mark) and (kind is None or block.kind == kind) for block in blocks(page))
-    ]
-
-
-@pytest.fixture
-def work(tmp_path, monkeypatch, tiny_model_dir):
-    """The working folder that every page may assume."""
-    (tmp_path / "my-model").symlink_to(tiny_model_dir)
-    monkeypatch.chdir(tmp_path)
-    prepare(PrepareOptions("sample", "data/sample", train_size=24, validation_size=4, test_size=4))
-    return tmp_path
-
-
-def write_files(page, folder):
-    for block in blocks(page):
-        if block.mark == "file":
-            (folder / block.value).write_text(block.text, encoding="utf-8")
-
-
-# Libraries warn about what they will do one day; here only our own words count.
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("page", pages_with("run", slow=TRAINING_OFTEN))
-def test_code_runs(page, work, monkeypatch):
-    if page.name == "trl.md" and importlib.util.find_spec("trl") and not has("trl", "0.27"):
-        pytest.skip("needs TRL 0.27: its DPO reads `warnings_issued`, which models of Transformers 5 do not have")
-    wanted = [block for block in blocks(page) if block.mark == "run"]
-    missing = {block.value for block in wanted if block.value and importlib.util.find_spec(block.value) is None}
-    if all(block.value in missing for block in wanted):
-        pytest.skip(f"needs {', '.join(missing)}")
-    if missing:
-        print(f"{page_id(page)}: what needs {', '.join(missing)} is left out")
-    write_files(page, work)
-    names = {"__name__": "__main__"}
-    for block in wanted:
-        if block.value in missing:
-            continue
-        if block.kind == "python":
-            # Empty lines in front: a traceback then shows the line of the page.
-            exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
-        else:
-            for line in lines(block):
-                assert run_line(line, monkeypatch) == 0, f"{page_id(page)}: {shlex.join(line)}"
-
-
-@pytest.mark.parametrize("page", pages_with(kind="bash"))
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=page_id(page)) for page in PAGES if any(map(commands, bash_blocks(page)))]
+)
 def test_commands_exist(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_files(page, tmp_path)
-    unmarked = [block for block in blocks(page) if block.kind == "bash" and not block.mark]
-    for name, *arguments in [found for block in unmarked for found in commands(block)]:
+    for name, *arguments in [found for block in bash_blocks(page) for found in commands(block)]:
         if name == "with":  # another program follows
             continue
         name, arguments = cli.split_command([name, *arguments])

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mola.cli import main
+from tests.docs_blocks import blocks, write_files
 from tests.ports import free_port
-from tests.test_docs import blocks, write_files
 from tests.waiting import PATIENCE, wait_until
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "get-started" / "tutorial.md"
