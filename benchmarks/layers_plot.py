@@ -10,10 +10,9 @@ from itertools import groupby
 from typing import Any
 
 from benchmarks.errors import in_one_line
-from benchmarks.plot import to_svg
+from benchmarks.plot import write_svg
 from mola.architecture.notation import resolve_per_layer
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_text
 from mola.options.fields import option
 from mola.options.parsing import parse
 
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     options = parse(PlotOptions, words, prog="benchmarks.layers_plot", summary=str(__doc__).partition("\n")[0])
     title = "Experts in each layer, and those that one token uses"
-    print(f"Written to {atomic_write_text(options.output, to_svg(lambda: draw(options), title))}.")
+    write_svg(options.output, lambda: draw(options), title)
     return 0
 
 

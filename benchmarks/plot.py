@@ -121,6 +121,11 @@ def to_svg(draw: Callable[[], Any], title: str) -> str:
     return file.getvalue().decode("utf-8")
 
 
+def write_svg(path: str | Path, draw: Callable[[], Any], title: str) -> None:
+    """Write the figure that `draw` returns, see `to_svg`, and print where it is."""
+    print(f"Written to {atomic_write_text(path, to_svg(draw, title))}.")
+
+
 @in_one_line("benchmarks.plot")
 def main(arguments: list[str] | None = None) -> int:
     """Draw the picture; the exit code is 0, or 2 for wrong input."""
@@ -134,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise MolaError(f"`results` must hold the suite growth: {str(options.results)!r} has none.")
     output = check_new_file("output", options.output, options.overwrite)
     title = "Time of a training step over that of the frozen layers, for growing numbers of experts and tokens"
-    print(f"Written to {atomic_write_text(output, to_svg(lambda: draw(record), title))}.")
+    write_svg(output, lambda: draw(record), title)
     return 0
 
 

@@ -19,16 +19,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from peft import PeftModel
 
 from benchmarks.errors import in_one_line
 from benchmarks.reasoning_tasks import LEARNED, TEMPLATE, TRAINING, marks_of
+from benchmarks.trained_apart import fit_text_classifier, load_loras, merge
 from mola import Skills, TrainOptions, load_model, train
 from mola.checkpoints.skills_folder import read_skills
 from mola.data.examples import load_examples
 from mola.errors import MolaError
-from mola.evaluation.skills import skills_asked
+from mola.evaluation.skills import count_asked, skills_asked
 from mola.files.atomic import atomic_write_json
 from mola.files.environment import machine_description, software_versions
 from mola.files.reading import read_json
@@ -88,11 +88,7 @@ class Stream:
 
     def all_loras(self) -> PeftModel:
         """PEFT's model with every LoRA under the name of its task."""
-        first, *others = self.tasks
-        model = PeftModel.from_pretrained(self.base(), self.lora(first), adapter_name=first)
-        for task in others:
-            model.load_adapter(self.lora(task), adapter_name=task)
-        return model.eval()
+        return load_loras(self.base(), {task: self.lora(task) for task in self.tasks})
 
 
 def own(stream: Stream) -> dict[str, Any]:
@@ -119,44 +115,31 @@ def skills(stream: Stream) -> dict[str, Any]:
             with model.skills.use(() if name is None else (name,)):
                 answers.append(marks_of(stream.tokenizer, model, [row]))
         marks[task] = "".join(answers)
-        asked[task] = {str(name): names.count(name) for name in dict.fromkeys(names)}
+        asked[task] = count_asked(names)
     return {"marks": marks, "asked": asked}
 
 
 def text_classifier(stream: Stream) -> dict[str, Any]:
-    """Who is asked by a text classifier: words and pairs of words, logistic regression. It answers nothing."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
+    """Whom a text classifier names. It answers nothing."""
     texts = [(row["instruction"], task) for task in stream.tasks for row in stream.rows(task, "train")]
-    classifier = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000))
-    classifier.fit(*zip(*texts, strict=True))
+    classifier = fit_text_classifier(texts)
     asked = {}
     for task in stream.tasks:
-        names = [str(each) for each in classifier.predict([row["instruction"] for row in stream.rows(task, "test")])]
-        asked[task] = {name: names.count(name) for name in dict.fromkeys(names)}
+        names = classifier.predict([row["instruction"] for row in stream.rows(task, "test")])
+        asked[task] = count_asked(map(str, names))
     return {"asked": asked}
 
 
-def merged(**settings: Any) -> Callable[[Stream], dict[str, Any]]:
-    """All LoRAs in one, by PEFT's `add_weighted_adapter`; `share` is the weight of each, None for one K-th."""
-
-    def measure(stream: Stream) -> dict[str, Any]:
-        model, share = stream.all_loras(), settings.get("share") or 1 / len(stream.tasks)
-        how = {name: value for name, value in settings.items() if name != "share"}
-        model.add_weighted_adapter(stream.tasks, [share] * len(stream.tasks), "merged", **how)
-        model.set_adapter("merged")
-        return stream.on_all(model)
-
-    return measure
+def merged(method: str) -> Callable[[Stream], dict[str, Any]]:
+    """All LoRAs in one."""
+    return lambda stream: stream.on_all(merge(stream.all_loras(), stream.tasks, method))
 
 
 def sequence(stream: Stream) -> dict[str, Any]:
     """One LoRA of rank 43 learns one task after the other; `after` has the marks of each task after its own stage."""
-    folder, done, after, previous = stream.folder / "sequence", 0, {}, None
-    for done, task in enumerate(stream.tasks):
-        here = folder / f"{done:02d}"
+    folder, after, previous = stream.folder / "sequence", {}, None
+    for number, task in enumerate(stream.tasks):
+        here = folder / f"{number:02d}"
         settings = {"adapter": str(previous), "learning_rate": SEQUENCE["learning_rate"]} if previous else SEQUENCE
         train(
             TrainOptions(
@@ -183,9 +166,7 @@ METHODS: dict[str, Callable[[Stream], dict[str, Any]]] = {
     "own": own,
     "skills": skills,
     "text classifier": text_classifier,
-    "sum": merged(share=1.0, combination_type="cat"),
-    "mean": merged(combination_type="cat"),
-    "ties": merged(share=1.0, combination_type="ties", density=0.5),
+    **{method: merged(method) for method in ("sum", "mean", "ties")},
     "sequence": sequence,
 }
 
@@ -244,5 +225,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     sys.exit(main())

@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.errors import in_one_line
 from benchmarks.text_shifts import code_texts, content_shifts, manual_paragraphs
+from benchmarks.trained_apart import fit_text_classifier
 from mola.data.read import read_rows
 from mola.data.templates import get_template
 from mola.errors import MolaError
@@ -262,17 +263,13 @@ def _decide(
 
 
 def _text_classifier(reader: _Reader, train: Contents) -> Any:
-    """Words, pairs of words and logistic regression; None without scikit-learn."""
+    """See `fit_text_classifier`; None without scikit-learn."""
+    texts = [(reader.text(content), name) for name, contents in train.items() for content in contents]
     try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
+        return fit_text_classifier(texts)
     except ImportError:
         logger.info("The text classifier is left out: pip install scikit-learn")
         return None
-    pairs = [(reader.text(content), name) for name, contents in train.items() for content in contents]
-    classifier = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000))
-    return classifier.fit(*zip(*pairs, strict=True))
 
 
 def table(record: Mapping[str, Any]) -> str:

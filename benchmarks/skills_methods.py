@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from peft import ArrowConfig, LoraConfig, PeftModel
 
-from benchmarks.skills_study import PROTOCOL, QUIET, REPLAY_SHARE, SEQUENTIAL, SKILL, TASKS, Study, sequence
+from benchmarks.skills_study import PROTOCOL, REPLAY_SHARE, SEQUENTIAL, SKILL, TASKS, Study, sequence
+from benchmarks.trained_apart import MERGES, fit_text_classifier, load_loras, merge
 from mola import TrainOptions, load_model, train
 from mola.evaluation.core import evaluate_examples
 from mola.exporting.convert import ConvertOptions, convert
@@ -60,11 +61,7 @@ def base_model(study: Study, adapter: Path | None = None) -> Any:
 
 def all_skills(study: Study) -> PeftModel:
     """PEFT's model with every LoRA under the name of its kind."""
-    first, *others = study.order
-    model = PeftModel.from_pretrained(base_model(study), study.skill(first), adapter_name=first)
-    for kind in others:
-        model.load_adapter(study.skill(kind), adapter_name=kind)
-    return model.eval()
+    return load_loras(base_model(study), {kind: study.skill(kind) for kind in study.order})
 
 
 # ---------------------------------------------------------------------- trained apart
@@ -132,17 +129,12 @@ def two_skills(study: Study) -> Found:
 
 
 def text_classifier(study: Study) -> Found:
-    """Each question to the LoRA that a text classifier names: words and pairs of words, logistic regression.
+    """Each question to the LoRA that a text classifier names.
 
     Where it names the LoRA of the question's kind, the answer is that of `own`.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
     texts = [(row["instruction"], kind) for kind in study.order for row in study.examples(kind, "train")]
-    classifier = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000))
-    classifier.fit(*zip(*texts, strict=True))
+    classifier = fit_text_classifier(texts)
     answers = study.record["methods"].get("own") or own(study)
     model = all_skills(study)
     marks, asked = {}, {}
@@ -162,18 +154,13 @@ def text_classifier(study: Study) -> Found:
 # ---------------------------------------------------------------------- merged and routed by token
 
 
-def merged(**settings: Any) -> Callable[[Study], Found]:
-    """All LoRAs in one, by PEFT's `add_weighted_adapter`; `share` is the weight of each, None for one K-th."""
+def merged(method: str) -> Callable[[Study], Found]:
+    """All LoRAs in one."""
 
     def measure(study: Study) -> Found:
         model = all_skills(study)
-        kinds, share = len(study.order), settings.get("share")
-        more = {name: value for name, value in settings.items() if name != "share"}
         torch.manual_seed(study.seed)  # DARE drops at random
-        weights = [1 / kinds if share is None else share] * kinds
-        model.add_weighted_adapter(study.order, weights, "merged", **more)
-        model.set_adapter("merged")
-        return on_all_kinds(study, model)
+        return on_all_kinds(study, merge(model, study.order, method))
 
     return measure
 
@@ -225,10 +212,7 @@ def joint(study: Study) -> Found:
     """One LoRA of rank 43 on all rows at once, in as many steps as the sequence has."""
     folder = study.folder / "joint"
     shutil.rmtree(folder, ignore_errors=True)
-    values = {**PROTOCOL, **QUIET, **SEQUENTIAL["lora"], "seed": study.seed, "data_seed": study.seed}
-    values |= {"base_model": study.options.base_model, "data": str(study.data / "dataset.hf")}
-    values |= {"task": TASKS[study.options.kinds]}
-    result = train(TrainOptions(**values, output_dir=str(folder)))
+    result = train(TrainOptions(**{**study.training(), **SEQUENTIAL["lora"]}, output_dir=str(folder)))
     found = on_all_kinds(study, base_model(study, folder))
     shutil.rmtree(folder)
     return {**found, "steps": result.steps, "seconds_training": round(result.seconds, 1)}
@@ -293,10 +277,7 @@ METHODS: dict[str, Callable[[Study], Found]] = {
     "from layer 0": own_from(0),
     "from layer 20": own_from(20),
     "two skills": two_skills,
-    "sum": merged(share=1.0, combination_type="cat"),
-    "mean": merged(combination_type="cat"),
-    "ties": merged(share=1.0, combination_type="ties", density=0.5),
-    "dare": merged(share=1.0, combination_type="dare_linear", density=0.5),
+    **{method: merged(method) for method in MERGES},
     "arrow": arrow,
     "converted": converted,
     "text classifier": text_classifier,

@@ -12,9 +12,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.errors import in_one_line
-from benchmarks.plot import to_svg
+from benchmarks.plot import write_svg
 from benchmarks.skills_tables import WORDS, TableOptions, read
-from mola.files.atomic import atomic_write_text
 from mola.options.fields import option
 from mola.options.parsing import parse
 
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     options = parse(PlotOptions, words, prog="benchmarks.skills_plot", summary=str(__doc__).partition("\n")[0])
     title = "Accuracy on all kinds of questions learnt so far, one kind after the other"
-    print(f"Written to {atomic_write_text(options.output, to_svg(lambda: draw(read(options)), title))}.")
+    write_svg(options.output, lambda: draw(read(options)), title)
     return 0
 
 

@@ -109,6 +109,12 @@ class Study:
         """The folder of a trained LoRA."""
         return self.folder / "skills" / f"{1 + self.order.index(kind):02d}-{kind}"
 
+    def training(self) -> dict[str, Any]:
+        """The options that all trainings of the study have."""
+        values = {"base_model": self.options.base_model, "data": str(self.data / "dataset.hf")}
+        values |= {"task": TASKS[self.options.kinds], "seed": self.seed, "data_seed": self.seed}
+        return {**values, **PROTOCOL, **QUIET}
+
     def keep(self, method: str, found: dict[str, Any]) -> None:
         """Add what a method measured to the record."""
         self.record["methods"][method] = {**found, "machine": machine_description(), "versions": software_versions()}
@@ -188,9 +194,7 @@ def order_of(kinds: Sequence[str], seed: int) -> list[str]:
 def sequence(study: Study, folder: str, settings: dict[str, Any], **more: Any) -> ContinualOptions:
     """One kind after the other, in the order of the seed."""
     stages = {name: {"filters": {"category": study.categories[name]}} for name in study.order}
-    values = {"base_model": study.options.base_model, "data": str(study.data / "dataset.hf"), "stages": stages}
-    values |= {"task": TASKS[study.options.kinds], "seed": study.seed, "data_seed": study.seed}
-    values |= {**PROTOCOL, **QUIET, **TESTS, **settings, **more}
+    values = {**study.training(), "stages": stages, **TESTS, **settings, **more}
     return ContinualOptions(**values, output_dir=str(study.folder / folder))
 
 

@@ -38,12 +38,14 @@ def main() -> int:
         name for name in distribution(PROJECT).metadata.get_all("Provides-Extra", []) if name not in NOT_FOR_USERS
     ]
     found, missing = packages(extras)
-    if unknown := sorted(name for name in found if licence(distribution(name)) is None):
+    installed = {name: distribution(name) for name in sorted(found)}
+    licences = {name: licence(package) for name, package in installed.items()}
+    if unknown := [name for name, named in licences.items() if named is None]:
         print(f"no licence in the metadata of: {', '.join(unknown)}", file=sys.stderr)
         return 1
     rows = [
-        f"| {name} | {distribution(name).version} | {licence(distribution(name))} | {', '.join(brought_by)} |"
-        for name, brought_by in sorted(found.items())
+        f"| {name} | {package.version} | {licences[name]} | {', '.join(found[name])} |"
+        for name, package in installed.items()
     ]
     head = _HEAD.format(missing=", ".join(f"`{extra}`" for extra in missing) or "none")
     TARGET.write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
