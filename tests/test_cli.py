@@ -277,6 +277,8 @@ def test_commands_that_train_keep_the_names_of_the_trainer(tmp_path):
         (PrepareOptions, "output_dir", "output"),
         (ServeOptions, "max_tokens", "max_new_tokens"),
         (ConvertOptions, "rank", "r"),
+        (ConvertOptions, "source_format", "from"),
+        (ConvertOptions, "target_format", "to"),
     ],
 )
 def test_a_name_from_before_1_0_is_answered_with_the_new_one(options, old, new, tmp_path):

@@ -25,7 +25,7 @@ _FLAG = re.compile(r"--[\w-]+(=|$)")
 _HOME = re.compile(r"(?:^|(?<=[=,]))~(?=/)")  # a `~` at the start of a value, after `=` (NAME=PATH) or after a comma
 _FREE_TEXT = ("prompt", "instruction", "input")  # options in which ~ is left unchanged
 
-# Name of an option in other programs or before 1.0 -> mola's names for it; the first one that a command has counts.
+# Name of an option in other programs -> mola's names for it; the first one that a command has counts.
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("lora_r", "lora_rank", "rank"), ("r",)),
     "lr": ("learning_rate",),
@@ -221,9 +221,10 @@ def _unknown(word: str, flags: Mapping[str, Action]) -> str:
 
 
 def _own_name(name: str, flags: Mapping[str, Action]) -> str | None:
-    """mola's name for an option of another program, if the command has this option."""
-    names = _SYNONYMS.get(name.replace("-", "_"), ())
-    return next((each for each in names if f"--{each}" in flags), None)
+    """The flag's name for a field of another name, or for an option of another program, if the command has it."""
+    name = name.replace("-", "_")
+    shown = [shown_flag(action).removeprefix("--") for action in flags.values() if action.dest == name]
+    return next((each for each in (*shown, *_SYNONYMS.get(name, ())) if f"--{each}" in flags), None)
 
 
 def _expand_home(arguments: Sequence[str]) -> list[str]:
