@@ -235,7 +235,11 @@ def test_failed_loads_leave_no_adapter(plain_dir, endless_model_dir, tmp_path):
 
 
 def test_cancelled_requests_leave_the_queue_while_another_is_answered(endless_model_dir, monkeypatch):
-    left = []
+    joined, left = [], []
+
+    def submit(self, *arguments, submit=RequestQueue.submit, **more):
+        joined.append(submit(self, *arguments, **more))
+        return joined[-1]
 
     def forget(self, request, forget=RequestQueue._forget):
         forget(self, request)
@@ -250,11 +254,12 @@ def test_cancelled_requests_leave_the_queue_while_another_is_answered(endless_mo
     ):
         lines = running.iter_lines()
         next(lines)
-        for _ in range(3):
+        monkeypatch.setattr(RequestQueue, "submit", submit)
+        while len(joined) < 3:  # on a busy machine a client may give up before its request has joined the queue
             with pytest.raises(httpx.ReadTimeout):
                 http.post("/v1/completions", json=body, timeout=0.2)
-        wait_until(lambda: len(left) == 3)
-        assert left == [0, 0, 0]
+        wait_until(lambda: len(left) == len(joined))
+        assert left == [0] * len(joined)
         assert "data: [DONE]" in [*lines]
 
 
