@@ -1,7 +1,7 @@
 """Check that pages, help texts and messages are plain English: `python scripts/check_prose.py [PAGE ...]`.
 
 A sentence must be short, have at most one colon or semicolon, begin with its subject, and use the field's words. What
-breaks a rule is printed as `file:line: rule: sentence`, and then the exit code is 1.
+breaks a rule is printed as `file:line: rule: sentence`, and then the exit code is 1. The last line has the mean length.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 from markdown_it import MarkdownIt
 
@@ -35,7 +36,9 @@ def main(pages: list[str]) -> int:
     finds = [find for page in every for find in check_page(page)]
     if not pages:
         finds += [find for file in sorted(ROOT.glob("src/**/*.py")) for find in check_messages(file)]
-    print("\n".join(finds))
+    prose = [text for page in every for text, _, in_cell in _texts(page) if not in_cell]
+    lengths = [len(each.split()) for text in prose for each in _END.split(text) if each.endswith((".", "?", "!", ":"))]
+    print(*finds, f"{len(lengths):,} sentences on {len(every)} pages, {fmean(lengths or [0]):.1f} words on average", sep="\n")
     return int(bool(finds))
 
 
@@ -43,16 +46,21 @@ def check_page(page: Path) -> Iterator[str]:
     """What is wrong on a page of Markdown; code, links and comments are left out."""
     name = page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
     limit = next(words for place, words in LIMITS.items() if name.startswith(place))
+    for text, line, in_cell in _texts(page):
+        if in_cell:
+            yield from _check(text, f"{name}:{line}", TABLE_CELL, RULES)
+        else:
+            yield from _check(text, f"{name}:{line}", limit, RULES | ONE_COLON)
+
+
+def _texts(page: Path) -> Iterator[tuple[str, int, bool]]:
+    """Texts of a page, their lines, and whether they are in a table."""
     line, in_cell = 0, False
     for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")):
         line = token.map[0] + 1 if token.map else line
         in_cell = token.type == "td_open" or (in_cell and token.type != "td_close")
         if token.type == "inline" and not token.content.startswith(":::"):  # a docstring on the site
-            text = "".join(_text(child.type, child.content) for child in token.children or [])
-            if in_cell:
-                yield from _check(text, f"{name}:{line}", TABLE_CELL, RULES)
-            else:
-                yield from _check(text, f"{name}:{line}", limit, RULES | ONE_COLON)
+            yield "".join(_text(child.type, child.content) for child in token.children or []), line, in_cell
 
 
 def check_messages(file: Path) -> Iterator[str]:
