@@ -17,11 +17,13 @@ from peft import get_peft_model
 
 import mola
 from mola import cli
+from mola.models.prompts import trained_settings
 from mola.options.parsing import parse
 from tests.waiting import PATIENCE
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-INFERENCE, CHATS = NOTEBOOKS / "mola_inference.ipynb", NOTEBOOKS / "your_chats.ipynb"
+INFERENCE, CHATS, SKILLS = (NOTEBOOKS / f"{name}.ipynb" for name in ("mola_inference", "your_chats", "grow_skills"))
+ALL = pytest.mark.parametrize("path", [INFERENCE, CHATS, SKILLS], ids=lambda path: path.stem)
 # Libraries warn about what they will do one day; here only our own words count.
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -130,14 +132,19 @@ class Shell:
             assert cli.main([command, *arguments]) == 0
 
 
-def test_chats_are_trained_shown_and_asked(folder, capsys, caplog):
-    names = {"__name__": "__main__"}
-    names["get_ipython"] = lambda: Shell(names, skip="compare")
-    outputs = []
-    for cell in code_cells(notebook(CHATS, MODEL="my-model", EPOCHS=1, LEARNING_RATE=1e-2)):
-        source = TransformerManager().transform_cell(cell.source)
-        exec(compile(source, cell.id, "exec"), names)
+def run_here(content, capsys, skip=None):
+    """Run a notebook in this process; the names it defines, and what each cell prints."""
+    names, outputs = {"__name__": "__main__"}, []
+    names["get_ipython"] = lambda: Shell(names, skip)
+    for cell in code_cells(content):
+        exec(compile(TransformerManager().transform_cell(cell.source), cell.id, "exec"), names)
         outputs.append(capsys.readouterr())
+    return names, outputs
+
+
+def test_chats_are_trained_shown_and_asked(folder, capsys, caplog):
+    content = notebook(CHATS, MODEL="my-model", EPOCHS=1, LEARNING_RATE=1e-2)
+    names, outputs = run_here(content, capsys, skip="compare")
     _, _, _, chat, _, report, ask, _ = outputs
     assert "60 conversations, 1.0 turns each, template alpaca for conversations" in chat.out
     marked = re.findall(r"\x1b\[30;42m(.*?)\x1b\[0m", chat.out, re.S)
@@ -160,7 +167,33 @@ def test_chats_in_a_kernel_end_with_a_verdict(folder):
     assert "Serve it: mola serve" in outputs[7]
 
 
-@pytest.mark.parametrize("path", [INFERENCE, CHATS], ids=lambda path: path.stem)
+def test_skills_grow_and_one_is_removed(folder, capsys):
+    content = notebook(SKILLS, MODEL="my-model", EPOCHS=1, LEARNING_RATE=1e-2, NUM_ASKED=1)
+    names, outputs = run_here(content, capsys)
+    *_, first, second, third, _, in_sequence, removed = (each.out for each in outputs)
+    assert re.match(r"workshop: [01] of 1 right \{'\w+': 1\}\n", first)
+    assert "The same as before: 1 of 1 skills, " in second
+    assert "The same as before: 2 of 2 skills, " in third
+    counts = {name: sum(asked.values()) for name, asked in names["result"].asked.items()}
+    assert counts == {"workshop": 12, "library": 12, "bus": 12, "base": 8}
+    tested = re.findall(r"^(\w+): [01] of 1 right", in_sequence, re.M)
+    assert tested == ["workshop", "workshop", "library", "workshop", "library", "bus"]
+    assert trained_settings("town/lora-3")["adapter"] == "town/lora-2"
+    assert mola.Skills("town/skills").names == ["bus", "workshop"]
+    asked = re.findall(r"right \{'(\w+)': 1\}", removed)
+    for who, (question, answer) in zip(asked, names["found"].items(), strict=True):
+        adapter = None if who == "base" else f"town/skills/{who}"
+        assert names["ask"](mola.load_model("my-model", adapter=adapter), question) == answer
+
+
+@pytest.mark.slow
+def test_skills_grow_in_a_kernel(folder):
+    content = notebook(SKILLS, MODEL="my-model", EPOCHS=1, LEARNING_RATE=1e-2, NUM_ASKED=1)
+    run_in_kernel(content, folder)
+    assert "The same as before: 2 of 2 skills, " in printed(code_cells(content)[6])
+
+
+@ALL
 def test_notebook_is_stored_without_results_and_says_nothing_of_a_machine(path):
     content = nbformat.read(path, as_version=4)
     nbformat.validate(content)
@@ -177,7 +210,7 @@ def test_sampling_of_the_notebook_is_that_of_the_research_code():
     assert {"temperature = 0.1", "top_p = 0.75", "top_k_g = 20"} <= set(settings.splitlines())
 
 
-@pytest.mark.parametrize("path", [INFERENCE, CHATS], ids=lambda path: path.stem)
+@ALL
 def test_commands_in_the_notebook_exist(path):
     text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells).replace("\\\n", " ")
     values = {"MODEL": "my-model", "CHATS": "chats.jsonl", "EPOCHS": 1, "LEARNING_RATE": 0.001, "FOLDER": "folder"}
