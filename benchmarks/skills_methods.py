@@ -190,7 +190,7 @@ def converted(study: Study) -> Found:
         source_format="lora",
         base_model=study.options.base_model,
         num_experts=str(len(study.order)),
-        data=[_rows_file(study, kind, study.examples(kind, "train")) for kind in study.order],
+        data=[_rows_file(study, kind, study.rows(kind, "train")) for kind in study.order],
         task=TASKS[study.options.kinds],
         template=PROTOCOL["template"],
         dtype=PROTOCOL["dtype"],
@@ -235,8 +235,8 @@ def replay(study: Study) -> Found:
     """One LoRA learns one kind after the other, with 5 % of the rows of every earlier kind."""
     stages, kept = {}, []
     for kind in study.order:
-        rows = study.examples(kind, "train")
-        test = _rows_file(study, f"{kind}-test", study.examples(kind, "test"))
+        rows = study.rows(kind, "train")
+        test = _rows_file(study, f"{kind}-test", study.rows(kind, "test"))
         stages[kind] = {"data": _rows_file(study, f"{kind}-replay", rows + kept), "test_data": test}
         kept += rows[: round(REPLAY_SHARE * len(rows))]
     options = sequence(study, "replay", SEQUENTIAL["lora"], stages=stages)

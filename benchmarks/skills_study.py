@@ -105,6 +105,11 @@ class Study:
         """The examples of one kind, in the order of the file."""
         return load_examples(self.data / "dataset.hf", self.task, split, filters={"category": self.categories[kind]})
 
+    def rows(self, kind: str, split: str) -> list[dict[str, Any]]:
+        """The rows of one kind with all their columns, in the order of the file."""
+        every = read_json(self.data / f"{split}.json")
+        return [row for row in every if row["category"] == self.categories[kind]]
+
     def skill(self, kind: str) -> Path:
         """The folder of a trained LoRA."""
         return self.folder / "skills" / f"{1 + self.order.index(kind):02d}-{kind}"
