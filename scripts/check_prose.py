@@ -38,7 +38,11 @@ def main(pages: list[str]) -> int:
         finds += [find for file in sorted(ROOT.glob("src/**/*.py")) for find in check_messages(file)]
     prose = [text for page in every for text, _, in_cell in _texts(page) if not in_cell]
     lengths = [len(each.split()) for text in prose for each in _END.split(text) if each.endswith((".", "?", "!", ":"))]
-    print(*finds, f"{len(lengths):,} sentences on {len(every)} pages, {fmean(lengths or [0]):.1f} words on average", sep="\n")
+    print(
+        *finds,
+        f"{len(lengths):,} sentences on {len(every)} pages, {fmean(lengths or [0]):.1f} words on average",
+        sep="\n",
+    )
     return int(bool(finds))
 
 

@@ -47,6 +47,8 @@ def test_messages_of_errors_are_checked(tmp_path, monkeypatch):
 
 def test_the_mean_length_counts_sentences_and_no_titles_or_cells(tmp_path, capsys):
     page = tmp_path / "page.md"
-    page.write_text("# Title\n\nOne two. One two three four.\n\n| a | b |\n| - | - |\n| one | two. |\n", encoding="utf-8")
+    page.write_text(
+        "# Title\n\nOne two. One two three four.\n\n| a | b |\n| - | - |\n| one | two. |\n", encoding="utf-8"
+    )
     assert check_prose.main([str(page)]) == 0
     assert capsys.readouterr().out == "2 sentences on 1 pages, 3.0 words on average\n"
