@@ -105,7 +105,7 @@ def test_the_card_describes_the_run(finished, rows_file):
     assert "mola" in card.data.tags
     assert card.data.license is None
     record = json.loads((finished / "run.json").read_text(encoding="utf-8"))
-    assert f"| training loss | {record['metrics']['train_loss']:.4f} |" in card.text
+    assert f"| mean training loss | {record['metrics']['train_loss']:.4f} |" in card.text
     assert f"| evaluation loss | {record['metrics']['eval_loss']:.4f} |" in card.text
     assert record["data_fingerprints"]["train"] in card.text
     assert f"| train | {record['data']['train']['kept']} |" in card.text

@@ -499,9 +499,8 @@ def test_a_task_of_free_text_has_commands_for_the_loss(run_dir):
         (run_dir / name).unlink()
     found = page_of(run_dir, overwrite=True)
     assert {"accuracy", "samples"}.isdisjoint(names_of(found))
-    words = found.section("free-text").text
-    for when in ("without", "with"):
-        assert f"The loss {when} the adapter has not been measured." in words
+    (box,) = found.section("free-text").all("div", class_="missing")
+    assert "The loss without and with the adapter has not been measured. Run these, then" in box.text
     commands = [box.text for box in found.section("free-text").all("pre")]
     assert len(commands) == 2
     for command in commands:
@@ -690,6 +689,7 @@ def test_the_page_names_the_step_of_the_best_weights(run_dir):
     change(run_dir / "run.json", lambda record: record.update(best_checkpoint="run/checkpoint-1", steps=9))
     shown = {name: value for name, value, _ in run_figures(load_run(str(run_dir))) if value}
     assert (shown["steps"], shown["weights"]) == ("9", "of step 1")
+    assert "mean training loss" in shown, "the curve's last loss is another number"
     assert step_of_weights({"best_checkpoint": "checkpoint-" + "9" * 5000}) is None  # more digits than Python reads
 
 

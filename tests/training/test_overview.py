@@ -113,6 +113,7 @@ def test_a_run_ends_with_commands_that_run_as_they_are(made, flags, tmp_path, ca
     printed = capsys.readouterr().err
     commands = [shlex.split(line) for line in printed[printed.index("Next:") :].splitlines()[1:]]
     assert [words[:2] for words in commands] == [["mola", name] for name in ("evaluate", "report", "serve")]
+    assert "s, mean training loss " in printed
     evaluate, report, serve = (words[1:] for words in commands)
     assert main(evaluate) == main(report) == 0
     result = json.loads((tmp_path / "my run" / "after.json").read_text())

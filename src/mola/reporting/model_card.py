@@ -29,7 +29,7 @@ PLOT_FILE = "loss.png"
 
 logger = logging.getLogger(__name__)
 
-_METRICS = {"train_loss": "training loss", "eval_loss": "evaluation loss"}
+_METRICS = {"train_loss": "mean training loss", "eval_loss": "evaluation loss"}
 _SETTINGS = (
     "learning_rate",
     "lr_scheduler_type",

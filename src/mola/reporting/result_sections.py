@@ -44,10 +44,10 @@ def _mistaken(results: Results) -> list[str]:
     return [name for name, result in results.items() if bool(result["settings"].get("adapter")) != (name == "after")]
 
 
-def _missing(run: Run, results: Results) -> list[tuple[str, str]]:
-    """For each missing result "with" or "without" the adapter, and the command that makes it."""
+def _missing(run: Run, results: Results) -> dict[str, str]:
+    """The commands that make the missing results; the keys say "without" or "with" the adapter."""
     needed = {"before": "without", "after": "with"}
-    return [(words, evaluate_command(run, name)) for name, words in needed.items() if name not in results]
+    return {word: evaluate_command(run, name) for name, word in needed.items() if name not in results}
 
 
 def _accuracy_rows(results: Results) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from mola.reporting.document import Table
 from mola.reporting.formatting import duration, number, percent
 from mola.reporting.load_run import Run, step_of_weights
 
-_LOSSES = {"eval_loss": "evaluation loss", "train_loss": "training loss"}
+_LOSSES = {"eval_loss": "evaluation loss", "train_loss": "mean training loss"}
 
 
 def summarize_run(run: Run) -> dict[str, Any]:

@@ -254,7 +254,7 @@ def main(options: TrainOptions) -> int:
     if is_main:
         losses = [
             f", {label} loss {result.metrics[name]:.4f}"
-            for name, label in (("train_loss", "training"), ("eval_loss", "evaluation"))
+            for name, label in (("train_loss", "mean training"), ("eval_loss", "evaluation"))
             if name in result.metrics
         ]
         print(
