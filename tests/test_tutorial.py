@@ -33,8 +33,10 @@ def commands(tmp_path, monkeypatch, tiny_model_dir):
 def test_the_tutorial_runs_from_chats_to_an_answer_by_http(commands, tmp_path, caplog):
     caplog.set_level("INFO")
     names = [words[1] if words[0] == "mola" else words[0] for words in commands]
-    assert names == ["pip", "python", "train", "generate", "report", "serve", "curl", "compare"]
-    _, make_chats, *in_process, serve, curl, compare = commands
+    install, steps = names[:3], names[3:]
+    assert install == ["python3", "source", "pip"]
+    assert steps == ["python", "train", "generate", "report", "serve", "curl", "compare"]
+    make_chats, *in_process, serve, curl, compare = commands[len(install) :]
     subprocess.run([sys.executable, *make_chats[1:]], check=True)
     assert len((tmp_path / "chats.jsonl").read_text(encoding="utf-8").splitlines()) == 60
     for words in [*in_process, compare]:
