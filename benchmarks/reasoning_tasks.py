@@ -67,6 +67,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "number_sorting": {"max_numbers": 3, "max_decimals": 0},
     "prime_factorization": {"max_value": 400},
     "ransom_note": {"max_note_length": 3, "max_magazine_length": 6},
+    "self_reference": {},
 }
 
 
@@ -85,7 +86,13 @@ class ReasoningOptions:
 
 
 def write_rows(options: ReasoningOptions, task: str) -> None:
-    """Write training and test rows of a task; all questions are different."""
+    """Write training and test rows of a task; all questions are different.
+
+    Rows that are there stay: some tasks draw other rows in another process, whatever the seed.
+    """
+    folder = Path(options.output, task)
+    if (folder / "train.json").exists() and (folder / "test.json").exists():
+        return
     import reasoning_gym
 
     wanted = options.train_size + options.test_size
@@ -98,7 +105,7 @@ def write_rows(options: ReasoningOptions, task: str) -> None:
             break
     if len(rows) < wanted:
         raise MolaError(f"`train_size` and `test_size` want {wanted} questions of {task!r}: it has {len(rows)}.")
-    found, folder = list(rows.values()), Path(options.output, task)
+    found = list(rows.values())
     atomic_write_json(folder / "train.json", found[: options.train_size])
     atomic_write_json(folder / "test.json", found[options.train_size :])
 
