@@ -6,7 +6,7 @@
 The tasks are those of the package reasoning-gym (`pip install reasoning-gym`), made easy. Each gets TASK/train.json and
 TASK/test.json with the columns `instruction`, `input` and `output`. With `steps` each task is also learned by a LoRA on
 the upper two thirds of the layers, and the share of test answers that greedy decoding would write exactly is recorded
-in learned.json. Tasks that the file has are not learned again.
+in learned.json. Tasks that the file has are not learned again, and keep their rows.
 """
 
 from __future__ import annotations
@@ -86,13 +86,7 @@ class ReasoningOptions:
 
 
 def write_rows(options: ReasoningOptions, task: str) -> None:
-    """Write training and test rows of a task; all questions are different.
-
-    Rows that are there stay: some tasks draw other rows in another process, whatever the seed.
-    """
-    folder = Path(options.output, task)
-    if (folder / "train.json").exists() and (folder / "test.json").exists():
-        return
+    """Write training and test rows of a task; all questions are different."""
     import reasoning_gym
 
     wanted = options.train_size + options.test_size
@@ -105,7 +99,7 @@ def write_rows(options: ReasoningOptions, task: str) -> None:
             break
     if len(rows) < wanted:
         raise MolaError(f"`train_size` and `test_size` want {wanted} questions of {task!r}: it has {len(rows)}.")
-    found = list(rows.values())
+    found, folder = list(rows.values()), Path(options.output, task)
     atomic_write_json(folder / "train.json", found[: options.train_size])
     atomic_write_json(folder / "test.json", found[options.train_size :])
 
@@ -162,8 +156,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = Path(options.output) / LEARNED
     record = read_json(path) if path.exists() else {}
     for task in options.tasks:
+        if task in record:  # its rows stay: some tasks draw other rows in another process, whatever the seed
+            continue
         write_rows(options, task)
-        if options.steps is None or task in record:
+        if options.steps is None:
             continue
         record[task] = {**learn(options, task), "machine": machine_description(), "versions": software_versions()}
         atomic_write_json(path, record)
