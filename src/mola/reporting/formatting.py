@@ -8,6 +8,7 @@ from typing import Any
 
 NO_VALUE = "–"
 MAX_ROWS = 500  # rows of a table of numbers
+LOSS_NAMES = {"train_loss": "mean training loss", "eval_loss": "evaluation loss"}  # metrics of a run
 _MARKDOWN_SYNTAX = frozenset("*\\<")
 _SPACE = "\u00a0"  # keeps a number and its unit on one line
 

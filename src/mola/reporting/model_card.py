@@ -20,7 +20,7 @@ from mola.files.atomic import atomic_write_bytes, atomic_write_text
 from mola.files.digests import WEIGHTS_FILE, add_digest_line, is_own_file
 from mola.files.reading import read_json_object
 from mola.reporting.adapter_weights import layers_of, layers_table, pattern_sentence, target_names, tensor_shapes
-from mola.reporting.formatting import markdown_table
+from mola.reporting.formatting import LOSS_NAMES, markdown_table
 from mola.reporting.load_run import read_losses, step_of_weights
 from mola.reporting.run_summary import data_table, launcher_sentence
 
@@ -29,7 +29,6 @@ PLOT_FILE = "loss.png"
 
 logger = logging.getLogger(__name__)
 
-_METRICS = {"train_loss": "mean training loss", "eval_loss": "evaluation loss"}
 _SETTINGS = (
     "learning_rate",
     "lr_scheduler_type",
@@ -222,7 +221,7 @@ def _data_section(record: Mapping[str, Any]) -> str:
 
 def _results_section(record: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
     rows = [
-        (label, f"{record['metrics'][name]:.4f}", "") for name, label in _METRICS.items() if name in record["metrics"]
+        (label, f"{record['metrics'][name]:.4f}", "") for name, label in LOSS_NAMES.items() if name in record["metrics"]
     ]
     for result in evaluations:
         settings, interval = result["settings"], result["interval_95"]

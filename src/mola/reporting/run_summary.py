@@ -9,10 +9,8 @@ from typing import Any
 
 from mola.checkpoints.recorded_base import model_name
 from mola.reporting.document import Table
-from mola.reporting.formatting import duration, number, percent
+from mola.reporting.formatting import LOSS_NAMES, duration, number, percent
 from mola.reporting.load_run import Run, step_of_weights
-
-_LOSSES = {"eval_loss": "evaluation loss", "train_loss": "mean training loss"}
 
 
 def summarize_run(run: Run) -> dict[str, Any]:
@@ -58,7 +56,10 @@ def run_figures(run: Run) -> list[tuple[str, str | None, str | None]]:
             f"of step {saved_step}" if saved_step not in (None, record.get("steps")) else None,
             "the best evaluation loss",
         ),
-        *((label, _text(number, record.get("metrics", {}).get(name)), None) for name, label in _LOSSES.items()),
+        *(
+            (label, _text(number, record.get("metrics", {}).get(name)), None)
+            for name, label in reversed(LOSS_NAMES.items())
+        ),
         ("experts", None if run.has_experts_pattern else _text(number, allocation.get("num_experts")), None),
         (
             "trainable parameters",

@@ -30,6 +30,7 @@ from mola.insight.kernels import kernels_report
 from mola.insight.telemetry import ExpertTelemetry, drop_later_lines
 from mola.options.command_line import next_steps
 from mola.reporting.commands import commands_after_training
+from mola.reporting.formatting import LOSS_NAMES
 from mola.reporting.model_card import write_card
 from mola.training.advice import failures_explained, loading_advice, loss_gap_advice
 from mola.training.callbacks import TrainingClock, overflow_explained
@@ -253,9 +254,7 @@ def main(options: TrainOptions) -> int:
     result = train(options)
     if is_main:
         losses = [
-            f", {label} loss {result.metrics[name]:.4f}"
-            for name, label in (("train_loss", "mean training"), ("eval_loss", "evaluation"))
-            if name in result.metrics
+            f", {label} {result.metrics[name]:.4f}" for name, label in LOSS_NAMES.items() if name in result.metrics
         ]
         print(
             f"{result.status} after {result.steps} steps and {result.seconds:.0f} s{''.join(losses)}.\n"
