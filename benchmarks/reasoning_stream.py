@@ -21,7 +21,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from benchmarks.errors import in_one_line
+from benchmarks.errors import finished, in_one_line
 from benchmarks.reasoning_tasks import LEARNED, TEMPLATE, TRAINING, marks_of
 from benchmarks.trained_apart import fit_text_classifier, load_loras, merge
 from mola import Skills, TrainOptions, load_model, train
@@ -101,8 +101,11 @@ def skills(stream: Stream) -> dict[str, Any]:
     folder = stream.folder / "learned_skills"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(stream.folder / "skills", folder)
-    if others := set(read_skills(str(folder)).names) - set(stream.tasks):
-        Skills(folder).remove(*sorted(others))
+    names, wanted = set(read_skills(str(folder)).names), set(stream.tasks)
+    if missing := sorted(wanted - names):
+        raise MolaError(f"`tasks_folder` ({stream.folder}) has no skill for {', '.join(missing)}. Learn them again.")
+    if others := sorted(names - wanted):
+        Skills(folder).remove(*others)
     model = load_model(folder, dtype="float32")
     layout = template_for(TEMPLATE, stream.tokenizer, str(stream.lora(stream.tasks[0])))
     marks, asked = {}, {}
@@ -141,17 +144,16 @@ def sequence(stream: Stream) -> dict[str, Any]:
     for number, task in enumerate(stream.tasks):
         here = folder / f"{number:02d}"
         settings = {"adapter": str(previous), "learning_rate": SEQUENCE["learning_rate"]} if previous else SEQUENCE
-        train(
-            TrainOptions(
-                base_model=stream.options.base_model,
-                data=str(stream.folder / task / "train.json"),
-                output_dir=str(here),
-                overwrite_output_dir=True,
-                max_steps=stream.options.steps,
-                **TRAINING,
-                **settings,
-            )
+        run = TrainOptions(
+            base_model=stream.options.base_model,
+            data=str(stream.folder / task / "train.json"),
+            output_dir=str(here),
+            overwrite_output_dir=True,
+            max_steps=stream.options.steps,
+            **TRAINING,
+            **settings,
         )
+        finished(train(run))
         after[task] = stream.marks(stream.base(here), task)
         if previous is not None:
             shutil.rmtree(previous)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.errors import in_one_line
+from benchmarks.errors import finished, in_one_line
 from mola.data.encode import encode_untruncated
 from mola.data.examples import load_examples
 from mola.data.templates import get_template
@@ -110,20 +110,19 @@ def learn(options: ReasoningOptions, task: str) -> dict[str, Any]:
     from mola.models.tokenizer import load_tokenizer
 
     folder = Path(options.output, task)
-    result = train(
-        TrainOptions(
-            base_model=options.base_model,
-            data=str(folder / "train.json"),
-            skill=task,
-            into=str(Path(options.output) / "skills"),
-            output_dir=str(folder / "lora"),
-            overwrite_output_dir=True,
-            max_steps=options.steps or 0,
-            learning_rate=options.learning_rate,
-            seed=options.seed,
-            **TRAINING,
-        )
+    run = TrainOptions(
+        base_model=options.base_model,
+        data=str(folder / "train.json"),
+        skill=task,
+        into=str(Path(options.output) / "skills"),
+        output_dir=str(folder / "lora"),
+        overwrite_output_dir=True,
+        max_steps=options.steps or 0,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        **TRAINING,
     )
+    result = finished(train(run))
     rows, tokenizer = load_examples(folder / "test.json", None, None), load_tokenizer(options.base_model, "right")
     answered = {
         name: marks_of(tokenizer, load_model(options.base_model, adapter, "float32"), rows).count("1") / len(rows)

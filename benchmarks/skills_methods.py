@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import ArrowConfig, LoraConfig, PeftModel
 
+from benchmarks.errors import finished
 from benchmarks.skills_study import PROTOCOL, REPLAY_SHARE, SEQUENTIAL, SKILL, TASKS, Study, sequence
 from benchmarks.trained_apart import MERGES, fit_text_classifier, load_loras, merge
 from mola import TrainOptions, load_model, train
@@ -91,7 +92,7 @@ def own_from(layer: int) -> Callable[[Study], Found]:
         options = sequence(study, f"from_layer_{layer}", {**SKILL, "layer": layer}, growth="skills")
         marks, seconds = {}, []
         for stage in check_stages(options):
-            result = train(stage.options)
+            result = finished(train(stage.options))
             seconds.append(round(result.seconds, 1))
             marks[stage.name] = marks_of(study, base_model(study, stage.folder), stage.name)
         shutil.rmtree(str(options.output_dir))
@@ -212,7 +213,8 @@ def joint(study: Study) -> Found:
     """One LoRA of rank 43 on all rows at once, in as many steps as the sequence has."""
     folder = study.folder / "joint"
     shutil.rmtree(folder, ignore_errors=True)
-    result = train(TrainOptions(**{**study.training(), **SEQUENTIAL["lora"]}, output_dir=str(folder)))
+    options = TrainOptions(**{**study.training(), **SEQUENTIAL["lora"]}, output_dir=str(folder))
+    result = finished(train(options))
     found = on_all_kinds(study, base_model(study, folder))
     shutil.rmtree(folder)
     return {**found, "steps": result.steps, "seconds_training": round(result.seconds, 1)}

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from benchmarks.errors import finished
 from benchmarks.reasoning_stream import Stream, StreamOptions, main, table
 
-from mola import MolaError
+from mola import MolaError, TrainResult
 
 
 def a_folder(path, learned):
@@ -44,3 +45,11 @@ def test_the_table_has_answers_and_who_was_asked():
 def test_an_unknown_method_is_an_error_of_one_line(capsys):
     assert main(["--methods", "magic"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_half_a_training_is_an_error_not_a_result():
+    ended = TrainResult("runs/gcd", "finished", 200, {}, 10, None, 1.0)
+    assert finished(ended) is ended
+    stopped = TrainResult("runs/gcd", "interrupted", 131, {}, 10, None, 1.0)
+    with pytest.raises(MolaError, match="runs/gcd was interrupted at step 131"):
+        finished(stopped)
