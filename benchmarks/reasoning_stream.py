@@ -139,11 +139,18 @@ def merged(method: str) -> Callable[[Stream], dict[str, Any]]:
 
 
 def sequence(stream: Stream) -> dict[str, Any]:
-    """One LoRA of rank 43 learns one task after the other; `after` has the marks of each task after its own stage."""
-    folder, after, previous = stream.folder / "sequence", {}, None
+    """One LoRA of rank 43 learns one task after the other; `after` has the marks of each task after its own stage.
+
+    Stages that an earlier call has ended are not trained again.
+    """
+    folder = stream.folder / "sequence"
+    path, here = folder / "after.json", folder
+    after = read_json(path) if path.exists() else {}
     for number, task in enumerate(stream.tasks):
-        here = folder / f"{number:02d}"
-        settings = {"adapter": str(previous), "learning_rate": SEQUENCE["learning_rate"]} if previous else SEQUENCE
+        previous, here = here, folder / f"{number:02d}"
+        if task in after:
+            continue
+        settings = {"adapter": str(previous), "learning_rate": SEQUENCE["learning_rate"]} if number else SEQUENCE
         run = TrainOptions(
             base_model=stream.options.base_model,
             data=str(stream.folder / task / "train.json"),
@@ -155,10 +162,10 @@ def sequence(stream: Stream) -> dict[str, Any]:
         )
         finished(train(run))
         after[task] = stream.marks(stream.base(here), task)
-        if previous is not None:
+        atomic_write_json(path, after)
+        if number:
             shutil.rmtree(previous)
-        previous = here
-    found = {**stream.on_all(stream.base(previous)), "after": after}
+    found = {**stream.on_all(stream.base(here)), "after": after}
     shutil.rmtree(folder)
     return found
 
