@@ -17,11 +17,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from benchmarks.errors import in_one_line
 from benchmarks.measure import Times, ratio, summarize, time_interleaved
-from benchmarks.models import Case, training_batch
+from benchmarks.models import Case, load_base, training_batch
 from benchmarks.providers import make_step, share_weights
 from mola import MolaConfig
 from mola.architecture.targets import default_target_modules
@@ -86,8 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: TrainingChangesOptions) -> dict[str, Times]:
     """Times of a step of each recipe."""
-    base: Any = AutoModelForCausalLM.from_pretrained(options.base_model, dtype=torch.float32)
-    base.requires_grad_(False).train()
     case = Case(
         model=options.base_model,
         folder=options.base_model,
@@ -102,6 +99,7 @@ def measure(options: TrainingChangesOptions) -> dict[str, Times]:
         optimizer=False,
         seed=0,
     )
+    base = load_base(case)
     batch = training_batch(case, base.config.vocab_size)
     steps = {name: make_step(build(base, settings), batch, case) for name, (settings, _) in RECIPES.items()}
     return time_interleaved(steps, options.repeats, warmup=2, device="cpu")
