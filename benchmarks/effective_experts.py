@@ -246,22 +246,13 @@ def gates_over_training(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[fl
     return {name: [each / tokens[name] for each in values] for name, values in sums.items()}
 
 
-def _rounded(value: Any) -> Any:
-    """A value whose numbers have four significant digits, so that a record of many linears stays small."""
-    if isinstance(value, Mapping):
-        return {name: _rounded(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_rounded(each) for each in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
 @in_one_line("effective_experts")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the record; 0, or 2 for wrong input."""
     words = sys.argv[1:] if arguments is None else arguments
     summary = __doc__.partition("\n")[0]
     options = parse(LookOptions, words, prog="benchmarks.effective_experts", summary=summary, positional="adapter")
-    atomic_write_json(options.output, _rounded(look(options)), indent=None)
+    atomic_write_json(options.output, look(options))
     print(f"Written to {options.output}.")
     return 0
 
