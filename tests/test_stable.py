@@ -11,7 +11,6 @@ from pathlib import Path
 from peft import PeftConfig
 
 import mola
-from mola.training.fields import EXPERIMENTAL
 
 RECORD = Path(__file__).parent / "golden" / "stable.json"
 OPTIONS = Path(__file__).resolve().parents[1] / "docs" / "reference" / "options.md"  # a test holds it to the code
@@ -21,13 +20,12 @@ def names():
     """Everything stable that has a name -> its default, or an empty text."""
     found = {f"mola.{name}": "" for name in mola.__all__}
     own = {field.name for field in dataclasses.fields(mola.MolaConfig)}
-    for name in own - {field.name for field in dataclasses.fields(PeftConfig)} - {*EXPERIMENTAL}:
+    for name in own - {field.name for field in dataclasses.fields(PeftConfig)}:
         found[f"MolaConfig.{name}"] = json.dumps(getattr(mola.MolaConfig(), name))
     for section in OPTIONS.read_text(encoding="utf-8").split("\n## ")[1:]:
         command = section.partition("\n")[0]
         for option, default in re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|", section, re.M):
-            if option != "experimental":
-                found[f"{command} --{option}"] = default
+            found[f"{command} --{option}"] = default
     return dict(sorted(found.items()))
 
 

@@ -26,14 +26,6 @@ def test_values_are_those_of_torch(num_experts, r):
     assert ours == pytest.approx(expected, rel=1e-8)
 
 
-def test_a_shared_A_is_that_of_every_expert():
-    A, B = torch.randn(1, 4, 96), torch.randn(5, 4, 48)
-    (ours, expected), (repeated, _) = both(A, B), both(A.repeat(5, 1, 1), B)
-    assert ours == pytest.approx(expected, rel=1e-8)
-    assert ours == pytest.approx(repeated, rel=1e-8)
-    assert ours[1] == pytest.approx(1)  # the overlap of what experts read
-
-
 def test_ranks_and_directions_are_those_of_torch():
     """Equal experts, one of a lower rank, and one whose directions are of very different lengths."""
     torch.manual_seed(1)

@@ -55,14 +55,6 @@ def test_parts_are_those_of_the_loaded_model(tiny_model_dir, folder):
             assert torch.equal(part.router, layer.mola_router["default"])
 
 
-def test_a_shared_A_is_that_of_every_expert(tiny_model_dir, tmp_path):
-    config = MolaConfig(**settings(num_experts=3, shared_a=True, init_lora_weights=False))
-    folder = save_adapter(tiny_model_dir, tmp_path / "shared", config)
-    part = next(iter(read(tiny_model_dir, folder).parts.values()))
-    assert part.experts_A.shape[:2] == part.experts_B.shape[:2] == (3, 3)
-    assert torch.equal(part.experts_A[0], part.experts_A[2])
-
-
 def test_digest_is_of_settings_and_not_of_weights(tiny_model_dir, folder, copied):
     first = read(tiny_model_dir, folder).digest
     tensors = load_file(copied / "adapter_model.safetensors")

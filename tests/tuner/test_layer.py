@@ -9,7 +9,7 @@ from torch import nn
 from mola import MolaLinear
 from mola.tuner.kernels.cpu import decode as cpu_decode
 from mola.tuner.layer import ExpertSettings
-from mola.tuner.routing import ROUTERS, Router, dense_gates, router_logits
+from mola.tuner.routing import ROUTERS, dense_gates, router_logits
 from tests.grids import slow
 
 from .counting import CountOperators
@@ -51,7 +51,7 @@ def loop_over_experts(layer, x):
 def test_another_router_of_the_table(num_tokens, training, monkeypatch):
     """Named in the settings: every way through the layer uses it."""
     monkeypatch.setitem(ROUTERS, "sigmoid", sigmoid_router)
-    layer = make(router=Router("sigmoid")).train(training)
+    layer = make(router="sigmoid").train(training)
     x = torch.randn(num_tokens, 16, generator=torch.Generator().manual_seed(1))
     with torch.set_grad_enabled(training):
         output = layer(x)

@@ -11,19 +11,14 @@ from mola.insight.recorder import router_entropies
 from mola.tuner.routing import (
     _FEW_TOKENS,
     ROUTERS,
-    Router,
     Routing,
     dense_gates,
     jitter,
-    route,
     router_backward,
     router_logits,
     router_logits_by_expert,
-    sparsegen,
-    top_k_constant,
     top_k_softmax,
     top_k_softmax_backward,
-    used_experts,
 )
 
 
@@ -80,86 +75,7 @@ def sigmoid_router(logits, top_k, dim):
     return Routing(chosen, logits.gather(dim, chosen).sigmoid())
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("num_tokens", [3, 100])
-@pytest.mark.parametrize("top_k", [1, 2, 3, 5])
-def test_constant_gates_have_the_gradient_of_the_softmax(top_k, num_tokens, dim):
-    shape = (5, num_tokens) if dim == 0 else (num_tokens, 5)
-    logits, weights = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    found, softmax = top_k_constant(logits, top_k, dim), top_k_softmax(logits, top_k, dim)
-    assert torch.equal(found.expert_indices, softmax.expert_indices)
-    assert torch.equal(found.routing_weights, torch.full_like(softmax.routing_weights, 1 / top_k))
-    gradients = [
-        torch.autograd.grad((dense_gates(each, 5, dim) * weights).sum(), logits, retain_graph=True)[0]
-        for each in (found, softmax)
-    ]
-    torch.testing.assert_close(*gradients)
-    assert gradients[0].any() == (top_k > 1)
-
-
-def projection(logits, top_k, sparsegen_lambda):
-    """The projection of `sparsegen` by bisection of tau, token by token."""
-    gates = torch.zeros_like(logits)
-    for token, row in enumerate(logits):
-        order = sorted(range(len(row)), key=lambda e: (-row[e].item(), e))[:top_k]
-        low, high = row.min() - 100, row.max()
-        for _ in range(200):
-            tau = (low + high) / 2
-            total = (row[order] - tau).clamp(min=0).sum() / (1 - sparsegen_lambda)
-            low, high = (tau, high) if total > 1 else (low, tau)
-        gates[token, order] = (row[order] - tau).clamp(min=0) / (1 - sparsegen_lambda)
-    return gates
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    tokens=st.sampled_from([1, 5, 40]),
-    num_experts=st.integers(2, 9),
-    sparsegen_lambda=st.sampled_from([0.0, 0.9, -3.0]),
-    scale=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
-    dim=st.sampled_from([0, 1]),
-    data=st.data(),
-)
-def test_sparse_gates_are_the_projection_with_its_gradient(tokens, num_experts, sparsegen_lambda, scale, dim, data):
-    top_k = data.draw(st.integers(1, num_experts))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
-    logits, weights = torch.randn(2, tokens, num_experts, generator=generator, dtype=torch.float64)
-    logits = (logits * scale).requires_grad_()
-    given = logits if dim == 1 else logits.t()
-    routing = sparsegen(given, top_k, dim, sparsegen_lambda)
-    gates = dense_gates(routing, num_experts, dim)
-    gates = gates if dim == 1 else gates.t()
-    torch.testing.assert_close(gates, projection(logits.detach(), top_k, sparsegen_lambda), atol=1e-9, rtol=1e-9)
-    (found,) = torch.autograd.grad((gates * weights).sum(), logits)
-    used = (gates > 0).double()
-    mean = (used * weights).sum(1, keepdim=True) / used.sum(1, keepdim=True)
-    torch.testing.assert_close(found, used * (weights - mean) / (1 - sparsegen_lambda), atol=1e-12, rtol=1e-9)
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_sparse_gates_of_logits_at_minus_infinity_and_far_apart(top_k):
-    logits = torch.tensor([[0.0, float("-inf"), float("-inf")], [500.0, 0.0, -500.0]], requires_grad=True)
-    gates = dense_gates(sparsegen(logits, top_k), 3)
-    assert torch.equal(gates, torch.tensor([[1.0, 0.0, 0.0]] * 2))
-    (gradient,) = torch.autograd.grad(gates[:, 0].sum(), logits)
-    assert not gradient.any()
-
-
-def test_sparsegen_gets_its_lambda():
-    logits = torch.tensor([[1.0, 0.5, 0.0]])
-    for router, sparsegen_lambda in ((Router("sparsegen"), 0.0), (Router("sparsegen", 0.25), 0.25)):
-        found, expected = route(router, logits, 3), sparsegen(logits, 3, -1, sparsegen_lambda)
-        assert torch.equal(found.routing_weights, expected.routing_weights)
-
-
-def test_experts_with_a_gate_of_zero_are_not_used():
-    logits = torch.tensor([[[5.0, 4.9, 0.0, 0.0], [1.0, 2.0, 3.0, 0.0]]])
-    chosen = torch.tensor([[[0, 1, 2], [2, 1, 0]]])
-    assert used_experts(Router("sparsegen"), logits, chosen).tolist() == [[[1, 1, 0, 0], [0, 0, 1, 0]]]
-    assert used_experts(Router("top_k_constant"), logits, chosen).tolist() == [[[1, 1, 1, 0], [1, 1, 1, 0]]]
-
-
-@pytest.mark.parametrize("router", [top_k_softmax, top_k_constant, sparsegen, sigmoid_router])
+@pytest.mark.parametrize("router", [top_k_softmax, sigmoid_router])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_gradients_of_routers(router, top_k, monkeypatch):
     """By autograd for any router, written out for that of the paper: `<t_e, a_e>` is what both are given."""
@@ -170,7 +86,7 @@ def test_gradients_of_routers(router, top_k, monkeypatch):
     weights = 1.5 * dense_gates(router(logits, top_k, 0), 4, 0)
     (expected,) = torch.autograd.grad((weights * hidden * grad).sum(), logits)
     agreement = (weights * hidden * grad).detach()
-    torch.testing.assert_close(router_backward(Router("tested"), logits, top_k, agreement), expected)
+    torch.testing.assert_close(router_backward("tested", logits, top_k, agreement), expected)
     if router is top_k_softmax:
         extra = torch.ones(4, 9, dtype=torch.float64)
         found = top_k_softmax_backward(agreement, weights.detach(), 1.5, extra, out=torch.empty_like(extra))
@@ -182,7 +98,7 @@ def test_a_gate_of_zero_has_finite_gradients(monkeypatch):
     monkeypatch.setitem(ROUTERS, "tested", top_k_softmax)
     logits = torch.tensor([[200.0, 1.0], [0.0, 2.0], [-5.0, 0.5]])
     agreement = torch.tensor([[0.5, 0.25], [0.0, 0.75], [0.0, 0.0]])
-    found = router_backward(Router("tested"), logits, 2, agreement)
+    found = router_backward("tested", logits, 2, agreement)
     gates = dense_gates(top_k_softmax(logits, 2, 0), 3, 0)
     torch.testing.assert_close(found, agreement - gates * agreement.sum(0))
 

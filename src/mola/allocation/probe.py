@@ -43,7 +43,7 @@ def read_probe(adapter: str, base: Base) -> Probe:
                 f"`adapter` must belong to `base_model`: {adapter!r} adapts {module!r}, which is in none of the "
                 f"{base.num_layers} decoder layers of {base.name!r}."
             )
-        if len(tensors[f"{key}.mola_B"]) == 1:
+        if len(tensors[f"{key}.mola_A"]) == 1:
             raise MolaError(
                 f"`adapter` must have at least 2 experts in every layer: {adapter!r} has one in layer {layer}, which "
                 "does not show how many the layer needs. Use a probe with the same number everywhere."

@@ -99,11 +99,6 @@ def reallocate(options: ReallocateOptions) -> ReallocateResult:
             f"`adapter` must have one number of experts per layer: {options.adapter!r} has `num_experts_pattern` "
             f"{config.num_experts_pattern!r}. Train an adapter without."
         )
-    if config.shared_a:
-        raise MolaError(
-            f"`adapter` must have an A for each expert: those of {options.adapter!r} share one (`shared_a`). Train an "
-            "adapter without."
-        )
     if pattern_with(options.num_experts, None):
         raise MolaError(
             f"`num_experts` must have one number per layer: {options.num_experts!r} has `num_experts_pattern`. Make "

@@ -192,7 +192,6 @@ def plan_allocation(
     num_experts_pattern: Mapping[str, int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     stacks: Iterable[StackShape] = (),
-    shared_a: bool = False,
 ) -> AllocationPlan:
     """Parameters, FLOPs and bytes of an adapter.
 
@@ -204,8 +203,7 @@ def plan_allocation(
         active_flops_per_token  2 * (K * r * (in + out) + router_parameters)
 
     `flops_per_token` holds for backends that compute all experts for every token (`dense`), `active_flops_per_token`
-    for backends that compute the chosen experts only (`cpu_train`, `cpu_decode`, `grouped`). With `shared_a` there is
-    one `r * in` in place of `E` and of `K`.
+    for backends that compute the chosen experts only (`cpu_train`, `cpu_decode`, `grouped`).
 
     A parameter with `N` stacked experts of the base model adds `N * r * (in + out)` to the experts' parameters. The
     cost of its update does not depend on the number of tokens, so FLOPs per token leave it out.
@@ -219,7 +217,6 @@ def plan_allocation(
         num_experts_pattern: number of experts of single modules, by patterns of their names.
         rank_pattern: rank of single modules, by patterns of their names.
         stacks: the adapted parameters.
-        shared_a: whether the experts of a linear share one A.
 
     Returns:
         The plan, one entry per decoder layer; layers without adapted linears cost nothing.
@@ -236,10 +233,9 @@ def plan_allocation(
     for linear in linears:
         index = _layer_of(linear, len(num_experts))
         count = by_pattern(num_experts_pattern, linear.name, num_experts[index])
-        rank = by_pattern(rank_pattern, linear.name, r[index])
-        used = top_k_of_module(count, top_k[index], linear.name)
-        for numbers, number in ((experts, count), (active_experts, used)):
-            numbers[index] += rank * ((1 if shared_a else number) * linear.in_features + number * linear.out_features)
+        one_expert = by_pattern(rank_pattern, linear.name, r[index]) * (linear.in_features + linear.out_features)
+        experts[index] += count * one_expert
+        active_experts[index] += top_k_of_module(count, top_k[index], linear.name) * one_expert
         routers[index] += count * linear.in_features if count > 1 else 0
     for stack in stacks:
         index = _layer_of(stack, len(num_experts))

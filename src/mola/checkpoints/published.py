@@ -201,7 +201,7 @@ def to_published(
 def _check_expressible(config: MolaConfig) -> None:
     not_expressible = {
         "bias": config.bias not in ("none", None),
-        "router": config.router != DEFAULT_ROUTER.name,
+        "router": config.router != DEFAULT_ROUTER,
         "layers_to_transform": config.layers_to_transform is not None,  # 0 also chooses a layer
         **{
             name: bool(getattr(config, name))
@@ -211,7 +211,6 @@ def _check_expressible(config: MolaConfig) -> None:
                 "target_parameters",
                 "trainable_token_indices",
                 "use_rslora",
-                "shared_a",
                 "num_experts_pattern",
                 "rank_pattern",
                 "alpha_pattern",

@@ -70,11 +70,10 @@ def mola_layers(model: nn.Module) -> dict[str, MolaLinear]:
 
 def read_mixtures(tensors: Mapping[str, torch.Tensor], layers: Mapping[str, MolaLinear]) -> dict[str, Mixture]:
     """The experts of every module, from the tensors of the adapter's file and the scales of the adapted linears."""
-    mixtures = {}
-    for name, layer in layers.items():
-        B = tensors[f"{name}.mola_B"].float() * layer.scaling[NAME]
-        mixtures[name] = Mixture(tensors[f"{name}.mola_A"].float().expand(len(B), -1, -1), B)  # A may be shared
-    return mixtures
+    return {
+        name: Mixture(tensors[f"{name}.mola_A"].float(), tensors[f"{name}.mola_B"].float() * layer.scaling[NAME])
+        for name, layer in layers.items()
+    }
 
 
 def gated_hidden(layer: MolaLinear, experts_A: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

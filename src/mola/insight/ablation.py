@@ -110,8 +110,7 @@ def expert_left_out(layers: Sequence[MolaLinear], expert: int) -> Iterator[None]
             name = _adapter_with_router(layer) or ""
             others = [index for index in range(layer.num_experts[name]) if index != expert]
             weights = (layer.mola_A[name], layer.mola_B[name], layer.mola_router[name])
-            kept = (each if len(each) == 1 else each[others] for each in weights)  # the experts may share one A
-            A, B, router = (nn.Parameter(each.detach(), requires_grad=False) for each in kept)
+            A, B, router = (nn.Parameter(each.detach()[others], requires_grad=False) for each in weights)
             settings = layer.settings[name]
             settings = replace(settings, num_experts=len(others), top_k=min(settings.top_k, len(others)))
             stack.enter_context(replaced_experts(layer, name, Experts(A, B, router, settings)))

@@ -38,7 +38,6 @@ def module_redundancy(
 ) -> ModuleRedundancy:
     """Redundancy of one module with several experts, A `(E, r, in)` and B `(E, r, out)`."""
     distances = expert_distances(experts_A, experts_B, scaling)
-    experts_A = experts_A.expand(len(experts_B), -1, -1)  # the experts may share one
     overlaps = (mean_pairwise(subspace_overlaps(stack)) for stack in (experts_A, experts_B))
     return ModuleRedundancy(module, layer_index, mean_pairwise(distances), *overlaps)
 

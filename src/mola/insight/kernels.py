@@ -81,7 +81,7 @@ def kernel_choices(calls: Iterable[tuple[str, MixtureInputs]]) -> list[KernelCho
         key = mode, *(_shape_and_dtype(each) for each in inputs)
         if key not in choices:
             choices[key] = mode, *_choice(mode, inputs)
-        num_experts[choices[key]].append(len(inputs.experts_B))
+        num_experts[choices[key]].append(len(inputs.experts_A))
     return [
         KernelChoice(mode, backend, len(experts), sorted(set(experts)), dict(reasons))
         for (mode, backend, reasons), experts in sorted(num_experts.items(), key=lambda item: item[0][0], reverse=True)

@@ -19,7 +19,7 @@ from mola.errors import MolaError
 from mola.tuner.layer import MolaLinear
 from mola.tuner.router_losses import call_arguments
 from mola.tuner.router_statistics import RouterOutput
-from mola.tuner.routing import DEFAULT_ROUTER, Router, route_dense
+from mola.tuner.routing import DEFAULT_ROUTER, route_dense
 
 # Columns of a router's sums that are not per expert: entropies, margins, effective experts, first gates above, tokens.
 SCALAR_SUMS = 5
@@ -126,7 +126,7 @@ class _RouterCall(NamedTuple):
     """Output of a router in one call of its layer."""
 
     row: int  # row of the router in the sums
-    router: Router  # turns logits into gates
+    function: str  # name of the function in `ROUTERS` that turns logits into gates
     layer_index: int | None
     output: RouterOutput
 
@@ -205,22 +205,22 @@ class RouterRecorder:
             logits, expert_indices = call.output
             side = masks.side(call.layer_index, logits.shape[0])
             # The number of tokens is not part of the key, because a compiler would make a graph for each number.
-            alike = groups[logits.device, call.router, logits.shape[1], expert_indices.shape[1], side]
+            alike = groups[logits.device, call.function, logits.shape[1], expert_indices.shape[1], side]
             members = next((group for group in alike if len(group[0].output.logits) == len(logits)), None)
             if members is None:
                 alike.append([call])
             else:
                 members.append(call)
-        for (device, router, *_, side), alike in groups.items():
+        for (device, function, *_, side), alike in groups.items():
             for members in alike:
-                self._add(device, router, members, None if side is None else masks.by_side[side])
+                self._add(device, function, members, None if side is None else masks.by_side[side])
         self._calls = []
 
-    def _add(self, device: torch.device, router: Router, calls: list[_RouterCall], mask: torch.Tensor | None) -> None:
+    def _add(self, device: torch.device, function: str, calls: list[_RouterCall], mask: torch.Tensor | None) -> None:
         """Add calls with equal shapes to the sums."""
         logits = torch.stack([call.output.logits.t() for call in calls])  # (M, E, N)
         expert_indices = torch.stack([call.output.expert_indices.t() for call in calls])  # (M, K, N)
-        sums = sums_over_tokens(router, logits, expert_indices, mask, self._width)
+        sums = sums_over_tokens(function, logits, expert_indices, mask, self._width)
         self._sums_on(device).index_add_(0, self._rows_on(device, calls), sums)
 
     def _sums_on(self, device: torch.device) -> torch.Tensor:
@@ -270,7 +270,7 @@ class _LayerObserver:
 
     recorder: RouterRecorder
     layer_index: int | None
-    rows: dict[str, tuple[int, Router]]  # by adapter: its row in the sums, and its router
+    rows: dict[str, tuple[int, str]]  # by adapter: its row in the sums, and its function
 
     @property
     def collecting(self) -> bool:
@@ -315,12 +315,12 @@ def _sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def sums_over_tokens(
-    router: Router, logits: torch.Tensor, expert_indices: torch.Tensor, mask: torch.Tensor | None, width: int
+    function: str, logits: torch.Tensor, expert_indices: torch.Tensor, mask: torch.Tensor | None, width: int
 ) -> torch.Tensor:
     """Sums over the counted tokens of `M` routers.
 
     Args:
-        router: turns logits into gates.
+        function: name of the function in `mola.tuner.routing.ROUTERS` that turns logits into gates.
         logits: float32 `(M, E, N)`.
         expert_indices: chosen experts, `(M, K, N)`.
         mask: booleans `(N,)`, True for counted tokens; None counts all.
@@ -331,7 +331,7 @@ def sums_over_tokens(
         effective experts, tokens whose largest gate is above `FIRST_GATE`, tokens.
     """
     dtype = _sum_dtype(logits.device)
-    gates = _chosen_gates(router, logits, expert_indices)  # (M, K, N)
+    gates = _chosen_gates(function, logits, expert_indices)  # (M, K, N)
     counted = torch.ones_like(gates)
     if mask is not None:
         counted = counted * mask.to(logits.device)
@@ -340,9 +340,7 @@ def sums_over_tokens(
         largest = gates if gates.shape[1] == 2 else gates.topk(2, dim=1).values
         margins = (largest[:, 0] - largest[:, 1]).abs() * counted[:, 0]
     empty = torch.zeros_like(logits)
-    by_expert = [
-        empty.scatter(1, expert_indices, each).sum(2, dtype=dtype) for each in (counted * (gates > 0), gates * counted)
-    ]
+    by_expert = [empty.scatter(1, expert_indices, each).sum(2, dtype=dtype) for each in (counted, gates * counted)]
     padded = [nn.functional.pad(each, (0, width - each.shape[1])) for each in by_expert]
     by_token = [
         router_entropies(logits, 1) * counted[:, 0],
@@ -354,10 +352,10 @@ def sums_over_tokens(
     return torch.cat([*padded, torch.stack([each.sum(1, dtype=dtype) for each in by_token], 1)], 1)
 
 
-def _chosen_gates(router: Router, logits: torch.Tensor, expert_indices: torch.Tensor) -> torch.Tensor:
+def _chosen_gates(function: str, logits: torch.Tensor, expert_indices: torch.Tensor) -> torch.Tensor:
     """Gates of the chosen experts, `(M, K, N)`."""
-    if router == DEFAULT_ROUTER:
+    if function == DEFAULT_ROUTER:
         return torch.softmax(logits.gather(1, expert_indices), dim=1)
     by_token = logits.transpose(0, 1).flatten(1)  # (E, M N)
-    gates, _ = route_dense(router, by_token, expert_indices.shape[1], 0)
+    gates, _ = route_dense(function, by_token, expert_indices.shape[1], 0)
     return gates.unflatten(1, (len(logits), -1)).transpose(0, 1).gather(1, expert_indices)

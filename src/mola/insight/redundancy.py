@@ -18,7 +18,7 @@ def expert_distances(experts_A: torch.Tensor, experts_B: torch.Tensor, scaling: 
         D_ij = scaling * || B_i A_i - B_j A_j ||_F
 
     Args:
-        experts_A: `(E, r, in)`, or `(1, r, in)` if the experts share it.
+        experts_A: `(E, r, in)`.
         experts_B: `(E, r, out)`.
         scaling: `lora_alpha / r` of the adapter.
 
@@ -69,14 +69,13 @@ def inner_products(experts_A: torch.Tensor, experts_B: torch.Tensor) -> torch.Te
     Only two `(E r, E r)` matrices are formed; a single update would have `out * in` entries.
 
     Args:
-        experts_A: `(E, r, in)`, or `(1, r, in)` if the experts share it.
+        experts_A: `(E, r, in)`.
         experts_B: `(E, r, out)`.
 
     Returns:
         float64 `(E, E)`, the squared Frobenius norms on the diagonal.
     """
-    num_experts, r, _ = experts_B.shape
-    experts_A = experts_A.expand(num_experts, -1, -1)
+    num_experts, r, _ = experts_A.shape
     product = _gram(experts_A) * _gram(experts_B)
     return product.view(num_experts, r, num_experts, r).sum((1, 3))
 

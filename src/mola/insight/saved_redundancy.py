@@ -25,7 +25,6 @@ def redundancy_of_arrays(
     module: str, layer_index: int | None, experts_A: _Array, experts_B: _Array, scaling: float
 ) -> ModuleRedundancy:
     """Redundancy of one module with several experts, A `(E, r, in)` and B `(E, r, out)`."""
-    experts_A = np.broadcast_to(experts_A, (len(experts_B), *experts_A.shape[1:]))  # the experts may share one
     gram_A, gram_B = _gram(experts_A), _gram(experts_B)
     inner = (gram_A * gram_B).sum((1, 3))
     norms = inner.diagonal()

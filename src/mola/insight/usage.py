@@ -18,8 +18,7 @@ class ModuleUsage:
         module: its name in the model.
         layer_index: its decoder layer, None outside the layers.
         num_tokens: number of counted tokens.
-        shares: for each expert, the share of tokens that chose it; shares add up to `top_k`, or less
-            with the router "sparsegen".
+        shares: for each expert, the share of tokens that chose it; shares add up to `top_k`.
         mean_gates: for each expert, its mean gate `m_e`; mean gates add up to 1.
         balance: entropy of the mean gates divided by its maximum, `-sum_e m_e log m_e / log E`: 1 if all experts have
             the same weight, 0 if one expert has all of it.

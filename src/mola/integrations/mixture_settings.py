@@ -26,8 +26,6 @@ FIELDS = (
     "num_experts",
     "top_k",
     "router",
-    "sparsegen_lambda",
-    "shared_a",
     "router_aux_loss_reduction",
     "router_aux_loss_coef",
     "router_z_loss_coef",
@@ -62,16 +60,16 @@ def checked_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MolaError: a value is wrong.
     """
-    settings = {name: _plain_value(name, value) for name, value in given.items() if value is not None}
+    settings = {name: _number_or_list(name, value) for name, value in given.items() if value is not None}
     MolaConfig(**settings)
     return settings
 
 
-def _plain_value(name: str, value: Any) -> Any:
+def _number_or_list(name: str, value: Any) -> Any:
     """Convert text from a command line, or from YAML, which reads `1e-3` as text; leave other text to `MolaConfig`."""
-    if isinstance(value, str) and (name in _NUMBERS or value.startswith("[") or name == "shared_a"):
+    if isinstance(value, str) and (name in _NUMBERS or value.startswith("[")):
         try:
-            return float(value) if name in _NUMBERS else json.loads(value.lower())
+            return float(value) if name in _NUMBERS else json.loads(value)
         except ValueError:
             pass
     return value

@@ -35,14 +35,12 @@ def cost_of_allocation(
     num_experts_pattern: Mapping[str, int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     target_parameters: list[str] | None = None,
-    shared_a: bool = False,
     model: PreTrainedModel | None = None,
     batch: BatchShape | None = None,
 ) -> AllocationPlan:
     """Count the cost of an allocation for a model, without its weights.
 
-    The arguments are options of `mola plan`; `num_experts` None means the default for the model's depth. `shared_a` is
-    that of `MolaConfig`.
+    The arguments are options of `mola plan`; `num_experts` None means the default for the model's depth.
     `with_kernels` adds the names of the backends that compute the allocation on this machine's CPU.
     `model` is the model on the meta device, if it has been built. `batch` adds the memory for training and serving.
 
@@ -71,7 +69,6 @@ def cost_of_allocation(
         num_experts_pattern=num_experts_pattern,
         rank_pattern=rank_pattern,
         stacks=find_stacks(model, target_parameters or []),
-        shared_a=shared_a,
     )
     sizes = [_sizes_of(linear, result, num_experts_pattern, rank_pattern) for linear in linears]
     if with_kernels:

@@ -67,9 +67,9 @@ def read_adapter_weights(folder: Path) -> AdapterWeights | None:
     tensors = read_arrays(folder)
     redundancy = []
     for name in sorted(tensors, key=lambda name: (layer_order(layer_index(name)), name)):
-        if name.endswith("mola_B") and len(tensors[name]) > 1:
-            module = name.removesuffix(".mola_B")
-            experts_A, experts_B = tensors[f"{module}.mola_A"], tensors[name]
+        if name.endswith("mola_A") and len(tensors[name]) > 1:
+            module = name.removesuffix(".mola_A")
+            experts_A, experts_B = tensors[name], tensors[f"{module}.mola_B"]
             scaling = scaling_of(config, module.removeprefix(PREFIX), experts_A.shape[1])
             redundancy.append(redundancy_of_arrays(module, layer_index(name), experts_A, experts_B, scaling))
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
@@ -95,7 +95,7 @@ def layers_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) ->
         number = 1 if _STACKED.search(name) else _setting(config, "num_experts", layer)
         num_experts[layer] = max(number, num_experts.get(layer, 0))
         values[layer]["mola_router" in name] += math.prod(shape)
-        if name.endswith("mola_B"):
+        if name.endswith("mola_A"):
             of_modules[layer].append(shape[0])
     layers = []
     for layer in sorted(values, key=layer_order):

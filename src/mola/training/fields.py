@@ -28,10 +28,7 @@ ADAPTER_DEFAULTS: dict[str, Any] = {
     "num_experts_pattern": None,
     "rank_pattern": None,
     "alpha_pattern": None,
-    "experimental": None,
 }
-# Fields of `MolaConfig` that the option `experimental` may set; see docs/reference/lora-fields.md.
-EXPERIMENTAL = ("router", "sparsegen_lambda", "shared_a")
 
 # Options that change how experts are trained, but not what they compute. With `adapter` they may be changed.
 TRAINING_ONLY = (
@@ -80,7 +77,6 @@ class TrainFields(Quantization):
     alpha_pattern: dict[str, Any] | str | None = option(None, "`lora_alpha` by name of module.")
     use_rslora: bool | None = option(None, "Scale by lora_alpha / sqrt(r).", nargs="?", const=True)
     init_lora_weights: str | None = option(None, "Start: true (default), gaussian, orthogonal or principal.")
-    experimental: dict[str, Any] | str | None = option(None, 'Fields to try: {"router": "top_k_constant"}.')
     skill: str | None = option(None, "Train a plain LoRA and add it to `into` under this name.")
     into: str | None = option(None, "Skills folder, created if missing; see docs/guides/skills.md.")
     layer: int | None = option(None, "Lowest layer of a skill. Default: that of `into`, else n / 3.")

@@ -85,7 +85,6 @@ def check_model_options(
         num_experts_pattern=adapter.num_experts_pattern,
         rank_pattern=adapter.rank_pattern,
         target_parameters=adapter.target_parameters,
-        shared_a=adapter.shared_a,
         model=model,
     )
     if adapter.modules_to_save:
@@ -137,7 +136,6 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
         start = {"true": True, "false": False}.get(start.lower(), start)
     return MolaConfig(
         **{name: setting(name) for name in plain},
-        **(setting("experimental") or {}),
         num_experts=options.num_experts,  # None: the default of `MolaConfig`, which fits a model of any depth
         use_rslora=bool(setting("use_rslora")),
         init_lora_weights=True if start is None else start,

@@ -20,7 +20,6 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import LabelSmoother
 
 from mola.errors import MolaError
-from mola.training.fields import EXPERIMENTAL
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +55,6 @@ def check_values(options: Any) -> None:
     """
     if not options.output_dir:
         raise MolaError("`output_dir` must name a folder for the adapter and the run's files. Pass --output DIR.")
-    if unknown := sorted({*(options.experimental or {})} - {*EXPERIMENTAL}):
-        raise MolaError(f"`experimental` may have the keys {', '.join(EXPERIMENTAL)}: got {', '.join(unknown)}.")
     for names, rule, lowest in ((_AT_LEAST_1, "at least 1", 1), (_ABOVE_0, "above 0", 1e-30)):
         for name in names:
             value = getattr(options, name)

@@ -40,7 +40,7 @@ class TrainOptions(TrainFields, TrainingArguments):
         settle_skill(self)
         if self.adapter is not None and self.resume_from_checkpoint is None:
             self.base_model = base_model_of(self.base_model, [self.adapter])
-        for name in ("filters", "num_experts_pattern", "rank_pattern", "alpha_pattern", "experimental"):
+        for name in ("filters", "num_experts_pattern", "rank_pattern", "alpha_pattern"):
             setattr(self, name, parse_mapping(name, getattr(self, name)) or None)
         check_values(self)
         check_combinations(self, [name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY])

@@ -22,18 +22,19 @@ from mola.files.atomic import atomic_write_json
 from mola.files.digests import check_digest, weights_sha256
 from mola.files.reading import read_json_object
 from mola.tuner.initialization import check_initialization
-from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS, SPARSE
+from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS
 
 _CHOICES: dict[str, Collection[Any]] = {
     "router": ROUTERS,
     "router_aux_loss_reduction": ("module", "layer"),
     "bias": ("none", "all", "mola_only"),
     "use_rslora": (False, True),
-    "shared_a": (False, True),
     "ensure_weight_tying": (False, True),
 }
 _PATTERNS = ("num_experts_pattern", "rank_pattern", "alpha_pattern")
 # A saved adapter must contain these fields: defaults would change what it computes.
+# Fields of earlier versions, which saved them with these values if they were not set.
+_EARLIER_DEFAULTS = (("layer_replication", None), ("shared_a", False), ("sparsegen_lambda", 0.0))
 _REQUIRED_WHEN_SAVED = ("r", "num_experts", "top_k", "lora_alpha")
 
 _Class = TypeVar("_Class")
@@ -49,8 +50,7 @@ def _refuse_unknown_fields(cls: type[_Class]) -> type[_Class]:
     @functools.wraps(dataclass_init)
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
         known = [field.name for field in fields(cls)]  # type: ignore[arg-type] # a dataclass
-        if "layer_replication" in kwargs and kwargs["layer_replication"] is None:
-            del kwargs["layer_replication"]  # earlier versions saved this field
+        kwargs = {name: value for name, value in kwargs.items() if (name, value) not in _EARLIER_DEFAULTS}
         unknown = sorted(set(kwargs) - set(known))
         if unknown:
             raise MolaError(
@@ -104,8 +104,6 @@ class MolaConfig(PeftConfig):
             True (`B` zero), "gaussian", "orthogonal" and "principal" the adapted model starts with the base model's
             outputs. False draws `B` at random, for tests.
         use_rslora (bool): multiply the experts' output by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
-        shared_a (bool): experimental; the experts of a module share one A, and each has its own B, so the update is
-            `lora_alpha / r * sum_e g_e(x) B_e A dropout(x)` (HydraLoRA, arXiv 2404.19245).
         num_experts_pattern (dict[str, int]): experts of individual modules, such as `{"mlp.*": 8}`. A key is a
             regular expression for a module's whole name or for the end of the name after a dot; the first matching key
             applies. Other modules use their layer's `num_experts`. If `num_experts` is a JSON file, the file may
@@ -115,12 +113,7 @@ class MolaConfig(PeftConfig):
         trainable_token_indices (list[int] | dict[str, list[int]]): tokens whose embeddings are trained, as in PEFT.
         ensure_weight_tying (bool): keep tied weights tied when `modules_to_save` or `trainable_token_indices` train
             them, as in PEFT.
-        router (str): how experts are chosen, a name in `mola.tuner.routing.ROUTERS`: "top_k_softmax", the paper's
-            formula; or one of two that are experimental. "top_k_constant" chooses the same experts, gives each the
-            gate `1 / top_k`, and gives the router the gradient of "top_k_softmax". "sparsegen" uses at most `top_k`
-            experts: `g_e = max(0, z_e - tau) / (1 - sparsegen_lambda)`, with `tau` such that the gates sum to 1.
-        sparsegen_lambda (float): below 1, for the router "sparsegen"; 0 is sparsemax, a larger number leaves fewer
-            experts.
+        router (str): how experts are chosen, a name in `mola.tuner.routing.ROUTERS`.
         router_aux_loss_coef (float): weight of the balance loss, 0 = off. The paper's code uses 1e-3 with the
             reduction "layer".
         router_aux_loss_reduction (str): "module" is the mean over routers; it ignores padding and tokens without
@@ -152,14 +145,12 @@ class MolaConfig(PeftConfig):
     bias: str = "none"
     init_lora_weights: bool | str = True
     use_rslora: bool = False
-    shared_a: bool = False
     num_experts_pattern: dict[str, int] | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
-    router: str = DEFAULT_ROUTER.name
-    sparsegen_lambda: float = 0.0
+    router: str = DEFAULT_ROUTER
     router_aux_loss_coef: float = 0.0
     router_aux_loss_reduction: str = "module"
     router_z_loss_coef: float = 0.0
@@ -264,7 +255,6 @@ def _check_values(config: MolaConfig) -> None:
     for names, is_allowed, rule in (
         (["lora_alpha"], lambda value: 0 < value < math.inf, "above 0"),
         (["router_aux_loss_coef", "router_z_loss_coef"], lambda value: 0 <= value < math.inf, "at least 0"),
-        (["sparsegen_lambda"], lambda value: -math.inf < value < 1, "below 1"),
         (["lora_dropout", "router_jitter_noise"], lambda value: 0 <= value < 1, "at least 0 and below 1"),
     ):
         for name in names:
@@ -319,16 +309,6 @@ def _layer_numbers(value: Any) -> list[int] | int | None:
 
 def _check_combinations(config: MolaConfig) -> None:
     """Raise MolaError for values that are allowed individually, but not together."""
-    if config.shared_a and config.init_lora_weights == "orthogonal":
-        raise MolaError(
-            "`init_lora_weights` 'orthogonal' draws a pair of A and B for each expert, but with `shared_a` the experts "
-            "share one A: choose a different initialisation."
-        )
-    if config.sparsegen_lambda and config.router != SPARSE:
-        raise MolaError(
-            f"`sparsegen_lambda` is only used with `router` {SPARSE!r}: got {config.sparsegen_lambda} with "
-            f"{config.router!r}. Leave it out, or set `router`."
-        )
     if config.target_modules == set() and not config.target_parameters:
         raise MolaError("`target_modules` must not be empty unless `target_parameters` is set.")
     if config.target_parameters and config.lora_dropout:

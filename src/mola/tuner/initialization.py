@@ -63,8 +63,8 @@ def initialize(
     """Fill experts and router of one module with their initial values.
 
     The router is uniform within `1 / sqrt(in)` (kaiming, a = sqrt 5). The table at the top of this module has the
-    experts' values. Shapes: `experts_A` is `(E, r, in)`, or `(1, r, in)` if the experts share it; `experts_B` is
-    `(E, r, out)`; `router` is `(E, in)`, or None for one expert.
+    experts' values. Shapes: `experts_A` is `(E, r, in)`, `experts_B` is `(E, r, out)`, `router` is `(E, in)`, or None
+    for one expert.
     """
     _, r, in_features = experts_A.shape
     bound = 1.0 / math.sqrt(in_features)  # `kaiming_uniform_` would use r * in as the fan-in of the stack

@@ -86,7 +86,7 @@ def check_injection(
             _check_has_weights(name, modules[name], "weight")
             _check_base_layer(name, base_layer_of(modules[name]), config, is_new=is_new)
             features: Any = _get_in_out_features(base_layer_of(modules[name]))
-            check_shapes(config.init_lora_weights, settings.num_a, settings.r, features, name)
+            check_shapes(config.init_lora_weights, settings.num_experts, settings.r, features, name)
     for stack in stacked_parameters:
         settings = per_layer.settings(config, stack.name, stack.layer_index)
         _check_has_weights(stack.module, modules[stack.module], stack.parameter)

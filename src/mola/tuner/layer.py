@@ -23,36 +23,27 @@ from mola.tuner.kernels.dispatch import drop_cached_copies, mixture, register_la
 from mola.tuner.kernels.tensors import autocast_is_on, has_hooks
 from mola.tuner.merging import SingleExpertMerging
 from mola.tuner.router_statistics import RouterOutput
-from mola.tuner.routing import DEFAULT_ROUTER, Router, Routing, route, router_logits
+from mola.tuner.routing import DEFAULT_ROUTER, ROUTERS, Routing, router_logits
 
 
 @dataclass(frozen=True)
 class ExpertSettings:
-    """Settings of one adapter for one module: fields of `MolaConfig` with the values for this module.
-
-    `router` includes `sparsegen_lambda`.
-    """
+    """Settings of one adapter for one module: fields of `MolaConfig` with the values for this module."""
 
     r: int
     num_experts: int
     top_k: int
     lora_alpha: float
     lora_dropout: float = 0.0
-    router: Router = DEFAULT_ROUTER
+    router: str = DEFAULT_ROUTER
     router_jitter_noise: float = 0.0
     init_lora_weights: bool | str = True
     use_rslora: bool = False
-    shared_a: bool = False
 
     @property
     def scaling(self) -> float:
         """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    @property
-    def num_a(self) -> int:
-        """Number of matrices A: 1 with `shared_a`, else one for each expert."""
-        return 1 if self.shared_a else self.num_experts
 
 
 @contextlib.contextmanager
@@ -91,8 +82,8 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
     product computes all experts; the research code draws one mask per expert. With one expert the layer is LoRA and has
     no router.
 
-    Parameters of adapter `a`: `mola_A[a]: (E, r, in)`, or `(1, r, in)` if the experts share one A (`shared_a`),
-    `mola_B[a]: (E, r, out)` and, for `E > 1`, `mola_router[a]: (E, in)` in float32.
+    Parameters of adapter `a`: `mola_A[a]: (E, r, in)`, `mola_B[a]: (E, r, out)` and, for `E > 1`,
+    `mola_router[a]: (E, in)` in float32.
 
     Examples:
         >>> import torch, mola
@@ -154,11 +145,12 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, settings: ExpertSettings, *, inference_mode: bool = False) -> None:
         """Add the experts and the router of one adapter."""
+        shape = settings.num_experts, settings.r
         self.set_settings(adapter_name, settings)
         dropout = nn.Dropout(settings.lora_dropout) if settings.lora_dropout > 0 else nn.Identity()
         self.mola_dropout[adapter_name] = dropout
-        self.mola_A[adapter_name] = nn.Parameter(torch.empty(settings.num_a, settings.r, self.in_features))
-        self.mola_B[adapter_name] = nn.Parameter(torch.empty(settings.num_experts, settings.r, self.out_features))
+        self.mola_A[adapter_name] = nn.Parameter(torch.empty(*shape, self.in_features))
+        self.mola_B[adapter_name] = nn.Parameter(torch.empty(*shape, self.out_features))
         if settings.num_experts > 1:
             dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
             router = torch.empty(settings.num_experts, self.in_features, dtype=dtype)
@@ -318,7 +310,7 @@ class MolaLinear(nn.Module, SingleExpertMerging, BaseTunerLayer):
             MolaError: see `router_logits`.
         """
         logits = self.router_logits(adapter_name, x)
-        return route(self.settings[adapter_name].router, logits, self.top_k[adapter_name])
+        return ROUTERS[self.settings[adapter_name].router](logits, self.top_k[adapter_name], -1)
 
     def router_logits(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
         """Router logits for `x: (..., in)`: float32 `(N, E)`.

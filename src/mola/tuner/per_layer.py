@@ -15,7 +15,6 @@ from mola.architecture.patterns import by_pattern
 from mola.errors import MolaError
 from mola.tuner.config import MolaConfig
 from mola.tuner.layer import ExpertSettings
-from mola.tuner.routing import Router
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ class PerLayer:
             lora_alpha=by_pattern(config.alpha_pattern, module, config.lora_alpha),
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
-            router=Router(config.router, config.sparsegen_lambda),
+            router=config.router,
             router_jitter_noise=config.router_jitter_noise,
             init_lora_weights=config.init_lora_weights,
-            shared_a=config.shared_a,
         )

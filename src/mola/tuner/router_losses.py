@@ -26,7 +26,6 @@ from mola.tuner.layer import MolaLinear
 from mola.tuner.log_prob_loss import LikelihoodCheck, add_loss_to_log_probs
 from mola.tuner.router_statistics import RouterOutput, RouterStatistics, balance_loss, pool, router_statistics, z_loss
 from mola.tuner.router_warnings import RouterWarnings
-from mola.tuner.routing import DEFAULT_ROUTER
 
 # Routers whose outputs have equal shapes: their decoder layers, and their stacked statistics.
 StatisticsGroup = tuple[list[int | None], RouterStatistics]
@@ -197,15 +196,13 @@ class RouterLosses:
 
         With the reduction "layer" all tokens are counted, including padding, as in the paper's code.
         """
-        layer = self._first_router_layer.get(adapter_name)
-        router = DEFAULT_ROUTER if layer is None else layer.settings[adapter_name].router
         statistics = []
         for num_calls, layer_indices, outputs in self._groups_of_equal_shape(adapter_name):
             stacked = RouterOutput(*(torch.stack(tensors) for tensors in zip(*outputs, strict=True)))
             mask = None
             if self._config(adapter_name).router_aux_loss_reduction == "module":
                 mask = self._counted_tokens.mask(stacked.logits.shape[1], layer_indices[0], num_calls)
-            statistics.append((layer_indices, router_statistics(stacked, mask, router)))
+            statistics.append((layer_indices, router_statistics(stacked, mask)))
         return statistics
 
     def _groups_of_equal_shape(self, adapter_name: str) -> list[_RouterGroup]:

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from mola.tuner.routing import DEFAULT_ROUTER, Router, used_experts
-
 
 class RouterOutput(NamedTuple):
     """Output of one router for `N` tokens, or of `R` routers with a leading dimension `R`.
@@ -28,7 +26,7 @@ class RouterStatistics(NamedTuple):
     All are float32. Statistics of `R` routers have a leading dimension `R`.
 
     Attributes:
-        expert_counts: how often each expert was used, `(E,)`, without gradient.
+        expert_counts: how often each expert was chosen, `(E,)`, without gradient.
         probability_sum: softmax over all experts, summed over tokens, `(E,)`.
         z_sum: squared log-sum-exp of the logits, summed over tokens, scalar.
         num_tokens: number of tokens that count, scalar.
@@ -40,18 +38,15 @@ class RouterStatistics(NamedTuple):
     num_tokens: torch.Tensor
 
 
-def router_statistics(
-    output: RouterOutput, token_mask: torch.Tensor | None = None, router: Router = DEFAULT_ROUTER
-) -> RouterStatistics:
+def router_statistics(output: RouterOutput, token_mask: torch.Tensor | None = None) -> RouterStatistics:
     """Sums over the tokens of one router or of several routers.
 
     Args:
         output: logits and chosen experts.
         token_mask: `(N,)`, 1 for tokens that count; None counts all.
-        router: the one that chose the experts.
     """
     logits = output.logits
-    chosen = used_experts(router, logits, output.expert_indices)
+    chosen = torch.zeros_like(logits).scatter(-1, output.expert_indices, 1.0)
     probabilities = torch.softmax(logits, dim=-1)
     z = torch.logsumexp(logits, dim=-1).square()
     routers = logits.shape[:-2]

@@ -9,7 +9,7 @@ from mola.tuner.kernels.api import NO_ROUTER
 from mola.tuner.kernels.autograd import compute
 from mola.tuner.kernels.dense import Dense
 from mola.tuner.kernels.reference import Reference
-from mola.tuner.routing import ROUTERS, Router
+from mola.tuner.routing import ROUTERS
 
 from ..counting import CountOperators
 from ..models import clone, random_config, tiny_llama, token_batch
@@ -84,7 +84,7 @@ def test_any_router_by_the_gradient_of_its_logarithm(top_k, fused, monkeypatch):
     monkeypatch.setitem(ROUTERS, "sigmoid", sigmoid_router)
     inputs = make_inputs((2, 9, 8), 4, torch.float32, top_k=top_k, fused=fused, dropout=True)
     plain = compute(Dense(), inputs).output
-    inputs = inputs._replace(settings=inputs.settings._replace(router=Router("sigmoid")))
+    inputs = inputs._replace(settings=inputs.settings._replace(router="sigmoid"))
     exact = in_float64(inputs)
     results = []
     for backend, each in ((Dense(), inputs), (Reference(), exact)):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mola.tuner.kernels import gates, native
 from mola.tuner.kernels.api import MixtureSettings
 from mola.tuner.kernels.gates import apply_gates, gates_backward
-from mola.tuner.routing import ROUTERS, Router, dense_gates, top_k_softmax
+from mola.tuner.routing import ROUTERS, dense_gates, top_k_softmax
 
 from .native import needs_numba
 
@@ -150,7 +150,7 @@ def test_where_the_native_functions_are_used(monkeypatch):
 def test_other_routers_are_left_to_torch(monkeypatch):
     monkeypatch.setattr(native, "load", lambda name: pytest.fail(name))
     monkeypatch.setitem(ROUTERS, "first", lambda logits, top_k, dim: top_k_softmax(logits, top_k, dim))
-    other = settings()._replace(router=Router("first"))
+    other = settings()._replace(router="first")
     found = apply_gates(draw(4, 6), draw(3, 6), torch.ones(6, 4), other)
     gates_backward(torch.ones(6, 4), torch.ones(6, 4), found.weights, found.logits, None, other)
 

@@ -6,7 +6,6 @@ import torch
 from mola.tuner.kernels.api import OTHER_ROUTER
 from mola.tuner.kernels.autograd import compute
 from mola.tuner.kernels.grouped import ExpertSort, Grouped
-from mola.tuner.routing import Router
 
 from ..counting import CountOperators
 from .inputs import make_inputs
@@ -64,8 +63,9 @@ def test_where_it_is_used(num_experts, top_k, r, dtype, tokens, expected, onednn
 def test_where_it_cannot_be_used():
     inputs = make_inputs((64, 16), 32, torch.float32, r=8, out=24)
     assert Grouped().why_unsupported(inputs) is None
-    other = inputs._replace(settings=inputs.settings._replace(router=Router("sigmoid")))
-    assert Grouped().why_unsupported(other) == OTHER_ROUTER
+    assert (
+        Grouped().why_unsupported(inputs._replace(settings=inputs.settings._replace(router="sigmoid"))) == OTHER_ROUTER
+    )
     swapped = inputs.experts_B.detach().transpose(1, 2).contiguous().transpose(1, 2)
     assert Grouped().why_unsupported(inputs._replace(experts_B=swapped)) == "grouped products need contiguous experts"
     assert Grouped().why_slower(inputs._replace(x=inputs.x.to("meta"))).endswith(SLOW)

@@ -13,16 +13,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mola.tuner.kernels.api import OTHER_ROUTER, SHARED_A, Backend
+from mola.tuner.kernels.api import Backend
 from mola.tuner.kernels.autograd import compute
-from mola.tuner.kernels.cpu.decode import _NO_FUNCTION
-from mola.tuner.kernels.dispatch import BACKENDS, select
+from mola.tuner.kernels.dispatch import BACKENDS
 from mola.tuner.kernels.dropout import drop, sample_dropout_mask
 from mola.tuner.kernels.reference import Reference
-from mola.tuner.routing import Router
-from tests.grids import slow
 
-from .inputs import LEAVES, as_leaves, in_float64, leaves, make_inputs
+from .inputs import LEAVES, in_float64, leaves, make_inputs
 
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 REQUIRED = set(filter(None, os.environ.get("MOLA_REQUIRE_KERNELS", "").split(",")))
@@ -51,11 +48,6 @@ DTYPES = {
 }
 WITH_GRADIENTS = ("reference", "dense", "grouped", "cpu_train")
 WITHOUT = ("gathered", "decode", "cpu_decode")
-OTHER_ROUTERS = [
-    Router("top_k_constant"),
-    Router("sparsegen", 0.6),
-    *slow((Router("sparsegen"),), (Router("sparsegen", -2.0),)),
-]
 
 
 def sizes_of(name):
@@ -185,83 +177,6 @@ def test_values_without_gradients(name, sizes, dtype, top_k, fused, ran):
     assert calls == ["forward"]
     assert (found["logits"] is None) == (name == "cpu_decode")
     check(found, expected_of(inputs, run_without_gradients), TOLERANCE[dtype])
-
-
-def with_shared_A(inputs):
-    return as_leaves(inputs._replace(experts_A=inputs.experts_A[:1]))
-
-
-@pytest.mark.parametrize(
-    ("name", "sizes", "dtype", "top_k", "dropout", "router"),
-    grid(("reference", "dense"), dropout=("none", "sampled"), router=("top_k_softmax", "sparsegen")),
-)
-def test_a_shared_A(name, sizes, dtype, top_k, dropout, router):
-    shape, out, num_experts, r = sizes
-    plain = with_router(Router(router), make_inputs(shape, num_experts, dtype, r=r, out=out, top_k=top_k))
-    inputs = with_shared_A(with_mask(plain, dropout))
-    copies = inputs._replace(experts_A=inputs.experts_A.expand(num_experts, -1, -1))
-    found, expected = run(backend_for(name, inputs), inputs), expected_of(copies, run)
-    expected["gradient of experts_A"] = expected["gradient of experts_A"].sum(0, keepdim=True)
-    check(found, expected, TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize(("name", "sizes", "dtype", "top_k"), grid(("gathered", "decode")))
-def test_a_shared_A_without_gradients(name, sizes, dtype, top_k):
-    shape, out, num_experts, r = sizes
-    inputs = with_shared_A(make_inputs(shape, num_experts, dtype, r=r, out=out, top_k=top_k))
-    copies = inputs._replace(experts_A=inputs.experts_A.expand(num_experts, -1, -1))
-    with torch.no_grad():
-        backend = backend_for(name, inputs)
-    found = run_without_gradients(backend, inputs)
-    check(found, expected_of(copies, run_without_gradients), TOLERANCE[dtype])
-
-
-@torch.no_grad()
-def test_backends_that_compute_an_A_of_each_expert_alone_say_so():
-    inputs = with_shared_A(make_inputs((2, 3, 32), 4, torch.float32, r=8, out=64))
-    quiet = inputs._replace(settings=inputs.settings._replace(needs_router_output=False))
-    assert BY_NAME["grouped"].why_unsupported(inputs) == BY_NAME["cpu_train"].why_unsupported(inputs) == SHARED_A
-    assert BY_NAME["cpu_decode"].why_unsupported(quiet) in (SHARED_A, _NO_FUNCTION)
-    assert select(quiet).name == "decode"
-
-
-def with_router(router, inputs):
-    return inputs._replace(settings=inputs.settings._replace(router=router))
-
-
-@pytest.mark.parametrize("router", OTHER_ROUTERS, ids=str)
-@pytest.mark.parametrize(("name", "sizes", "dtype", "top_k"), grid(("reference", "dense", "cpu_train")))
-@pytest.mark.parametrize("dropout", ["none", "sampled"])
-def test_other_routers(router, name, sizes, dtype, top_k, dropout):
-    shape, out, num_experts, r = sizes
-    plain = with_mask(make_inputs(shape, num_experts, dtype, r=r, out=out, top_k=top_k), dropout)
-    inputs = with_router(router, plain)
-    backend = backend_for(name, inputs)
-    found = run(backend, inputs)
-    check(found, expected_of(inputs, run), TOLERANCE[dtype])
-    if top_k > 1:  # else the only gate is 1
-        assert not torch.allclose(found["output"], run(backend, plain)["output"], atol=3e-2)
-
-
-@pytest.mark.parametrize("router", OTHER_ROUTERS, ids=str)
-@pytest.mark.parametrize(("name", "sizes", "dtype", "top_k"), grid(("gathered", "decode")))
-def test_other_routers_without_gradients(router, name, sizes, dtype, top_k):
-    shape, out, num_experts, r = sizes
-    inputs = with_router(router, make_inputs(shape, num_experts, dtype, r=r, out=out, top_k=top_k))
-    with torch.no_grad():
-        backend = backend_for(name, inputs)
-    found = run_without_gradients(backend, inputs)
-    check(found, expected_of(inputs, run_without_gradients), TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("router", OTHER_ROUTERS, ids=str)
-@torch.no_grad()
-def test_backends_that_do_not_know_a_router_say_so(router):
-    inputs = with_router(router, make_inputs((2, 3, 32), 4, torch.float32, r=8, out=64))
-    quiet = inputs._replace(settings=inputs.settings._replace(needs_router_output=False))
-    assert BY_NAME["grouped"].why_unsupported(inputs) == OTHER_ROUTER
-    assert BY_NAME["cpu_decode"].why_unsupported(quiet) in (OTHER_ROUTER, _NO_FUNCTION)
-    assert select(quiet).name == "decode"
 
 
 @pytest.mark.parametrize("name", ["dense", "grouped", "cpu_train"])

@@ -20,7 +20,6 @@ from mola.models.adapters import check_fits
 from mola.models.meta import model_on_meta
 from mola.serving.vllm_command import check_servable
 from mola.tuner import MolaLinear
-from mola.tuner.routing import Router
 
 _PREFIX = "base_model.model."
 
@@ -32,7 +31,7 @@ class PartSettings(NamedTuple):
     r: int
     top_k: int
     scaling: float
-    router: Router
+    router: str
 
 
 class Part(NamedTuple):
@@ -69,7 +68,6 @@ def read_adapter(folder: str, base_model: str, trust_remote_code: bool = False) 
             own = module.settings["default"]
             settings = PartSettings(own.num_experts, own.r, own.top_k, own.scaling, own.router)
             experts_A, experts_B = (tensors[f"{name}.{kind}"] for kind in ("mola_A", "mola_B"))
-            experts_A = experts_A.expand(len(experts_B), -1, -1)  # the experts may share one
             router = tensors.get(f"{name}.mola_router")
             parts[name.removeprefix(_PREFIX)] = Part(settings, experts_A, experts_B, router, 0)
     shapes = {name: [*part.settings, *part.experts_B.shape] for name, part in parts.items()}

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mola.tuner.routing import DEFAULT_ROUTER, Router
+from mola.tuner.routing import DEFAULT_ROUTER
 
 # Reasons for which several backends do not support inputs.
 NO_ROUTER = "a layer with one expert has no router"
-OTHER_ROUTER = "does not compute this router, or not in its dtype"
-SHARED_A = "the experts share one A"
+OTHER_ROUTER = f"needs a router {DEFAULT_ROUTER!r} in float32"
 NOT_PLAIN = "for plain tensors in the CPU's memory"
 
 
@@ -35,7 +34,7 @@ class MixtureSettings(NamedTuple):
         dtype: dtype of the matrix products.
         dropout: probability with which an element of the experts' input is dropped.
         jitter: relative noise on the router's input.
-        router: computes the gates from the logits.
+        router: name in `mola.tuner.routing.ROUTERS`.
         needs_router_output: whether the caller reads `Mixture.logits` and `Mixture.expert_indices`.
     """
 
@@ -44,7 +43,7 @@ class MixtureSettings(NamedTuple):
     dtype: torch.dtype
     dropout: float = 0.0
     jitter: float = 0.0
-    router: Router = DEFAULT_ROUTER
+    router: str = DEFAULT_ROUTER
     needs_router_output: bool = True
 
 
@@ -60,7 +59,7 @@ class MixtureInputs(NamedTuple):
         weight: `(out, in)` of a frozen base layer, in the dtype of `x`. If it is given, the backend computes the base
             output too.
         bias: `(out,)` of the frozen base layer; None without bias.
-        experts_A: `(E, r, in)`, or `(1, r, in)` if the experts share one A.
+        experts_A: `(E, r, in)`.
         experts_B: `(E, r, out)`.
         router: `(E, in)`, float32 or wider; None for one expert.
         dropout_mask: see `mola.tuner.kernels.dropout`; None without dropout, or if no mask is drawn yet.
@@ -76,11 +75,6 @@ class MixtureInputs(NamedTuple):
     router: Any  # torch.Tensor | None
     dropout_mask: torch.Tensor | None
     settings: MixtureSettings
-
-    @property
-    def shares_a(self) -> bool:
-        """Whether several experts share one A."""
-        return len(self.experts_A) < len(self.experts_B)
 
 
 class Mixture(NamedTuple):

@@ -53,13 +53,13 @@ class Decode(Backend):
 
     def forward(self, inputs: MixtureInputs) -> tuple[Mixture, None]:
         """Compute the products of A and B in float32, and add the update to a new base output."""
-        settings, experts_A = inputs.settings, inputs.experts_A
+        settings, (num_experts, r, _) = inputs.settings, inputs.experts_A.shape
         dtype = torch.promote_types(settings.dtype, torch.float32)
         rows = as_rows(inputs.x).to(dtype)
         logits = torch.mm(rows, inputs.router.to(dtype).t())  # (N, E)
-        hidden = torch.mm(rows, experts_A.flatten(0, 1).to(dtype).t())  # (N, E*r), or (N, r) of a shared A
+        hidden = torch.mm(rows, inputs.experts_A.flatten(0, 1).to(dtype).t())  # (N, E*r)
         gates, expert_indices = route_dense(settings.router, logits, settings.top_k, -1)
-        hidden = (hidden.view(-1, *experts_A.shape[:2]) * gates.unsqueeze(-1)).flatten(1)
+        hidden.view(-1, num_experts, r).mul_(gates.unsqueeze(-1))
         x, weight = inputs.x.to(settings.dtype), inputs.weight
         output = base_output(inputs, x) if weight is None else linear(x, weight, inputs.bias)
         total, matrix_B = output.view(-1, output.shape[-1]), inputs.experts_B.flatten(0, 1)

@@ -53,8 +53,6 @@ class Dense(Backend):
         matrix_A = inputs.experts_A.flatten(0, 1) if A_and_router is None else A_and_router[: -len(inputs.router)]
         matrix_B = inputs.experts_B.flatten(0, 1).to(settings.dtype)
         gated = mm(matrix_A, drop(as_rows(x), inputs.dropout_mask).t())  # (E*r, N)
-        if inputs.shares_a:
-            gated = gated.repeat(len(inputs.experts_B), 1)  # from (r, N)
         gates = apply_gates(as_rows(inputs.x), inputs.router, gated, settings)
         # oneDNN is faster when the addition is fused into the wide base product than into the thin product with B.
         if weight is not None and uses_onednn(x, weight):
@@ -77,9 +75,6 @@ class Dense(Backend):
         rows = as_rows(grad_output).to(inputs.settings.dtype)
         grad_gated = mm(inputs.experts_B.flatten(0, 1) if matrix_B is None else matrix_B, rows.t())
         grad_both = gates_backward(grad_gated, gated, weights, logits, grad_logits, inputs.settings)
-        if inputs.shares_a:
-            of_experts, of_logits = grad_both.split([len(gated), num_experts])
-            grad_both = torch.cat([of_experts.view(num_experts, -1, len(rows)).sum(0), of_logits])
         grad_x = grad_A = grad_B = grad_router = None
         if wanted.experts_B:
             grad_B = mm(gated, rows)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mola.tuner.kernels.api import OTHER_ROUTER, SHARED_A, Backend, Grads, Mixture, MixtureInputs, Saved
+from mola.tuner.kernels.api import OTHER_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
 from mola.tuner.kernels.dense import why_no_own_backward
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gates import keep_losses_only
@@ -64,8 +64,6 @@ class Grouped(Backend):
             return reason
         if inputs.settings.router != DEFAULT_ROUTER:
             return OTHER_ROUTER
-        if inputs.shares_a:
-            return SHARED_A
         if not (inputs.experts_A.is_contiguous() and inputs.experts_B.is_contiguous()):
             return "grouped products need contiguous experts"
         if inputs.settings.dtype not in _DTYPES:

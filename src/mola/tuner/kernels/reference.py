@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from mola.tuner.kernels.api import NO_ROUTER, Backend, Mixture, MixtureInputs
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.tensors import as_rows
-from mola.tuner.routing import Routing, dense_gates, jitter, route, router_logits
+from mola.tuner.routing import ROUTERS, Routing, dense_gates, jitter, router_logits
 
 _MAX_GATHERED_TOKENS = 8  # on a CPU, compiled `gathered` is faster up to this many tokens
 
@@ -35,8 +35,8 @@ class Reference(Backend):
         result = _base_output(inputs)
         logits, routing = _route(inputs)
         experts_A, experts_B = inputs.experts_A, inputs.experts_B
-        gates = dense_gates(routing, len(experts_B)) * inputs.settings.scaling
-        hidden = F.linear(as_rows(_after_dropout(inputs)), experts_A.flatten(0, 1))  # (N, E*r), or (N, r) of a shared A
+        gates = dense_gates(routing, len(experts_A)) * inputs.settings.scaling
+        hidden = F.linear(as_rows(_after_dropout(inputs)), experts_A.flatten(0, 1))  # (N, E*r)
         hidden = hidden.unflatten(1, experts_A.shape[:2]) * gates.to(hidden.dtype).unsqueeze(-1)  # (N, E, r)
         return _add_update(result, hidden.flatten(1) @ experts_B.flatten(0, 1), logits, routing)
 
@@ -60,7 +60,7 @@ class Gathered(Reference):
         if not torch.compiler.is_compiling():
             return "only faster under a compiler"
         num_tokens = inputs.x.numel() // inputs.x.shape[-1]
-        reads_fewer_matrices = inputs.settings.top_k * num_tokens < len(inputs.experts_B)
+        reads_fewer_matrices = inputs.settings.top_k * num_tokens < len(inputs.experts_A)
         return (
             None
             if reads_fewer_matrices or (inputs.x.is_cpu and num_tokens <= _MAX_GATHERED_TOKENS)
@@ -73,10 +73,9 @@ class Gathered(Reference):
         logits, routing = _route(inputs)
         rows = as_rows(_after_dropout(inputs))
         dtype = torch.promote_types(rows.dtype, torch.float32)
-        # (N, top_k, r, in), or (1, 1, r, in) of a shared A
-        chosen_A = inputs.experts_A.unsqueeze(0) if inputs.shares_a else inputs.experts_A[routing.expert_indices]
+        chosen_A = inputs.experts_A[routing.expert_indices]  # (N, top_k, r, in)
         chosen_B = inputs.experts_B[routing.expert_indices]  # (N, top_k, r, out)
-        hidden = (chosen_A.to(dtype) * rows.to(dtype)[:, None, None, :]).sum(-1)  # (N, top_k, r), or (N, 1, r)
+        hidden = (chosen_A.to(dtype) * rows.to(dtype)[:, None, None, :]).sum(-1)  # (N, top_k, r)
         hidden = hidden * (routing.routing_weights * inputs.settings.scaling).unsqueeze(-1)
         return _add_update(result, (hidden.unsqueeze(-1) * chosen_B.to(dtype)).sum((1, 2)), logits, routing)
 
@@ -102,7 +101,7 @@ class Lora(Reference):
 def _route(inputs: MixtureInputs) -> tuple[torch.Tensor, Routing]:
     settings = inputs.settings
     logits = router_logits(jitter(inputs.x, settings.jitter) if settings.jitter else inputs.x, inputs.router)
-    return logits, route(settings.router, logits, settings.top_k)
+    return logits, ROUTERS[settings.router](logits, settings.top_k, -1)
 
 
 def _after_dropout(inputs: MixtureInputs) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mola.tuner.kernels import native
-from mola.tuner.kernels.api import NOT_PLAIN, OTHER_ROUTER, SHARED_A, Mixture, MixtureInputs
+from mola.tuner.kernels.api import NOT_PLAIN, OTHER_ROUTER, Mixture, MixtureInputs
 from mola.tuner.kernels.decode import Decode, is_decode, why_not_decode
 from mola.tuner.kernels.gemm import linear, uses_onednn
 from mola.tuner.kernels.tensors import are_plain_cpu_tensors, has_hooks
@@ -125,8 +125,6 @@ def _why_not_native(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.T
     """None if the native function can read these tensors, else the reason."""
     if router.dtype is not torch.float32:
         return OTHER_ROUTER
-    if len(experts_A) < len(experts_B):
-        return SHARED_A
     if not are_plain_cpu_tensors(x, experts_A, experts_B, router):  # before anything is compiled
         return NOT_PLAIN
     return _NO_FUNCTION if experts_A.dtype is not experts_B.dtype or _kernel(x.dtype, experts_A.dtype) is None else None

@@ -33,7 +33,6 @@ from mola.tuner.kernels.cpu.jit_products import (
     sum_outer,
     tiles_of_eight,
 )
-from mola.tuner.kernels.cpu.jit_routers import CONSTANT, SOFTMAX, gradient_of_logits, make_constant, make_sparse
 from mola.tuner.kernels.cpu.jit_vectors import hold
 
 
@@ -51,14 +50,13 @@ def _apply_weights(sums, weights, inverse, gated):
 
 
 @numba.njit(fastmath=MATH, forceinline=True)
-def _gates_backward(sums, gated, weights, slopes, expert_indices, inverse, grad_logits, inner, inner_logits, scaling):
+def _gates_backward(sums, gated, weights, expert_indices, inverse, grad_logits, inner, inner_logits, scaling):
     """Fill the gradients of the output of A and of the router logits.
 
     For the formula see `mola.tuner.routing.top_k_softmax_backward`. The inputs are `sums: (places, r)`, the gradient of
     the gated output of A in float32; `gated: (assignments, r padded)`, that output; `weights: (top_k, N)`, gates times
-    scaling; `slopes`, see `jit_routers`, of the same shape, or `(0, N)` for `top_k_softmax`; `expert_indices: (top_k,
-    N)`; `inverse`, the sorted place of every assignment; and `grad_logits: (E, N)`, the gradient of the logits from the
-    router losses, `(0, N)` without such losses.
+    scaling; `expert_indices: (top_k, N)`; `inverse`, the sorted place of every assignment; and `grad_logits: (E, N)`,
+    the gradient of the logits from the router losses, `(0, N)` without such losses.
 
     The results are `inner: (assignments, r padded)`, the gradient of the output of A, and `inner_logits: (E, N)`, that
     of the logits. If `inner_logits` is empty, the gradient of the logits is column `r` of `inner`.
@@ -81,9 +79,6 @@ def _gates_backward(sums, gated, weights, slopes, expert_indices, inverse, grad_
                 target[j] = 0
             agreement[k] = total
             mean += total
-        if len(slopes) > 0:
-            gradient_of_logits(agreement, weights[:, n], slopes[:, n])
-            mean = np.float32(0)  # it is already subtracted
         for k in range(top_k):
             # With one choice the gate is always 1: what is left is rounding, which optimisers would scale up.
             value = agreement[k] - weights[k, n] * per_gate * mean if top_k > 1 else np.float32(0)
@@ -124,8 +119,7 @@ def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
     rounds = params is not products
 
     # Arguments: see `forward_kernel`. n: tokens, i: in, o: out, e: experts, s: scaling.
-    def forward(x, inputs, router, experts_A, experts_B, output, logits, weights, slopes, indices, gated,
-                n, i, o, e, top_k, kind, s, sparsegen_lambda):  # fmt: skip
+    def forward(x, inputs, router, experts_A, experts_B, output, logits, weights, indices, gated, n, i, o, e, top_k, s):
         all_logits = numba.carray(pointer(logits), (e, n), np.float32)
         all_weights = numba.carray(pointer(weights), (top_k, n), np.float32)
         expert_indices = numba.carray(pointer(indices), (top_k, n), np.int64)
@@ -134,13 +128,6 @@ def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
         router_rows = numba.carray(pointer(router), (e, i), np.float32)
         router_logits(numba.carray(pointer(x), (n, i), values), router_rows, all_logits)
         choose_for_all_tokens(all_logits, all_weights, expert_indices, np.float32(s))
-        if kind != SOFTMAX:
-            all_slopes, scaling = numba.carray(pointer(slopes), (top_k, n), np.float32), np.float32(s)
-            if kind == CONSTANT:
-                make_constant(all_weights, all_slopes, scaling)
-            else:
-                share = np.float32(sparsegen_lambda)
-                make_sparse(all_logits, expert_indices, all_weights, all_slopes, scaling, share)
         sort = sort_by_expert(expert_indices, e, 1)
         memory = np.empty(e * r * i * itemsize + 64 if rounds else 0, np.uint8)
         matrices = experts_A
@@ -160,8 +147,7 @@ def _specialize_forward(values: Any, products: Any, params: Any, r: int) -> Any:
         add_to_tokens(output, itemsize, n, o, expert_indices, packed, lanes, gated, is_bf16)
         hold(memory_B)
 
-    signature = types.void(*[types.int64] * 17, types.float64, types.float64)
-    return compiled(forward, signature, values, products, params, r)
+    return compiled(forward, types.void(*[types.int64] * 15, types.float64), values, products, params, r)
 
 
 def _specialize_backward(products: Any, params: Any, r: int, joint: bool) -> Any:
@@ -174,10 +160,9 @@ def _specialize_backward(products: Any, params: Any, r: int, joint: bool) -> Any
     rounds = params is not products
 
     # Arguments: see `backward_kernel`. n: tokens, i: in, o: out, e: experts, s: scaling.
-    def backward(dy, inputs, gated, weights, slopes, indices, from_losses, experts_A, experts_B, router,
+    def backward(dy, inputs, gated, weights, indices, from_losses, experts_A, experts_B, router,
                  total, grad_A, grad_B, grad_router, grad_logits, n, i, o, e, top_k, s):  # fmt: skip
         all_weights = numba.carray(pointer(weights), (top_k, n), np.float32)
-        all_slopes = numba.carray(pointer(slopes), (top_k if slopes else 0, n), np.float32)
         expert_indices = numba.carray(pointer(indices), (top_k, n), np.int64)
         all_gated = numba.carray(pointer(gated), (n * top_k, lanes_B * pack), products)
         grad_of_losses = numba.carray(pointer(from_losses), (e if from_losses else 0, n), np.float32)
@@ -196,8 +181,8 @@ def _specialize_backward(products: Any, params: Any, r: int, joint: bool) -> Any
         inner_logits = numba.carray(pointer(grad_logits), (0 if joint else e, n), products)
         _start_logits(grad_of_losses, inner_logits)
         _gates_backward(
-            sums, all_gated, all_weights, all_slopes, expert_indices, sort.inverse, grad_of_losses, inner,
-            inner_logits, np.float32(s),
+            sums, all_gated, all_weights, expert_indices, sort.inverse, grad_of_losses, inner, inner_logits,
+            np.float32(s),
         )  # fmt: skip
         if grad_B:
             targets = _row_addresses(grad_B, 0, e, r, r, 4 * o)
@@ -216,7 +201,7 @@ def _specialize_backward(products: Any, params: Any, r: int, joint: bool) -> Any
             hold(memory_A)
         hold(inner)
 
-    return compiled(backward, types.void(*[types.int64] * 20, types.float64), products, params, r, joint)
+    return compiled(backward, types.void(*[types.int64] * 19, types.float64), products, params, r, joint)
 
 
 @functools.cache
@@ -243,11 +228,10 @@ def forward_kernel(values: torch.dtype, products: torch.dtype, params: torch.dty
         - `x: (N, in)`, the router's input, and `inputs: (N, in)`, the experts' input.
         - `router: (E, in)`, `experts_A: (E, r, in)`, `experts_B: (E, r, out)`.
         - `output: (N, out)`, to which the update is added.
-        - Written: `logits`, float32 `(E, N)`; `weights`, gates times scaling, float32 `(top_k, N)`; `slopes`, see
-          `jit_routers`, float32 `(top_k, N)`, 0 for `top_k_softmax`;
+        - Written: `logits`, float32 `(E, N)`; `weights`, gates times scaling, float32 `(top_k, N)`;
           `expert_indices`, int64 `(top_k, N)`; `gated`, the gated output of A in the dtype of products,
           `(N, top_k, r)`, in bfloat16 with `r` rounded up to an even number.
-        - `num_tokens, in, out, num_experts, top_k`, the router's number in `jit_routers`, `scaling, sparsegen_lambda`.
+        - `num_tokens, in, out, num_experts, top_k, scaling`.
     """
     return _specialize_forward(FORMATS[values], FORMATS[products], FORMATS[params], r)
 
@@ -266,7 +250,7 @@ def backward_kernel(products: torch.dtype, params: torch.dtype, r: int, joint: b
     Returns:
         A function of addresses and sizes, with the shapes of `forward_kernel`. Its arguments in order:
 
-        - `dy: (N, out)`, the gradient of the output, and `inputs, gated, weights, slopes, expert_indices`.
+        - `dy: (N, out)`, the gradient of the output, and `inputs, gated, weights, expert_indices`.
         - `from_losses`, the gradient of the logits from router losses, float32 `(E, N)`; 0 without such losses.
         - `experts_A, experts_B, router`.
         - `total: (N, in)`, to which the input's gradient is added; 0 if it is not wanted.

@@ -9,15 +9,14 @@ from __future__ import annotations
 import torch
 
 from mola.tuner.kernels import native
-from mola.tuner.kernels.api import NOT_PLAIN, OTHER_ROUTER, SHARED_A, Backend, Grads, Mixture, MixtureInputs, Saved
+from mola.tuner.kernels.api import NOT_PLAIN, OTHER_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
 from mola.tuner.kernels.dense import why_no_own_backward
 from mola.tuner.kernels.dropout import drop
 from mola.tuner.kernels.gemm import addmm_, base_output, mm
 from mola.tuner.kernels.tensors import are_plain_cpu_tensors, as_rows
-from mola.tuner.routing import CONSTANT, DEFAULT_ROUTER, SPARSE
+from mola.tuner.routing import DEFAULT_ROUTER
 
 _FUNCTIONS = "jit_train"
-_ROUTERS = DEFAULT_ROUTER.name, CONSTANT, SPARSE  # in the order of their numbers in `jit_routers`
 _COLUMNS = 32  # the native functions need features in multiples of this
 
 
@@ -36,10 +35,8 @@ class CpuTrain(Backend):
         experts_A, experts_B = inputs.experts_A, inputs.experts_B
         if (experts_A.shape[2] | experts_B.shape[2]) % _COLUMNS or x.numel() == 0:
             return f"needs features in multiples of {_COLUMNS}, and at least one token"
-        if settings.router.name not in _ROUTERS or router.dtype is not torch.float32:
+        if settings.router != DEFAULT_ROUTER or router.dtype is not torch.float32:
             return OTHER_ROUTER
-        if inputs.shares_a:
-            return SHARED_A
         if experts_A.dtype is not experts_B.dtype or not _shapes_fit(x, experts_A, experts_B, router):
             return "shapes or dtypes of x, A, B and router do not fit"  # torch then raises its own error
         if not are_plain_cpu_tensors(x, experts_A, experts_B, router):
@@ -70,20 +67,18 @@ class CpuTrain(Backend):
         logits, weights = (
             torch.empty((size, num_tokens), dtype=torch.float32, device="cpu") for size in (num_experts, top_k)
         )
-        slopes = None if settings.router == DEFAULT_ROUTER else torch.empty_like(weights)
         expert_indices = torch.empty((top_k, num_tokens), dtype=torch.int64, device="cpu")
         # The gated output of A; in bfloat16 its rank is rounded up to an even number.
         padded = r if dtype is torch.float32 else r + r % 2
         gated = torch.empty((num_tokens, top_k * padded), dtype=dtype, device="cpu")
         matrices = inputs.router.contiguous(), inputs.experts_A.contiguous(), inputs.experts_B.contiguous()
-        tensors = tokens, rows, *matrices, total, logits, weights, slopes, expert_indices, gated
-        addresses = _addresses(*tensors)
+        tensors = tokens, rows, *matrices, total, logits, weights, expert_indices, gated
+        addresses = [tensor.data_ptr() for tensor in tensors]
         kernel = native.load(_FUNCTIONS).forward_kernel(inputs.x.dtype, dtype, inputs.experts_A.dtype, r)
-        sizes = num_tokens, in_features, out_features, num_experts, top_k, _ROUTERS.index(settings.router.name)
-        kernel(*addresses, *sizes, settings.scaling, settings.router.sparsegen_lambda)
+        kernel(*addresses, num_tokens, in_features, out_features, num_experts, top_k, settings.scaling)
         if total is not output:
             output.add_(total)
-        return Mixture(output, logits, expert_indices), Saved(x, (gated, weights, slopes, expert_indices))
+        return Mixture(output, logits, expert_indices), Saved(x, (gated, weights, expert_indices))
 
     def backward(self, inputs: MixtureInputs, saved, grad_output, grad_logits, wanted: Grads) -> Grads:
         """Like `Dense.backward`, from the rows of the chosen experts."""
@@ -111,10 +106,6 @@ def _shapes_fit(x: torch.Tensor, experts_A: torch.Tensor, experts_B: torch.Tenso
     )
 
 
-def _addresses(*tensors: torch.Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
 def _native_gradients(inputs: MixtureInputs, saved, dy, grad_logits, total, wanted: Grads):
     """Compute the gradients of A, B and router, in float32, and add the input's gradient to `total`.
 
@@ -138,7 +129,7 @@ def _native_gradients(inputs: MixtureInputs, saved, dy, grad_logits, total, want
     from_losses = None if grad_logits is None else grad_logits.to(torch.float32).contiguous()
     matrices = inputs.experts_A.contiguous(), inputs.experts_B.contiguous(), inputs.router.contiguous()
     tensors = dy, rows, *saved, from_losses, *matrices, total, grad_A, grad_B, grad_router, inner_logits
-    addresses = _addresses(*tensors)
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     kernel = native.load(_FUNCTIONS).backward_kernel(settings.dtype, inputs.experts_A.dtype, r, joint)
     kernel(*addresses, len(rows), in_features, out_features, num_experts, settings.top_k, settings.scaling)
     return grad_A, grad_B, grad_router, inner_logits

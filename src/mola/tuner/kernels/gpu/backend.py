@@ -16,7 +16,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mola.tuner.kernels import native
-from mola.tuner.kernels.api import OTHER_ROUTER, SHARED_A, Backend, Grads, Mixture, MixtureInputs, Saved
+from mola.tuner.kernels.api import OTHER_ROUTER, Backend, Grads, Mixture, MixtureInputs, Saved
 from mola.tuner.kernels.dense import why_no_own_backward
 from mola.tuner.kernels.dropout import drop, is_gpu_seed
 from mola.tuner.kernels.gates import keep_losses_only
@@ -44,8 +44,6 @@ class Triton(Backend):
             return reason
         if settings.router != DEFAULT_ROUTER or inputs.router.dtype is not torch.float32:
             return OTHER_ROUTER
-        if inputs.shares_a:
-            return SHARED_A
         if settings.dtype not in _DTYPES or x.dtype is not settings.dtype:
             return f"needs input and products in bfloat16 or float16, here {x.dtype} and {settings.dtype}"
         if len(experts_A) > _MAX_EXPERTS:
