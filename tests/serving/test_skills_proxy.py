@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 
 import pytest
 
@@ -11,15 +10,11 @@ httpx = pytest.importorskip("httpx", reason="needs the extra `test`")
 
 from mola.checkpoints.skills_folder import read_skills  # noqa: E402
 from mola.errors import MolaError  # noqa: E402
-from mola.models.tokenizer import load_tokenizer  # noqa: E402
-from mola.serving.model_names import skill_model_names  # noqa: E402
 from mola.serving.serve import ServeOptions, running_server  # noqa: E402
-from mola.serving.server import Server, bind, url_of  # noqa: E402
-from mola.serving.skill_loading import SkillLoader  # noqa: E402
-from mola.serving.skills_proxy import SkillsProxy  # noqa: E402
-from mola.serving.vllm_skills import load_lower_layers, run_vllm_skills, vllm_skills_arguments  # noqa: E402
+from mola.serving.vllm_skills import run_vllm_skills, vllm_skills_arguments  # noqa: E402
 
-from ..waiting import PATIENCE, wait_until  # noqa: E402
+from ..waiting import PATIENCE  # noqa: E402
+from .proxies import running_proxy  # noqa: E402
 from .skills_folders import FOLDER, KINDS, MARKS, chats  # noqa: E402
 
 TOKEN = "a-secret-token"
@@ -28,36 +23,18 @@ NEW_TOKENS = 12
 FIELDS = {"dtype": "float32", "device": "cpu", "port": 0, "api_key": TOKEN}
 
 
-class Nothing:
-    """Generates no answers of its own."""
-
-    def stop(self):
-        pass
-
-    abort = close = stop
-
-
 @pytest.fixture(scope="module")
 def http(skills_root, chat_model_dir):
     """A client of the proxy."""
     folder = skills_root / FOLDER
     adapters = [f"{name}={folder / name}" for name in ("numbers", "shouts")]
     behind = ServeOptions(base_model=str(chat_model_dir), adapter=adapters, adapter_root=str(skills_root), **FIELDS)
-    with running_server(behind) as upstream, bind("127.0.0.1", 0) as bound:
-        skills = read_skills(folder)
-        model = load_lower_layers(ServeOptions(adapter=[str(folder)], **FIELDS), str(folder))
-        client = httpx.AsyncClient(base_url=upstream, headers=HEADERS, timeout=None)
-        names = skill_model_names(FOLDER, skills, "tiny-chat")
-        proxy = SkillsProxy(client, names, "tiny-chat", model, load_tokenizer(chat_model_dir))
-        loader = SkillLoader(str(skills_root), skills, proxy.names, proxy.add_skill, proxy.remove_skill)
-        server = Server(proxy.app(loader, TOKEN, 20_000), Nothing(), 64, 1.0, "Serving")
-        thread = threading.Thread(target=server.run_on, args=[bound])
-        thread.start()
-        wait_until(lambda: server.started)
-        with httpx.Client(base_url=url_of(bound), headers=HEADERS, timeout=PATIENCE) as http:
-            yield http
-        server.should_exit = True
-        thread.join()
+    with (
+        running_server(behind) as upstream,
+        running_proxy(upstream, folder, chat_model_dir, str(skills_root), TOKEN) as url,
+        httpx.Client(base_url=url, headers=HEADERS, timeout=PATIENCE) as http,
+    ):
+        yield http
 
 
 def complete(http, prompt, model=FOLDER, **values):
@@ -106,10 +83,13 @@ def test_chats_are_decided_by_their_last_turn(http):
         assert http.post("/v1/chat/completions", json=body).json()["usage"]["skill"] == skill
 
 
-def test_other_paths_go_through(http):
+def test_models_health_and_metrics(http):
     assert http.get("/health").json()["status"] == "ok"
-    listed = [model["id"] for model in http.get("/v1/models").json()["data"]]
-    assert listed == [FOLDER, "tiny-chat", "numbers", "shouts"]
+    listed = http.get("/v1/models").json()["data"]
+    assert [model["id"] for model in listed] == [FOLDER, "numbers", "shouts", "tiny-chat", "base"]
+    for model in listed:
+        assert http.get(f"/v1/models/{model['id']}").json() == model
+    assert http.get("/v1/models/nothing").status_code == 404
     metrics = http.get("/metrics").text
     assert 'mola_answers_total{skill="numbers"}' in metrics
     assert "mola_time_to_first_token_seconds" in metrics

@@ -9,7 +9,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
@@ -37,6 +37,7 @@ from mola.serving.responses import (
     add_error_handlers,
     skill_headers,
     skill_usage,
+    unknown_model,
     usage_counts,
 )
 from mola.serving.skill_loading import SkillLoader
@@ -62,12 +63,8 @@ def build_app(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_middleware(RequestMiddleware, api_key=api_key, max_body_bytes=max_body_bytes, metrics=metrics)
     add_error_handlers(app)
-    start = int(time.time())
     tokenizing = asyncio.Lock()
     decisions = DecisionQueue(queue.decide)
-
-    def describe_model(name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": start, "owned_by": "mola"}
 
     async def make_jobs(body: ChatRequest | CompletionRequest) -> list[Job]:
         # Tokenizing a long prompt takes a while, so it runs on a different thread. Tokenizers keep state, so only one
@@ -116,15 +113,7 @@ def build_app(
     async def completions(request: Request, body: CompletionRequest) -> Response:
         return await answer(request, body, CompletionFormat(body.model, decoder))
 
-    @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [describe_model(name) for name in jobs.adapters]}
-
-    @app.get("/v1/models/{name:path}")
-    async def retrieve_model(name: str) -> dict[str, Any]:
-        jobs.adapter(name)  # raises if there is no such model
-        return describe_model(name)
-
+    add_model_routes(app, jobs.adapters)
     add_loading_routes(app, loader)
 
     @app.get("/metrics")
@@ -137,6 +126,24 @@ def build_app(
         return {"status": "ok"} | queue.counts()
 
     return app
+
+
+def add_model_routes(app: FastAPI, names: Collection[str]) -> None:
+    """Add the routes that describe the models; `names` may change while the server runs."""
+    start = int(time.time())
+
+    def describe(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": start, "owned_by": "mola"}
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [describe(name) for name in names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def retrieve_model(name: str) -> dict[str, Any]:
+        if name not in names:
+            raise unknown_model(name, names)
+        return describe(name)
 
 
 def add_loading_routes(app: FastAPI, loader: AdapterLoader | SkillLoader) -> None:

@@ -1,7 +1,10 @@
 """A proxy in front of a server with OpenAI's interface that has the LoRAs of a skills folder under their names.
 
 A request for the name of the whole folder is decided here, and forwarded under the name of the skill that answers it or
-of the base model. All other requests are forwarded as they are.
+of the base model.
+
+The routes are those of mola's own server, and there are no others. A client's path never goes to the server behind,
+which would let anybody load any folder: each request to it has a path that stands here.
 """
 
 import asyncio
@@ -9,6 +12,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -21,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from mola.errors import MolaError
 from mola.generation import predicting
 from mola.models.base_model import max_positions
-from mola.serving.app import RequestMiddleware, add_loading_routes
+from mola.serving.app import RequestMiddleware, add_loading_routes, add_model_routes
 from mola.serving.client_leaving import CLIENT_LEFT, ClientLeftError, unless_client_leaves
 from mola.serving.decision_queue import DecisionQueue
 from mola.serving.jobs import check_unicode
@@ -31,7 +35,6 @@ from mola.serving.responses import RequestError, add_error_handlers, skill_heade
 from mola.serving.skill_loading import SkillLoader
 from mola.tuner.skills.decision import SkillStatistics
 
-_METHODS = ["GET", "POST", "PUT", "DELETE"]
 # These headers belong to one connection, or to a body that this proxy may change.
 _OWN_HEADERS = ("host", "connection", "content-length", "transfer-encoding", "accept-encoding", "date", "server")
 
@@ -67,12 +70,12 @@ class SkillsProxy:
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=self._lifespan)
         app.add_middleware(RequestMiddleware, api_key=api_key, max_body_bytes=max_body_bytes, metrics=self._metrics)
         add_error_handlers(app)
-        app.post("/v1/chat/completions")(self._answer)
-        app.post("/v1/completions")(self._answer)
-        app.get("/v1/models")(self._list_models)
-        app.get("/metrics")(self._show_metrics)
+        for path in ("/v1/chat/completions", "/v1/completions"):
+            app.post(path)(partial(self._answer, path))
+        add_model_routes(app, self.names)
         add_loading_routes(app, loader)
-        app.api_route("/{path:path}", methods=_METHODS)(self._forward)
+        app.get("/metrics")(self._show_metrics)
+        app.get("/health")(self._show_health)
         return app
 
     @asynccontextmanager
@@ -80,7 +83,7 @@ class SkillsProxy:
         yield
         await self._upstream.aclose()
 
-    async def _answer(self, request: Request) -> Response:
+    async def _answer(self, path: str, request: Request) -> Response:
         """Forward a request for an answer to the skill that answers it."""
         body = await _read_object(request)
         name = body.get("model")
@@ -92,7 +95,7 @@ class SkillsProxy:
                 prompt = await self._run(lambda: self._prompt(body))
                 skill = await unless_client_leaves(request, self._decide(prompt))
                 body["model"] = self._base_name if skill is None else skill
-            answer = await unless_client_leaves(request, self._send(request, json.dumps(body).encode()))
+            answer = await unless_client_leaves(request, self._send(path, request, json.dumps(body).encode()))
             if answer.status_code != 200:
                 return _Stream(answer)
             self._metrics.count_answers([skill])
@@ -176,32 +179,20 @@ class SkillsProxy:
         if answer.status_code != 200:
             raise RequestError(answer.status_code, f"{route} failed in the server behind: {answer.text}")
 
-    async def _list_models(self, request: Request) -> Response:
-        """The models of the server behind, and the name of the folder in front of them."""
-        answer = await self._send(request)
-        listed = await _read_whole(answer)
-        if answer.status_code == 200:
-            created = listed["data"][0].get("created", 0) if listed["data"] else 0
-            own = [name for name, skill in self.names.items() if skill == DECIDE]
-            listed["data"][:0] = [{"id": n, "object": "model", "created": created, "owned_by": "mola"} for n in own]
-        return JSONResponse(listed, answer.status_code)
-
     async def _show_metrics(self, request: Request) -> Response:
         """The metrics of the server behind, and those of the decisions."""
-        answer = await self._send(request)
+        answer = await self._send("/metrics", request)
         text = await answer.aread()
         await answer.aclose()
         return Response(text + self._metrics.text(), answer.status_code, media_type=answer.headers["content-type"])
 
-    async def _forward(self, request: Request) -> Response:
-        return _Stream(await self._send(request))
+    async def _show_health(self, request: Request) -> Response:
+        return _Stream(await self._send("/health", request))
 
-    async def _send(self, request: Request, content: bytes | None = None) -> httpx.Response:
-        """Send a request to the server behind, with `content` as its body if given; returns before the body arrives."""
+    async def _send(self, path: str, request: Request, content: bytes = b"") -> httpx.Response:
+        """Send a client's request to the server behind, with another path and body; returns before the body arrives."""
         headers = {name: value for name, value in request.headers.items() if name not in _OWN_HEADERS}
-        url = httpx.URL(path=request.url.path, query=request.url.query.encode())
-        body = await request.body() if content is None else content
-        forwarded = self._upstream.build_request(request.method, url, headers=headers, content=body)
+        forwarded = self._upstream.build_request(request.method, path, headers=headers, content=content)
         try:
             return await self._upstream.send(forwarded, stream=True)
         except httpx.TransportError as error:
