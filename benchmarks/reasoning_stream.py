@@ -115,7 +115,7 @@ def skills(stream: Stream) -> dict[str, Any]:
         names = skills_asked(model, [stream.tokenizer(text)["input_ids"] for text in texts])
         answers = []
         for row, name in zip(rows, names, strict=True):
-            with model.skills.use(() if name is None else (name,)):
+            with model.skills.use(name):
                 answers.append(marks_of(stream.tokenizer, model, [row]))
         marks[task] = "".join(answers)
         asked[task] = count_asked(names)

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,16 +36,10 @@ def marks_of(study: Study, model: Any, kind: str, wanted: Sequence[int] | None =
     """The marks of a model on the test questions of a kind, or on those with the `wanted` places."""
     examples = study.examples(kind, "test")
     chosen = examples if wanted is None else [examples[place] for place in wanted]
-    return _marks(_samples(study, model, load_tokenizer(study.options.base_model, "left"), chosen))
-
-
-def _samples(study: Study, model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    tokenizer = load_tokenizer(study.options.base_model, "left")
     settings: dict[str, Any] = {"scoring": "likelihood", "batch_size": 40, "show_progress": False}
-    return evaluate_examples(model, tokenizer, study.task, rows, template=PROTOCOL["template"], **settings).samples
-
-
-def _marks(samples: Sequence[Mapping[str, Any]]) -> str:
-    return "".join("01"[sample["correct"]] for sample in samples)
+    result = evaluate_examples(model, tokenizer, study.task, chosen, template=PROTOCOL["template"], **settings)
+    return "".join("01"[sample["correct"]] for sample in result.samples)
 
 
 def on_all_kinds(study: Study, model: Any) -> Found:
@@ -99,34 +91,6 @@ def own_from(layer: int) -> Callable[[Study], Found]:
         return {"marks": marks, "seconds_training": seconds}
 
     return measure
-
-
-def two_skills(study: Study) -> Found:
-    """The skills folder with `top_k` 1 and 2, and prompts of two questions, of which the last one is scored.
-
-    The question before it is of the next kind in the order; `own` is the LoRA of the kind that is scored.
-    """
-    folder = study.folder / "skills" / "skills"
-    model, tokenizer = load_model(folder, dtype=PROTOCOL["dtype"]), load_tokenizer(study.options.base_model, "left")
-    found: dict[str, Any] = {"marks": {}, "asked": {}}
-    for place, kind in enumerate(study.order):
-        one = study.examples(kind, "test")
-        before = study.examples(study.order[(place + 1) % len(study.order)], "test")
-        two = [
-            {**row, "instruction": f"{other['instruction']}\n\n{row['instruction']}"}
-            for row, other in zip(one, before, strict=True)
-        ]
-        for name, rows in (("one question", one), ("two questions", two)):
-            for who in ("top_k 1", "top_k 2", "own"):
-                if who != "own":
-                    model.skills.decide_by(model.skills.threshold, int(who[-1]))
-                with model.skills.use(kind) if who == "own" else contextlib.nullcontext():
-                    samples = _samples(study, model, tokenizer, rows)
-                both = f"{name}, {who}"
-                found["marks"].setdefault(both, {})[kind] = _marks(samples)
-                if who != "own":
-                    found["asked"].setdefault(both, {})[kind] = dict(Counter(str(row["asked"]) for row in samples))
-    return found
 
 
 def text_classifier(study: Study) -> Found:
@@ -278,7 +242,6 @@ METHODS: dict[str, Callable[[Study], Found]] = {
     "own": own,
     "from layer 0": own_from(0),
     "from layer 20": own_from(20),
-    "two skills": two_skills,
     **{method: merged(method) for method in MERGES},
     "arrow": arrow,
     "converted": converted,

@@ -89,8 +89,6 @@ def tables(records: Sequence[Mapping[str, Any]]) -> str:
     orders = {record["seed"]: record["order"] for record in records}
     found = {name: seeds for name, seeds in by_method.items() if seeds}
     parts = [_state(records), _main_table(found, kinds), _kinds_table(found, kinds)]
-    two = [r["methods"]["two skills"] for r in records if "two skills" in r["methods"]]
-    parts += [_two_skills(two, kinds)] if two else []
     if REFERENCE in found:
         parts.append(_drop(found[REFERENCE], orders, kinds))
         parts.append(_decisions(found[REFERENCE], orders))
@@ -150,18 +148,6 @@ def _kinds_table(found: Mapping[str, Mapping[int, Any]], kinds: Sequence[str]) -
         for name, seeds in found.items()
     ]
     return f"{markdown_table(('method', *kinds), rows)}\n\nAccuracy in per cent at the end, mean over the seeds."
-
-
-def _two_skills(seeds: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> str:
-    """One and two questions in a prompt, with one and two skills to answer it."""
-    rows = []
-    for name in seeds[0]["marks"]:
-        right = fmean(float(_numbers(each["marks"][name], kinds).mean()) for each in seeds)
-        asked = [who for each in seeds for counts in each["asked"].get(name, {}).values() for who in counts.items()]
-        total = sum(number for _, number in asked)
-        both = sum(number for who, number in asked if "+" in who)
-        rows.append([name, points(right, ""), points(both / total, "") if total else ""])
-    return markdown_table(("prompts, and who answers", "last question right", "ask two skills"), rows)
 
 
 def _drop(seeds: Mapping[int, Any], orders: Mapping[int, Sequence[str]], kinds: Sequence[str]) -> str:

@@ -71,6 +71,20 @@ def test_files_of_version_1_0_0_compute_what_they_did(caplog):
     assert [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING] == []
 
 
+def test_two_skills_that_answered_together_in_1_0_0_do_not_any_more(tmp_path, caplog):
+    folder = shutil.copytree(WRITTEN / "skills", tmp_path / "skills")
+    record = json.loads((folder / "skills.json").read_text(encoding="utf-8"))
+    (folder / "skills.json").write_text(json.dumps({**record, "top_k": 2, "threshold": -1e6}), encoding="utf-8")
+    model = mola.load_model(WRITTEN / "base", folder, dtype="float32")
+    last_logits(model)
+    assert model.skills.last_names[0] in ("birds", "rivers")
+    assert mola.Skills(folder).names == ["birds", "rivers"]
+    (warning,) = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
+    assert "has `top_k` 2: one skill answers a prompt now" in warning
+    mola.Skills(folder).remove("birds")
+    assert "top_k" not in json.loads((folder / "skills.json").read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize(
     ("command", "expected"), [(("report", "run"), "report.html"), (("skills", "list", "skills"), "rivers")]
 )

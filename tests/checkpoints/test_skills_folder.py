@@ -54,7 +54,7 @@ def loras(tmp_path_factory):
 
 
 def empty(path: Path) -> SkillsFolder:
-    return SkillsFolder(path, "my-model", "0" * 64, 2, 0.5, 0.02, 1, {}, {"mean": torch.arange(8.0)}, {})
+    return SkillsFolder(path, "my-model", "0" * 64, 2, 0.5, 0.02, {}, {"mean": torch.arange(8.0)}, {})
 
 
 def with_skill(folder: SkillsFolder, lora: Path) -> SkillsFolder:
@@ -95,9 +95,7 @@ def test_any_order_gives_the_same_bytes_and_removing_those_of_never_having_added
 
 def test_what_was_written_is_read(folder, loras):
     found = read_skills(folder)
-    assert (found.names, found.layer, found.threshold, found.reject_rate, found.top_k) == (
-        ["birds", "rivers"], 2, 0.5, 0.02, 1,
-    )  # fmt: skip
+    assert (found.names, found.layer, found.threshold, found.reject_rate) == (["birds", "rivers"], 2, 0.5, 0.02)
     assert torch.equal(found.general["mean"], torch.arange(8.0))
     assert torch.equal(found.statistics["rivers"]["mean"], torch.full((8,), 6.0))
     tensors = load_file(folder / "birds" / WEIGHTS)

@@ -35,7 +35,7 @@ def skills_dir(loaded_tiny_model, tokenizer, tiny_model_dir, tmp_path_factory):
     }
     general = GeneralStatistics.measure(features(loaded_tiny_model, tokenizer, GENERAL)).tensors()
     base = str(tiny_model_dir)
-    folder = SkillsFolder(path / "skills", base, weights_identity(base), LAYER, -1e6, None, 1, {}, general, {})
+    folder = SkillsFolder(path / "skills", base, weights_identity(base), LAYER, -1e6, None, {}, general, {})
     for name, adapter in adapters.items():
         statistics = SkillStatistics.measure(features(loaded_tiny_model, tokenizer, PROMPTS[name])).tensors()
         entry = SkillEntry(file_sha256(adapter / "adapter_model.safetensors"), "", 2, 4)

@@ -66,7 +66,7 @@ def make_skills_folder(base, folder, kinds, loras, seed=0, layer=LAYER):
         return {name: tensor.contiguous() for name, tensor in cls.measure(batches).tensors().items()}
 
     general = measure(GeneralStatistics, general_texts()[:40])
-    skills = SkillsFolder(folder, str(base), weights_identity(base), layer, 0.2, None, 1, {}, general, {})
+    skills = SkillsFolder(folder, str(base), weights_identity(base), layer, 0.2, None, {}, general, {})
     adapters = {name: save_lora(base, loras / name, seed + number) for number, name in enumerate(kinds)}
     for name, texts in kinds.items():
         entry = SkillEntry(file_sha256(adapters[name] / WEIGHTS_FILE), "", 2, len(texts))

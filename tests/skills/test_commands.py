@@ -45,7 +45,7 @@ def test_what_is_printed(add, run, folder, data, tmp_path):
     printed = run("skills", "list", folder)
     assert re.search(r"birds +│ +2 +│ +1-3 +│ +20 +│ +\d+ kB +│", printed)
     listed = json.loads(run("skills", "list", folder, "--json"))
-    assert (listed["layer"], listed["reject_rate"], listed["top_k"]) == (1, 0.02, 1)
+    assert (listed["layer"], listed["reject_rate"]) == (1, 0.02)
     assert listed["skills"]["tools"]["rows"] == 20
 
 
@@ -192,6 +192,7 @@ def test_other_base_models(refused, folder, loras, data, small_model_dir, tiny_m
         (["add", "{folder}", "a={loras}/nowhere"], "no such folder"),
         (["add", "{folder}"], "skills"),
         (["add", "{folder}", "a={loras}/birds", "--reject_rate=1"], "`reject_rate` must be"),
+        (["add", "{folder}", "a={loras}/birds", "--top_k=1"], "--top_k"),
         (["add", "{folder}", "a={loras}/birds", "--threshold=0", "--reject_rate=0.1"], "both set the threshold"),
         (["add", "{data}", "a={loras}/birds", "--data", "{data}/birds.json"], "`folder` must be new or empty"),
         (["remove", "{folder}", "river"], "no skill 'river' in .* Did you mean 'rivers'?"),

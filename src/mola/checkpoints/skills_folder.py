@@ -13,6 +13,7 @@ command that is killed leaves the old folder or the new one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -53,6 +54,7 @@ _GENERAL, _SKILLS = "general/", "skills/"
 _RUN_RECORD = "run.json"  # written by `mola train`
 
 logger = logging.getLogger(__name__)
+_warn_once = functools.cache(logger.warning)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,6 @@ class SkillsFolder:
         layer: the decision reads the input of this layer.
         threshold: a prompt is answered by a skill if its score is above this share of the score of the skill's mean.
         reject_rate: share of a skill's own prompts that `threshold` may refuse; None if `threshold` was given.
-        top_k: number of skills that answer together.
         skills: name -> entry, sorted by name.
         general: statistics of general text.
         statistics: name of a skill -> its statistics.
@@ -95,7 +96,6 @@ class SkillsFolder:
     layer: int
     threshold: float
     reject_rate: float | None
-    top_k: int
     skills: dict[str, SkillEntry]
     general: Tensors
     statistics: dict[str, Tensors]
@@ -178,12 +178,12 @@ def read_skills(path: str | os.PathLike[str]) -> SkillsFolder:
     try:
         skills = {name: SkillEntry(**record["skills"][name]) for name in sorted(record["skills"])}
         settings = {name: record[name] for name in _SETTINGS}
-        settings |= {
-            name: kind(settings[name]) for name, kind in (("layer", int), ("threshold", float), ("top_k", int))
-        }
+        settings |= {"layer": int(settings["layer"]), "threshold": float(settings["threshold"])}
         general_sha256 = record["general_sha256"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder / SKILLS_FILE, f"{type(error).__name__}: {error}") from error
+    if record.get("top_k", 1) != 1:  # 1.0.0 let two skills answer together
+        _warn_once(f"{str(folder / SKILLS_FILE)!r} has `top_k` {record['top_k']}: one skill answers a prompt now.")
     general, statistics = _read_statistics(folder / STATISTICS_FILE, skills)
     digests = {"": (general, general_sha256)}
     digests |= {name: (statistics[name], entry.statistics_sha256) for name, entry in skills.items()}

@@ -18,7 +18,7 @@ from mola.errors import NotFiniteError
 from mola.evaluation.options import MAX_NEW_TOKENS
 from mola.evaluation.questions import Question, checked_questions, end_text
 from mola.evaluation.scoring import accuracy_by_group, accuracy_summary, binary_metrics, constant_prediction
-from mola.evaluation.skills import SkillPrompts, asking, count_asked, decides, first_skill, skills_asked
+from mola.evaluation.skills import SkillPrompts, asking, count_asked, decides, skills_asked
 from mola.files import terminal
 from mola.files.environment import machine_description, software_versions
 from mola.generation import predicting
@@ -141,7 +141,7 @@ def evaluate_examples(
         prompts = [question.prompt for question in questions]
         skills = skills_asked(model, predicting.encode_prompts(tokenizer, prompts, questions[0].template))
         for name, own in (skill_prompts or {}).items():
-            if indices := [index for index, asked in enumerate(skills) if first_skill(asked) == name]:
+            if indices := [index for index, asked in enumerate(skills) if asked == name]:
                 for index, question, length in zip(indices, *make(indices, own.template), strict=True):
                     questions[index], lengths[index] = question, length
     longest = max(lengths) + (max_new_tokens if scoring == "generate" else 0)

@@ -17,7 +17,7 @@ from mola.data.tokenized import IGNORED
 from mola.errors import NotFiniteError
 from mola.evaluation.core import process_batches, why_one_by_one
 from mola.evaluation.scoring import summarize_losses
-from mola.evaluation.skills import SkillPrompts, asking, count_asked, decides, first_skill, skills_asked
+from mola.evaluation.skills import SkillPrompts, asking, count_asked, decides, skills_asked
 from mola.files.environment import machine_description, software_versions
 from mola.generation import predicting
 from mola.generation.likelihood import label_losses
@@ -176,9 +176,9 @@ def _written_by_skill(
     """The rows, those of skills with prompts of their own encoded anew; an example may have several rows."""
     owned: dict[str, list[int]] = {}
     for index, name in enumerate(asked):
-        if (first := first_skill(name)) in skill_prompts:
-            owned.setdefault(str(first), []).append(index)
-    others = [row for row, owner in enumerate(dataset["example"]) if first_skill(asked[owner]) not in owned]
+        if name in skill_prompts:
+            owned.setdefault(str(name), []).append(index)
+    others = [row for row, owner in enumerate(dataset["example"]) if asked[owner] not in owned]
     parts = [dataset.select(others)]
     for name, indices in owned.items():
         own = skill_prompts[name]

@@ -10,7 +10,6 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 
 from mola.evaluation.skills import asking, skills_asked
-from mola.generation.batching.skills import one_name
 
 _Request = tuple[Any, list[int], list[int]]  # the texts, and the token ids of context and continuation
 
@@ -53,5 +52,5 @@ class SkillsLM(HFLM):
 
     def _model_generate(self, context: Any, *arguments: Any, **options: Any) -> Any:
         generated = super()._model_generate(context, *arguments, **options)
-        self.asked.update(map(one_name, self.model.skills.last_names))  # `generate` has decided itself
+        self.asked.update(self.model.skills.last_names)  # `generate` has decided itself
         return generated

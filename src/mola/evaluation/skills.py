@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from mola.checkpoints.skills_folder import BASE, read_skills
 from mola.data.templates import Template
-from mola.generation.batching.rows import TOGETHER
 from mola.generation.batching.skills import Skills
 from mola.generation.predicting import batches_by_length, inference_state
 from mola.models.prompts import template_for, template_of, trains_end_token
@@ -55,7 +54,7 @@ def decides(model: Any) -> bool:
 
 
 def skills_asked(model: Any, prompts: Sequence[Sequence[int]]) -> list[str | None]:
-    """The skill that each prompt (token ids) asks; None is the base model. "a+b" are two that answer together."""
+    """The skill that each prompt (token ids) asks; None is the base model."""
     skills, names = Skills(model), dict[int, str | None]()
     with inference_state(model):
         for batch in batches_by_length([len(prompt) for prompt in prompts], _BATCH):
@@ -63,17 +62,12 @@ def skills_asked(model: Any, prompts: Sequence[Sequence[int]]) -> list[str | Non
     return [names[index] for index in range(len(prompts))]
 
 
-def first_skill(name: str | None) -> str | None:
-    """The skill that is asked first, of several that answer together."""
-    return name and name.split(TOGETHER)[0]
-
-
 def asking(model: Any, skills: Sequence[str | None] | None, indices: Sequence[int]) -> AbstractContextManager[Any]:
     """A `with` block in which the samples of a batch ask their skill, the same one; nothing if no skills are asked."""
     if skills is None:
         return nullcontext()
     (name,) = {skills[index] for index in indices}
-    return model.skills.use(() if name is None else tuple(name.split(TOGETHER)))
+    return model.skills.use(name)
 
 
 def count_asked(names: Iterable[str | None]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from mola.checkpoints.adapter_settings import is_skills_folder
 from mola.data.templates import CHAT, Template, check_template
 from mola.errors import MolaError
-from mola.generation.batching.skills import Skills, lora_folder
+from mola.generation.batching.skills import Skills
 from mola.generation.decoding import decoding_settings, encode_prompt, generate_text
 from mola.generation.options import GenerateOptions
 from mola.models.base_model import max_positions
@@ -122,7 +122,7 @@ def _answer(model: Any, prompts: _Prompts, adapter: str | None, line: str | None
         logger.info("No skill knows this prompt: the base model answers.")
     else:
         logger.info("%s answers.", name)
-        text, template = prompts.write(prompts.template(lora_folder(adapter, name)), line)
+        text, template = prompts.write(prompts.template(os.path.join(adapter, name)), line)
     with skills.activate([name], True):
         _print_answer(model, prompts, text, template)
 

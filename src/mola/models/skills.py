@@ -42,7 +42,7 @@ def attach_skills(
     """
     general = GeneralStatistics.from_tensors(folder.general)
     finder = content_finder(tokenizer, [folder.path / name for name in folder.names])
-    runtime = SkillsRuntime(model, folder.layer, finder, general, folder.threshold, folder.top_k, max_loaded)
+    runtime = SkillsRuntime(model, folder.layer, finder, general, folder.threshold, max_loaded)
     update_skills(runtime, folder)
     return runtime
 
@@ -61,4 +61,4 @@ def update_skills(runtime: SkillsRuntime, folder: SkillsFolder) -> None:
         if name not in runtime.names:
             statistics = SkillStatistics.from_tensors(folder.statistics[name])
             runtime.add(name, folder.path / name, statistics, folder.skills[name].adapter_sha256)
-    runtime.decide_by(folder.threshold, folder.top_k)
+    runtime.decide_by(folder.threshold)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from mola.data.templates import CHAT, get_template
 from mola.errors import MolaError
 from mola.generation import predicting
-from mola.generation.batching.rows import TOGETHER, Sampling
+from mola.generation.batching.rows import Sampling
 from mola.generation.decoding import decoding_settings
 from mola.models.prompts import Chat
 from mola.serving.model_names import DECIDE
@@ -87,8 +87,8 @@ class JobMaker:
         return DECIDE in self.adapters.values()
 
     def has_skill(self, adapter: str | None) -> bool:
-        """Whether the skill, or the skills that answer together, can be asked; None is the base model."""
-        return adapter is None or all(name in self.adapters for name in adapter.split(TOGETHER))
+        """Whether the skill can be asked; None is the base model."""
+        return adapter is None or adapter in self.adapters
 
     def make(self, request: ChatRequest | CompletionRequest, adapter: str | None = _MISSING) -> list[Job]:
         """The jobs of a request: `n` for each prompt, prompt by prompt.

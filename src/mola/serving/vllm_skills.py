@@ -63,11 +63,6 @@ def run_vllm_skills(options: Any, name: str, folder: str, base_name: str, api_ke
     """
     check_options(options, (*SUPPORTED_OPTIONS, *_OPTIONS))
     skills = read_skills(folder)
-    if skills.top_k != 1:
-        raise MolaError(
-            f"`top_k` must be 1 for vLLM, where one LoRA answers a request: {folder!r} has {skills.top_k}. Leave out "
-            "`engine`: mola's server lets several skills answer together."
-        )
     names = skill_model_names(name, skills, base_name)
     options = copy(options)
     options.device = options.device or "cpu"  # vLLM reserves most of a GPU's memory

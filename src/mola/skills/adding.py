@@ -111,7 +111,7 @@ def _settled(options: AddOptions, before: SkillsFolder | None, path: Path, confi
     num_layers = len(decoder_layers(model))
     if before is None:
         layer = num_layers // 3 if options.layer is None else options.layer
-        before = SkillsFolder(path, base_model, digest, layer, 0.0, REJECT_RATE, 1, {}, {}, {})
+        before = SkillsFolder(path, base_model, digest, layer, 0.0, REJECT_RATE, {}, {}, {})
     else:
         before.check_base(base_model, digest)
         check_layer(before, before.layer if options.layer is None else options.layer)
@@ -123,7 +123,7 @@ def _settled(options: AddOptions, before: SkillsFolder | None, path: Path, confi
         before = replace(before, threshold=options.threshold, reject_rate=None)
     elif options.reject_rate is not None:
         before = replace(before, reject_rate=options.reject_rate)
-    return before if options.top_k is None else replace(before, top_k=options.top_k)
+    return before
 
 
 def check_adapter(folder: SkillsFolder, name: str, adapter: Path, options: AddOptions) -> int:

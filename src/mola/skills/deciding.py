@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from mola.checkpoints.skills_folder import SkillsFolder
-from mola.tuner.skills.decision import Decider, Name, moved_decisions, suggest_threshold
+from mola.tuner.skills.decision import Decider, moved_decisions, suggest_threshold
 from mola.tuner.skills.statistics import GeneralStatistics, SkillStatistics
 
 
@@ -19,7 +19,7 @@ def statistics_of(folder: SkillsFolder) -> tuple[GeneralStatistics, dict[str, Sk
 
 def decider_of(folder: SkillsFolder) -> Decider:
     """What decides who is asked."""
-    return Decider(*statistics_of(folder), folder.threshold, folder.top_k)
+    return Decider(*statistics_of(folder), folder.threshold)
 
 
 def with_threshold(folder: SkillsFolder) -> SkillsFolder:
@@ -27,11 +27,6 @@ def with_threshold(folder: SkillsFolder) -> SkillsFolder:
     if folder.reject_rate is None:
         return folder
     return replace(folder, threshold=suggest_threshold(*statistics_of(folder), folder.reject_rate))
-
-
-def first_name(name: Name) -> str | None:
-    """The skill that is asked first; None for the base model."""
-    return name[0] if isinstance(name, tuple) else name
 
 
 def describe_moves(before: SkillsFolder | None, after: SkillsFolder, replaced: Collection[str] = ()) -> list[str]:
@@ -45,7 +40,7 @@ def describe_moves(before: SkillsFolder | None, after: SkillsFolder, replaced: C
     if before is None:
         return []
     moved = [each for each in moved_decisions(decider_of(before), decider_of(after)) if each.skill not in replaced]
-    kinds = Counter((each.skill, first_name(each.before), first_name(each.after)) for each in moved)
+    kinds = Counter((each.skill, each.before, each.after) for each in moved)
     held_out = {name: len(tensors["held_out"]) for name, tensors in before.statistics.items()}
     return [
         f"{count} of {held_out[skill]} held-out prompts of {skill}: from {_shown(old)} to {_shown(new)}"

@@ -52,9 +52,6 @@ class AddOptions(ModelOptions):
         f"folder's, {REJECT_RATE} in a new one.",
     )
     threshold: float | None = option(None, "Threshold of the decision, instead of one that `reject_rate` sets.")
-    top_k: int | None = option(
-        None, "Number of skills that answer one prompt together. Default: the folder's, 1 in a new one."
-    )
 
     _data: ClassVar = Group("data")
     task: str | None = option(None, _TASK)
@@ -70,7 +67,7 @@ class AddOptions(ModelOptions):
         check_required(self)
         self.skills = [self.skills] if isinstance(self.skills, str) else list(self.skills)
         self.data = [self.data] if isinstance(self.data, str) else self.data
-        check_positive(limit=self.limit, top_k=self.top_k)
+        check_positive(limit=self.limit)
         check_rate(self.reject_rate)
         if self.threshold is not None and self.reject_rate is not None:
             raise MolaError("`threshold` and `reject_rate` both set the threshold. Leave out one of the two.")

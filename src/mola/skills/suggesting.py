@@ -24,7 +24,6 @@ from mola.generation.predicting import encode_prompts
 from mola.models.base_model import max_positions, weights_identity
 from mola.models.from_options import check_model, model_for, tokenizer_for
 from mola.models.skills import content_finder
-from mola.skills.deciding import first_name
 from mola.skills.measuring import features_of_layers
 from mola.skills.options import SuggestOptions, split_pairs
 from mola.skills.prompts import DataSource, read_prompts
@@ -138,6 +137,6 @@ def _compare(
     for name, each in features.items():
         held_out = each[1::2]
         total += len(held_out)
-        right += sum(first_name(found) == name for found in everyone.decide_features(held_out).names)
+        right += sum(found == name for found in everyone.decide_features(held_out).names)
         to_base += sum(found is None for found in decider.decide_features(held_out).names)
     return LayerResult(layer, right / total, threshold, to_base / total)

@@ -63,16 +63,13 @@ def summary_table(skills: list[SkillSummary]) -> Table:
 def describe(folder: SkillsFolder) -> str:
     """The base model of the folder, and how the folder decides."""
     rate = "" if folder.reject_rate is None else f" (reject rate {folder.reject_rate:g})"
-    together = "" if folder.top_k == 1 else f", at most {folder.top_k} skills answer together"
     threshold = f"threshold {folder.threshold:.3f}{rate}"
-    return (
-        f"Base model: {folder.base_model}. The decision reads the input of layer {folder.layer}; {threshold}{together}."
-    )
+    return f"Base model: {folder.base_model}. The decision reads the input of layer {folder.layer}; {threshold}."
 
 
 def summary_dict(folder: SkillsFolder, skills: list[SkillSummary]) -> dict[str, Any]:
     """The folder's settings and its skills, as plain values for JSON."""
-    settings = ("base_model", "base_digest", "layer", "threshold", "reject_rate", "top_k")
+    settings = ("base_model", "base_digest", "layer", "threshold", "reject_rate")
     return {
         **{name: getattr(folder, name) for name in settings},
         "skills": {each.name: {key: value for key, value in vars(each).items() if key != "name"} for each in skills},

@@ -17,7 +17,7 @@ from mola.files.environment import software_versions
 from mola.models.base_model import max_positions, weights_identity
 from mola.models.from_options import check_model, model_for, tokenizer_for
 from mola.models.skills import content_finder
-from mola.skills.deciding import decider_of, first_name
+from mola.skills.deciding import decider_of
 from mola.skills.measuring import features_at
 from mola.skills.options import TestOptions
 from mola.skills.prompts import DataSource, named_sources, read_prompts
@@ -30,8 +30,7 @@ class TestResult:
     """Who is asked for which prompts.
 
     Attributes:
-        asked: name of the data -> name of a skill, or "base" for the base model -> number of prompts. With `top_k` 2
-            the skill that is asked first counts.
+        asked: name of the data -> name of a skill, or "base" for the base model -> number of prompts.
         margins: name of the data -> for each prompt the score of its best skill, as a share of the score of the skill's
             mean; below the threshold the base model answers.
         too_long: name of the data -> number of prompts left out, because the model cannot read them.
@@ -104,7 +103,7 @@ def test(options: TestOptions) -> TestResult:
     asked, margins = {}, {}
     for name, each in prompts.items():
         decisions = decider.decide_features(features_at(model, folder.layer, finder, each.ids))
-        asked[name] = dict(Counter(first_name(found) or BASE for found in decisions.names))
+        asked[name] = dict(Counter(found or BASE for found in decisions.names))
         margins[name] = [round(margin, 4) for margin in decisions.margins.tolist()]
     too_long = {name: each.too_long for name, each in prompts.items() if each.too_long}
     result = TestResult(asked, margins, too_long, asdict(options))

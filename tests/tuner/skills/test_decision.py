@@ -84,15 +84,6 @@ def test_a_question_is_found_in_long_other_text(general, skills):
     assert Decider(general, skills, 0.0).decide(batch).names == ["names"] * 10
 
 
-def test_two_skills_are_asked_if_both_are_known(general, skills):
-    both = prompts(0, seed=4)
-    both.hidden[..., 1] += 4
-    names = Decider(general, skills, 0.0, top_k=2).decide(both).names
-    assert all(set(each) == {"sums", "dates"} for each in names)
-    one = Decider(general, skills, 0.0, top_k=2).decide(prompts(2, seed=4)).names
-    assert one.count(("names",)) >= 28
-
-
 def test_moved_decisions_name_the_prompts(general, skills):
     few = {name: skills[name] for name in ("sums", "dates")}
     near = SkillStatistics.measure([prompts(0, seed=5)])  # a skill with the prompts of `sums`
@@ -106,8 +97,6 @@ def test_moved_decisions_name_the_prompts(general, skills):
 def test_wrong_input_is_named(general, skills):
     with pytest.raises(MolaError, match="at least one skill"):
         Decider(general, {}, 0.0)
-    with pytest.raises(MolaError, match="`top_k`"):
-        Decider(general, skills, 0.0, top_k=3)
     with pytest.raises(MolaError, match="`reject_rate`"):
         suggest_threshold(general, skills, 2)
     with pytest.raises(MolaError, match="at least one prompt"):

@@ -280,20 +280,6 @@ def test_skills_may_have_layers_below_the_decision(loaded_tiny_model, tokenizer,
     assert model.generate(**inputs, **NEW).tolist() == expected.generate(**inputs, **NEW).tolist()
 
 
-def test_two_skills_answer_together(skilled_model, loaded_tiny_model, folders, tokenizer):
-    """Their outputs are added, like in PEFT's combination of both with weights of one."""
-    from peft import PeftModel
-
-    expected = PeftModel.from_pretrained(copy.deepcopy(loaded_tiny_model), folders["digits"], "digits")
-    expected.load_adapter(folders["words"], "words")
-    expected.add_weighted_adapter(["digits", "words"], [1.0, 1.0], "both", combination_type="cat")
-    expected.set_adapter("both")
-    inputs = encode(tokenizer, MIXED)
-    with skilled_model.skills.use(("digits", "words")):
-        found = skilled_model(**inputs).logits
-    torch.testing.assert_close(found, expected.eval()(**inputs).logits, rtol=1e-4, atol=1e-4)
-
-
 # ---------------------------------------------------------------------- training on top
 
 

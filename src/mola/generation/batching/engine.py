@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from mola.generation import predicting
 from mola.generation.batching.cache import RowCache
 from mola.generation.batching.forward import Adapters, Forward
-from mola.generation.batching.rows import Row, TokenChooser, adapters_of, penalties, token_logprobs
+from mola.generation.batching.rows import Row, TokenChooser, penalties, token_logprobs
 from mola.generation.batching.skills import Skills
 from mola.generation.decoding import seeded
 
@@ -89,7 +89,7 @@ class BatchEngine:
 
     def uses(self, adapter: str) -> bool:
         """Whether an answer in the batch, or a waiting one, has this adapter."""
-        return any(adapter in adapters_of(row) for row in (*self._waiting, *self._active_rows()))
+        return any(adapter == row.adapter for row in (*self._waiting, *self._active_rows()))
 
     def step(self) -> None:
         """Read a part of the prompts, and after that generate one token of every running answer."""
@@ -247,7 +247,7 @@ class SingleEngine:
 
     def uses(self, adapter: str) -> bool:
         """Whether a waiting answer has this adapter."""
-        return any(adapter in adapters_of(row) for row in self._waiting)
+        return any(adapter == row.adapter for row in self._waiting)
 
     def step(self) -> None:
         """Generate the next answer in full."""

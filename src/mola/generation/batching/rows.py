@@ -17,8 +17,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-TOGETHER = "+"  # stands between the names of skills that answer together
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -76,8 +74,7 @@ class Row:
     """One answer.
 
     Args:
-        adapter: the model's name for the adapter, or names of skills that answer together with "+" between them; None
-            for the base model alone.
+        adapter: the model's name for the adapter; None for the base model alone.
         prompt: token ids, at least one.
         sampling: how tokens are chosen.
         listener: receives the tokens.
@@ -99,11 +96,6 @@ class Row:
     def num_cached(self) -> int:
         """Number of tokens whose keys and values are in the cache once the prompt is read: all but the last token."""
         return len(self.prompt) + len(self.answer) - 1
-
-
-def adapters_of(row: Row) -> list[str]:
-    """Names of the adapters that a row uses."""
-    return [] if row.adapter is None else row.adapter.split(TOGETHER)
 
 
 class Penalties(LogitsProcessor):

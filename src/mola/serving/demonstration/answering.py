@@ -1,5 +1,6 @@
 """One model that answers with and without its adapter or skills, one answer at a time, as a growing text."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
 
 from mola.checkpoints.adapter_settings import is_skills_folder
 from mola.data.templates import CHAT, Template
-from mola.generation.batching.skills import Skills, lora_folder
+from mola.generation.batching.skills import Skills
 from mola.generation.decoding import generate_text
 from mola.generation.predicting import encode_prompts
 from mola.insight.recorder import ModuleGates, gates_of_tokens
@@ -95,7 +96,7 @@ class Answerer:
         """
         adapter = self.adapter
         if self.skills is not None:
-            adapter = None if skill is None else lora_folder(str(self.adapter), skill)
+            adapter = None if skill is None else os.path.join(str(self.adapter), skill)
         if name is None:
             name = template_of(adapter) if adapter else CHAT if self.tokenizer.chat_template else None
         return template_for(name or "alpaca", self.tokenizer, adapter)

@@ -40,21 +40,18 @@ from mola.tuner.skills.statistics import (
 _GENERAL_IN_WHOLE, _GENERAL_IN_PART = 0.5, 1.0
 _RIDGE_OF_WHOLE, _RIDGE_OF_PART = 0.1, 0.3
 
-Name = str | tuple[str, ...] | None
-
 
 @dataclass(frozen=True)
 class Decisions:
     """Who answers each prompt.
 
     Attributes:
-        names: the skill of each row; None if the base model answers alone. With `top_k` 2 a tuple of one or two names,
-            the better one first.
+        names: the skill of each row; None if the base model answers alone.
         scores: of each row and skill, in the order of `Decider.names`, `(B, K)`.
         margins: of each row's best skill: 1 at the mean of the skill, -1 at that of general text, `(B)`.
     """
 
-    names: list[Name]
+    names: list[str | None]
     scores: Tensor
     margins: Tensor
 
@@ -66,22 +63,16 @@ class Decider:
         general: statistics of general text.
         skills: statistics of each skill. The order does not matter: sums are made in the order of the names.
         threshold: `t`; a prompt goes to the base model if its margin is not above it.
-        top_k: number of skills to ask, 1 or 2. The second is asked only if it is above the threshold, too.
 
     Raises:
-        MolaError: no skill, or `top_k` is not 1 or 2.
+        MolaError: no skill.
     """
 
-    def __init__(
-        self, general: GeneralStatistics, skills: Mapping[str, SkillStatistics], threshold: float, top_k: int = 1
-    ) -> None:
+    def __init__(self, general: GeneralStatistics, skills: Mapping[str, SkillStatistics], threshold: float) -> None:
         if not skills:
             raise MolaError("a decision needs at least one skill: got none. Add a skill first.")
-        if top_k not in (1, 2):
-            raise MolaError(f"`top_k` must be 1 or 2: got {top_k!r}.")
         self.names = sorted(skills)
         self.threshold = threshold
-        self.top_k = top_k
         self.held_out = {name: list(skills[name].held_out.float()[:, None]) for name in self.names}
         kept = [skills[name] for name in self.names]
         means = torch.stack([each.means for each in kept]).double()
@@ -104,16 +95,11 @@ class Decider:
         """Like `decide`, from the features of the prompts."""
         found = [self._score(each) for each in features]
         scores, margins = (torch.stack(each) for each in zip(*found, strict=True))
-        order = scores.sort(dim=1, descending=True, stable=True)[1][:, : self.top_k]
-        margins = margins.gather(1, order)
-        names: list[Name] = []
-        for indices, values in zip(order.tolist(), margins.tolist(), strict=True):
-            asked = [self.names[index] for index, value in zip(indices, values, strict=True) if value > self.threshold]
-            if values[0] <= self.threshold:
-                names.append(None)
-            else:
-                names.append(asked[0] if self.top_k == 1 else tuple(asked))
-        return Decisions(names, scores, margins[:, 0])
+        best = scores.argmax(1)  # of equal scores the first
+        margins = margins.gather(1, best[:, None])[:, 0]
+        pairs = zip(best.tolist(), margins.tolist(), strict=True)
+        names = [self.names[index] if margin > self.threshold else None for index, margin in pairs]
+        return Decisions(names, scores, margins)
 
     def _score(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and margins `(K)` of one prompt."""
@@ -198,8 +184,8 @@ class MovedDecision:
 
     skill: str
     index: int
-    before: Name
-    after: Name
+    before: str | None
+    after: str | None
 
 
 def moved_decisions(before: Decider, after: Decider) -> list[MovedDecision]:
@@ -217,7 +203,7 @@ def moved_decisions(before: Decider, after: Decider) -> list[MovedDecision]:
     return moved
 
 
-def confusion(decider: Decider, prompts: Mapping[str, Iterable[PromptBatch]]) -> dict[str, dict[Name, int]]:
+def confusion(decider: Decider, prompts: Mapping[str, Iterable[PromptBatch]]) -> dict[str, dict[str | None, int]]:
     """How many prompts of each skill go to whom.
 
     Args:
@@ -227,7 +213,7 @@ def confusion(decider: Decider, prompts: Mapping[str, Iterable[PromptBatch]]) ->
     Returns:
         For each key of `prompts` the number of prompts by who is asked; None is the base model.
     """
-    table: dict[str, dict[Name, int]] = {}
+    table: dict[str, dict[str | None, int]] = {}
     for skill, batches in prompts.items():
         counts = table[skill] = {}
         for batch in batches:

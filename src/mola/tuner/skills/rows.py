@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -39,11 +39,11 @@ class RowLoras:
     def __init__(self, store: LoraStore) -> None:
         self.store = store
         self._hooked: set[str] = set()
-        self._kept: OrderedDict[Row, dict[str, LinearLora]] = OrderedDict()
+        self._kept: OrderedDict[str, dict[str, LinearLora]] = OrderedDict()
         self._stacks: list[Stacks] = []  # least recently used first
         self._placement: Any = None
         # These are of the next forward pass.
-        self._loras: Mapping[str, LinearLora] = {}  # stacks of matrices, unless all rows have the same skills
+        self._loras: Mapping[str, LinearLora] = {}  # stacks of matrices, unless all rows ask the same skill
         self._num_rows = self._num_tokens = 0
 
     def adapt(self, linears: Iterable[str]) -> None:
@@ -57,7 +57,7 @@ class RowLoras:
         """Give each row of the next forward passes its LoRAs.
 
         Args:
-            rows: the skills of each row.
+            rows: the skill of each row.
             num_tokens: number of tokens of each row in the next pass.
 
         Raises:
@@ -67,22 +67,23 @@ class RowLoras:
         if self._placement != (placement := self.store.placement()):
             self.forget()
             self._placement = placement
-        self.store.touch(name for row in rows for name in row)
-        if not any(rows):
+        asked = [name for name in dict.fromkeys(rows) if name is not None]
+        self.store.touch(asked)
+        if not asked:
             self._loras = {}
         elif len(set(rows)) == 1:
-            self._loras = self._of_all(rows[0])
+            self._loras = self._of_all(asked[0])
         else:
             self._loras = self._stacked(rows)
 
-    def _of_all(self, row: Row) -> Mapping[str, LinearLora]:
-        """The LoRA of rows that are all the same."""
-        if row not in self._kept:
-            self._kept[row] = self._read([row])[row]
+    def _of_all(self, name: str) -> Mapping[str, LinearLora]:
+        """The LoRA of rows that all ask one skill."""
+        if name not in self._kept:
+            self._kept[name] = self.store.get([name])[name]
             if len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
-        self._kept.move_to_end(row)
-        return self._kept[row]
+        self._kept.move_to_end(name)
+        return self._kept[name]
 
     def _stacked(self, rows: Rows) -> Mapping[str, LinearLora]:
         """The stacks of rows that differ: those that are most like them already, changed where they differ."""
@@ -101,11 +102,9 @@ class RowLoras:
         self._stacks = [*others[1 - _MAX_KEPT :], stacks]
         return stacks.set_rows(rows, loras)
 
-    def _read(self, rows: Iterable[Row]) -> dict[Row, dict[str, LinearLora]]:
-        """The LoRAs of rows by linear; none for rows that ask the base model."""
-        distinct = [row for row in dict.fromkeys(rows) if row]
-        skills = self.store.get(name for row in distinct for name in row)
-        return {row: _loras_of_row([skills[name] for name in row]) for row in distinct}
+    def _read(self, rows: Iterable[Row]) -> dict[str, dict[str, LinearLora]]:
+        """The LoRAs of rows by skill and linear; none for rows that ask the base model."""
+        return self.store.get(name for name in rows if name is not None)
 
     def clear_rows(self) -> None:
         """Leave all rows unchanged, until `set_rows` is called again."""
@@ -135,21 +134,3 @@ class RowLoras:
         rows = x.reshape(self._num_rows, -1, x.shape[-1])
         added = torch.bmm(torch.bmm(rows, lora.down.mT), lora.up.mT)
         return (output + added.view_as(output)).to(output.dtype)
-
-
-def _loras_of_row(skills: Sequence[Mapping[str, LinearLora]]) -> dict[str, LinearLora]:
-    """Linear -> LoRA of a row. The outputs of several skills are added: their matrices become one larger LoRA."""
-    if len(skills) == 1:
-        return dict(skills[0])
-    found: dict[str, list[LinearLora]] = {}
-    for loras in skills:
-        for name, lora in loras.items():
-            found.setdefault(name, []).append(lora)
-    return {
-        name: LinearLora(
-            torch.cat([each.down for each in several]),
-            torch.cat([each.up * each.scale for each in several], dim=1),
-            1.0,
-        )
-        for name, several in found.items()
-    }

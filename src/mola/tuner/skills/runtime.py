@@ -20,12 +20,12 @@ from torch import nn
 from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
 from mola.tuner.skills.content import ContentFinder
-from mola.tuner.skills.decision import Decider, Decisions, Name
+from mola.tuner.skills.decision import Decider, Decisions
 from mola.tuner.skills.loras import DEFAULT_MAX_LOADED, LoraStore
 from mola.tuner.skills.lower_layers import decoder_layers
 from mola.tuner.skills.prompts import Prompts, cache_in, tokens_in_cache
 from mola.tuner.skills.reading import read_prompts
-from mola.tuner.skills.rows import Row, RowLoras, Rows
+from mola.tuner.skills.rows import RowLoras, Rows
 from mola.tuner.skills.statistics import GeneralStatistics, SkillStatistics
 
 _CACHE_ROWS = "mola_skills"  # attribute of a cache: the skills of the rows that computed it
@@ -54,7 +54,6 @@ class SkillsRuntime:
         finder: finds the tokens of the user's content in a prompt.
         general: statistics of general text.
         threshold: see `Decider`.
-        top_k: number of skills that answer together.
         max_loaded: maximum number of LoRAs in memory.
 
     Attributes:
@@ -72,14 +71,13 @@ class SkillsRuntime:
         finder: ContentFinder,
         general: GeneralStatistics,
         threshold: float,
-        top_k: int = 1,
         max_loaded: int = DEFAULT_MAX_LOADED,
     ) -> None:
         layers = decoder_layers(model)
         if not 0 <= layer < len(layers):
             raise MolaError(f"`layer` must be between 0 and {len(layers) - 1}, the model's layers: got {layer}.")
-        self.layer, self.threshold, self.top_k = layer, threshold, top_k
-        self.last_names: list[Name] = []
+        self.layer, self.threshold = layer, threshold
+        self.last_names: list[str | None] = []
         self.last_decisions: Decisions | None = None
         self._model, self._finder, self._general = model, finder, general
         self._stacks = LayerStacks.of(model)
@@ -87,7 +85,7 @@ class SkillsRuntime:
         self._decider: Decider | None = None  # made when it is needed first
         self._store = LoraStore(model, max_loaded)
         self._loras = RowLoras(self._store)
-        self._named: tuple[Row, ...] | None = None
+        self._named: Rows | None = None
         self._turn: _Turn | None = None
         # These are of the running pass.
         self._runs = False
@@ -164,23 +162,22 @@ class SkillsRuntime:
         self._store.remove(name)
         self._loras.forget()
 
-    def decide_by(self, threshold: float, top_k: int) -> None:
-        """Set the threshold and the number of skills that answer together; see `Decider`."""
-        self.threshold, self.top_k, self._decider = threshold, top_k, None
+    def decide_by(self, threshold: float) -> None:
+        """Set the threshold; see `Decider`."""
+        self.threshold, self._decider = threshold, None
 
     @contextmanager
-    def use(self, names: Name | list[Name]) -> Iterator[None]:
+    def use(self, names: str | list[str | None] | None) -> Iterator[None]:
         """Ask the named skills in a `with` block, without a decision.
 
         Args:
-            names: one name for all rows, or a list with the name of each row; None is the base model, and a tuple
-                names skills that answer together.
+            names: one name for all rows, or a list with the name of each row; None is the base model.
 
         Raises:
             MolaError: there is no such skill.
         """
-        rows = tuple(map(_row, names)) if isinstance(names, list) else (_row(names),)
-        self._store.check_names(name for row in rows for name in row)
+        rows = tuple(names) if isinstance(names, list) else (names,)
+        self._store.check_names(name for name in rows if name is not None)
         before, self._named = self._named, rows
         try:
             yield
@@ -195,7 +192,7 @@ class SkillsRuntime:
             prompt_ids: token ids of each prompt, without padding.
         """
         if self._decider is None:
-            self._decider = Decider(self._general, self._statistics, self.threshold, self.top_k)
+            self._decider = Decider(self._general, self._statistics, self.threshold)
         self._loras.clear_rows()
         return self._decider.decide(read_prompts(self._model, self.layer, self._finder, prompt_ids))
 
@@ -207,7 +204,7 @@ class SkillsRuntime:
         decisions = self.decide(prompt_ids) if self._statistics else None  # None if all skills are retired
         self.last_decisions = decisions
         self.last_names = [None] * len(prompt_ids) if decisions is None else list(decisions.names)
-        return tuple(map(_row, self.last_names))
+        return tuple(self.last_names)
 
     def _check_runs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not self._runs and not self._store.is_empty:
@@ -282,7 +279,7 @@ class SkillsRuntime:
             raise MolaError(
                 f"`use` must name the skill of each row: got {len(rows)} names, and the batch has {num_prompts} rows."
             )
-        self.last_decisions, self.last_names = None, [_name(row) for row in rows]
+        self.last_decisions, self.last_names = None, list(rows)
         return rows
 
     def _check_checkpointing(self) -> None:
@@ -335,14 +332,6 @@ class _Around:
         return self._call(self._method, *args, **kwargs)
 
 
-def _row(name: Name) -> Row:
-    return name if isinstance(name, tuple) else () if name is None else (name,)
-
-
-def _name(row: Row) -> Name:
-    return row if len(row) > 1 else row[0] if row else None
-
-
 def _check_whole(given: Mapping[str, Any], num_before: int) -> None:
     """Raise MolaError if `generate` with a filled cache was not given the whole prompt."""
     ids, mask = given.get("input_ids"), given.get("attention_mask")
@@ -357,7 +346,7 @@ def _check_whole(given: Mapping[str, Any], num_before: int) -> None:
 
 def _is_of_others(cache: Any, rows: Rows) -> bool:
     """Whether a filled cache was computed by other skills than the rows of a pass ask."""
-    before = getattr(cache, _CACHE_ROWS, ((),) * len(rows))
+    before = getattr(cache, _CACHE_ROWS, (None,) * len(rows))
     return before != rows and tokens_in_cache(cache) > 0  # in this order: asking a cache may wait for a GPU
 
 
@@ -367,7 +356,7 @@ def _keep_or_empty(cache: Any, rows: Rows) -> None:
     Raises:
         MolaError: the cache cannot be emptied.
     """
-    before = getattr(cache, _CACHE_ROWS, ((),))  # a cache that does not say was computed by the base model
+    before = getattr(cache, _CACHE_ROWS, (None,))  # a cache that does not say was computed by the base model
     if before and len({*before, *rows}) == 1:
         return
     try:

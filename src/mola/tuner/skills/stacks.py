@@ -13,8 +13,8 @@ import torch
 
 from mola.tuner.skills.loras import LinearLora
 
-Row: TypeAlias = tuple[str, ...]  # the skills that a row asks, whose outputs are added; empty for the base model
-_UNKNOWN: Row = ("",)
+Row: TypeAlias = str | None  # the skill that a row asks; None for the base model
+_UNKNOWN: Row = ""
 
 
 class Stacks:
@@ -25,7 +25,7 @@ class Stacks:
 
     def __init__(self, capacity: int, rank: int) -> None:
         self.capacity, self.rank = capacity, rank
-        self._rows: list[Row] = [()] * capacity
+        self._rows: list[Row] = [None] * capacity
         self._stacks: dict[str, LinearLora] = {}
         self._views: tuple[int, dict[str, LinearLora]] = 0, {}  # number of rows, and their part of the stacks
 
@@ -33,12 +33,12 @@ class Stacks:
         """The indices of those of `rows` that differ from the present ones."""
         return [index for index, row in enumerate(rows) if self._rows[index] != row]
 
-    def set_rows(self, rows: Sequence[Row], loras: Mapping[Row, Mapping[str, LinearLora]]) -> Mapping[str, LinearLora]:
+    def set_rows(self, rows: Sequence[Row], loras: Mapping[str, Mapping[str, LinearLora]]) -> Mapping[str, LinearLora]:
         """Make the stacks those of `rows`.
 
         Args:
             rows: the rows, at most `capacity`.
-            loras: LoRAs by linear of the rows that have changed, with ranks up to `rank`; none for the base model.
+            loras: LoRAs by skill and linear of the rows that have changed, with ranks up to `rank`.
 
         Returns:
             Linear -> stacked matrices of the rows.
@@ -47,7 +47,7 @@ class Stacks:
         with torch.inference_mode(False), torch.no_grad():
             for index in self.changed(rows):
                 self._rows[index] = _UNKNOWN  # in case the copy fails
-                self._fill(index, loras.get(rows[index], {}))
+                self._fill(index, {} if (name := rows[index]) is None else loras[name])
                 self._rows[index] = rows[index]
         if self._views[0] != len(rows):
             parts = {name: (lora.down[: len(rows)], lora.up[: len(rows)]) for name, lora in self._stacks.items()}
@@ -75,6 +75,6 @@ class Stacks:
                 up[:, rank:] = 0
 
 
-def highest_rank(loras: Mapping[Row, Mapping[str, LinearLora]]) -> int:
-    """The highest rank of some LoRAs, by row and linear; 0 without any."""
+def highest_rank(loras: Mapping[str, Mapping[str, LinearLora]]) -> int:
+    """The highest rank of some LoRAs, by skill and linear; 0 without any."""
     return max((len(lora.down) for each in loras.values() for lora in each.values()), default=0)
