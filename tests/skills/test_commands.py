@@ -57,11 +57,38 @@ def test_who_is_asked(run, folder, data, tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result["asked"]) == {"birds", "rivers", "base"}
     assert result["asked"]["birds"]["birds"] + result["asked"]["birds"].get("base", 0) == 20
-    assert len(result["margins"]["rivers"]) == 20
+    assert len(result["prompts"]["rivers"]) == 20
+    assert result["prompts"]["birds"][1] == {
+        "prompt": "beak beak 1", "asked": "birds", "margin": result["prompts"]["birds"][1]["margin"]
+    }  # fmt: skip
     assert f"{result['right']:.1%} right" in printed
     assert "warning" not in printed
     in_order = run("skills", "test", folder, "--data", data["birds"], data["rivers"])
     assert re.search(r"rivers +│ +0 +│", in_order)
+
+
+def test_prompts_that_ask_somebody_else_are_shown_and_written(run, refused, folder, data, tmp_path):
+    """The prompts of `rivers` are given as those of `birds`, so that all are misses."""
+    words = ["skills", "test", folder, "--data", f"birds={data['rivers']}", f"rivers={data['rivers']}"]
+    printed = run(*words, "--misses", tmp_path / "misses.jsonl", "--output", tmp_path / "result.json")
+    rows = [json.loads(line) for line in (tmp_path / "misses.jsonl").read_text(encoding="utf-8").splitlines()]
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    threshold = read_skills(folder).threshold
+    expected = [
+        {"expected": name, **each, "threshold": threshold}
+        for name, prompts in result["prompts"].items()
+        for each in prompts
+        if each["asked"] != name
+    ]
+    assert rows == expected
+    assert len(rows) >= 20
+    assert rows[1]["prompt"] == "BANK BANK 1"  # as in the data, without the template
+    assert rows[1]["margin"] > threshold
+    assert f"{len(rows)} prompts do not ask whom they should (threshold {threshold:.3f}):" in printed
+    assert f"  birds asks rivers, margin {rows[1]['margin']:.3f}: BANK BANK 1" in printed
+    assert len(re.findall("birds asks", printed)) == 3
+    assert "`misses`" in refused(*words, "--misses", tmp_path / "misses.jsonl")
+    assert "--misses FILE" in run(*words)
 
 
 def test_skills_with_the_same_prompts_are_reported(add, run, folder, loras, data):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
 
 from rich.markup import escape
 from rich.table import Table
@@ -27,6 +28,8 @@ from mola.skills.options import AddOptions, ListOptions, MergeOptions, RemoveOpt
 from mola.skills.suggesting import TOLERANCE, suggest
 from mola.skills.summary import describe, summarize, summary_dict, summary_table
 from mola.skills.testing import TestResult, test
+
+_SHOWN_MISSES = 3
 
 
 def add_skills(options: AddOptions) -> int:
@@ -73,12 +76,19 @@ def test_skills(options: TestOptions) -> int:
     result = test(options)
     make_table_console().print(_asked_table(result))
     print(f"{result.right:.1%} right; {result.to_base:.1%} of the skills' own prompts go to the base model.")
+    if result.misses:
+        print(f"{len(result.misses)} prompts do not ask whom they should (threshold {result.threshold:.3f}):")
+    for name, miss in result.misses[:_SHOWN_MISSES]:
+        text = textwrap.shorten(miss.prompt, 70, placeholder=" ...")
+        print(f"  {name} asks {miss.asked}, margin {miss.margin:.3f}: {text}")
+    if len(result.misses) > _SHOWN_MISSES:
+        print("  ..." if options.misses else "  ... --misses FILE writes all.")
     for (name, asked), share in result.mixed_up.items():
         print(f"warning: {share:.1%} of the prompts of {name} ask {asked}. `mola skills suggest` compares layers.")
     for name, count in result.too_long.items():
         print(f"warning: {count} prompts of {name} are longer than the model's positions, and were left out.")
-    if options.output is not None:
-        print(f"Written to {options.output}.")
+    for path in filter(None, (options.output, options.misses)):
+        print(f"Written to {path}.")
     return 0
 
 

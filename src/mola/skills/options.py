@@ -140,7 +140,8 @@ class TestOptions(ModelOptions):
 
     _run: ClassVar = Group("run")
     output: str | None = option(None, "Result file (JSON).")
-    overwrite: bool = option(False, "Replace an existing result file.")
+    misses: str | None = option(None, "File (JSONL) of the prompts that do not ask whom they should.")
+    overwrite: bool = option(False, "Replace existing result files.")
 
     def __post_init__(self) -> None:
         convert_paths(self)

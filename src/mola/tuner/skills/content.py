@@ -64,15 +64,18 @@ class ContentFinder:
         """
         if not len(ids):
             raise MolaError("a prompt must have at least one token to decide which skill is asked: got none.")
-        ids = list(ids)
-        texts = [
-            self._tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-            for part in self._content(ids)
-        ]
-        read = self._tokenizer(_sentence_case("\n".join(filter(None, texts))))["input_ids"]
+        read = self._tokenizer(_sentence_case(self.text(ids)))["input_ids"]
         while len(read) > 1 and read[-1] in self._special:  # an end token
             read = read[:-1]
-        return list(read) or ids[-1:]
+        return list(read) or list(ids[-1:])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The user's content in the last user's turn, as it is written."""
+        texts = [
+            self._tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+            for part in self._content(list(ids))
+        ]
+        return "\n".join(filter(None, texts))
 
     def _content(self, ids: list[int]) -> list[list[int]]:
         for layout in self._layouts:
