@@ -266,6 +266,21 @@ def test_one_expert_is_exported_exactly(tiny_model_dir, tmp_path, run, use_rslor
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["rank_pattern"] == {}
 
 
+def test_one_expert_everywhere_needs_no_rank(tiny_model_dir, tmp_path, run):
+    config = MolaConfig(
+        num_experts=1, r=[3, 4, 4, 6], top_k=1, lora_alpha=5, init_lora_weights=False, task_type="CAUSAL_LM",
+        target_modules=["q_proj"],
+    )  # fmt: skip
+    one = saved(tiny_model_dir, tmp_path / "one", config)
+    run("convert", one, "--to", "lora", "--output", tmp_path / "lora")
+    found, expected = logits(load(tiny_model_dir, tmp_path / "lora")), logits(load(tiny_model_dir, one))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    # The commonest rank, to which lower ones are filled up; higher ones are kept.
+    assert (settings["r"], settings["rank_pattern"]) == (4, {"model.layers.3.self_attn.q_proj": 6})
+    assert report_of(tmp_path / "lora")["rank"] == 4
+
+
 def test_equal_experts_are_exported_exactly(tiny_model_dir, tmp_path, run, questions):
     """Whatever the gates are, they add up to 1: mean and regression must find the one update there is."""
     config = MolaConfig(num_experts=3, r=2, top_k=2, init_lora_weights=False, task_type="CAUSAL_LM")
@@ -356,7 +371,7 @@ def test_usage_weights_come_from_the_training(tiny_model_dir, mixture, tmp_path,
             ["--r", "7"],
             "`r` must be from 1 to 6, the highest rank that an update of this adapter can have: got 7",
         ),
-        ([], "`r` must be given with --to lora"),
+        ([], "`r` must be given with --to lora for several experts"),
         (["--r", "2", "--method", "regression"], "`method` regression needs `data` or `text`"),
         (["--r", "2", "--method", "svd"], "`method` must be one of regression, mean, usage: got 'svd'"),
         (["--r", "2", "--task", "sample"], "`task` has no effect without `data` or `test`: got 'sample'"),

@@ -246,12 +246,14 @@ def test_wrong_input(words, message, folder, loras, data, refused):
 def test_adapters_that_cannot_be_skills(refused, folder, tiny_model_dir, data, tmp_path):
     mixture = save_adapter(tiny_model_dir, tmp_path / "mixture", MolaConfig(num_experts=2, top_k=1))
     targets = ["q_proj", "embed_tokens"]
+    one = save_adapter(tiny_model_dir, tmp_path / "one", MolaConfig(num_experts=1, top_k=1))
     embedding = make_lora(tiny_model_dir, tmp_path / "embedding", 0, layers=None, target_modules=targets)
     wide = make_lora(tiny_model_dir, tmp_path / "wide", 0)
     change_settings(wide, r=3)
     dora = make_lora(tiny_model_dir, tmp_path / "dora", 0, use_dora=True)
     messages = {
         mixture: "has `peft_type` 'MOLA'. `mola convert --to lora`",
+        one: f"so this command writes it as a LoRA: mola convert {one} --to lora --output NEW_FOLDER",
         embedding: "LoRA of linears",
         wide: "the adapter does not fit",
         dora: "DoRA scales the base weight",

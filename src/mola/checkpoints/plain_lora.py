@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,13 +68,24 @@ def check_plain_lora(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     settings, folder = adapter_settings(adapter), Path(adapter)
     peft_type = settings.get("peft_type")
     if peft_type != "LORA" or foreign_format(settings) is not None:
-        cure = " `mola convert --to lora` makes a LoRA of a mixture." if peft_type == "MOLA" else ""
+        cure = ""
+        if peft_type == "MOLA":
+            cure = " `mola convert --to lora` makes a LoRA of a mixture."
+            if _has_one_expert(settings):
+                command = f"mola convert {shlex.quote(str(folder))} --to lora --output NEW_FOLDER"
+                cure = f" It has one expert everywhere, so this command writes it as a LoRA: {command}"
         raise MolaError(f"a skill must be a LoRA of PEFT: {str(folder)!r} has `peft_type` {peft_type!r}.{cure}")
     for name, why in parts_beyond_lora(settings).items():
         raise MolaError(
             f"a skill must be a plain LoRA: `{name}` is set in {str(folder)!r}, and {why}. Train without it."
         )
     return settings
+
+
+def _has_one_expert(settings: Mapping[str, Any]) -> bool:
+    """Whether a mixture has one expert in every linear, as earlier versions of mola saved a LoRA."""
+    numbers, pattern = settings.get("num_experts"), settings.get("num_experts_pattern") or {}
+    return {*(numbers if isinstance(numbers, list) else [numbers]), *pattern.values()} == {1}
 
 
 def describe_lora(shapes: Mapping[str, Sequence[int]], folder: Path) -> PlainLora:

@@ -47,7 +47,7 @@ class ConvertOptions:
     trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")
 
     _lora: ClassVar = Group("to lora")
-    rank: int | None = option(None, "Rank of the LoRA.", "r")
+    rank: int | None = option(None, "Rank of the LoRA. An adapter with one expert everywhere needs none.", "r")
     method: str | None = option(
         None,
         "regression: the LoRA nearest to the mixture on `data` or `text`. It is the default if one of them is given. "
@@ -121,8 +121,8 @@ _DIRECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "--from lora": (("base_model", "num_experts"), ("top_k", "noise", "seed", *_DATA)),
     "--to published": ((), ()),
     "--to lora": (
-        ("base_model", "rank"),
-        ("method", "fit_passes", "answer_weight", "test", "test_text", "scoring", "text", *_DATA),
+        ("base_model",),
+        ("rank", "method", "fit_passes", "answer_weight", "test", "test_text", "scoring", "text", *_DATA),
     ),
 }
 _REGRESSION = ("fit_passes", "answer_weight", "memory_gb")
@@ -138,7 +138,6 @@ _NEEDS_ONE_OF = {
 _CURES = {
     "top_k": "The files do not hold it, and a wrong number gives different outputs without an error. Pass the value of "
     "the training command, such as --top_k 2.",
-    "rank": "It is the size of the LoRA. The rank of one expert is a good start, such as --r 8.",
     "num_experts": "Pass one number such as --num_experts 4, or one number per layer.",
 }
 

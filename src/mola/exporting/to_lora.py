@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mode
 from typing import Any, NamedTuple
 
 import torch
@@ -63,10 +64,10 @@ class _Adapter(NamedTuple):
 def convert_to_lora(options: ConvertOptions, output: Path) -> ExportReport:
     """Run `mola convert --to lora`; see `mola.exporting.convert.convert`."""
     # Everything that needs no weights of the base model is read and checked first.
-    source, base_model, rank = os.path.expanduser(options.source[0]), str(options.base_model), int(options.rank or 0)
+    source, base_model = os.path.expanduser(options.source[0]), str(options.base_model)
     method = _choose_method(options)
-    adapter = _read_adapter(options, source, rank)
-    experts = adapter.experts
+    adapter = _read_adapter(options, source)
+    experts, rank = adapter.experts, int(adapter.lora.r)
     data, test = _read_rows(options)
     gates = _read_gates(source, experts) if method == "usage" else {}
 
@@ -138,7 +139,7 @@ def _choose_method(options: ConvertOptions) -> str:
     return method
 
 
-def _read_adapter(options: ConvertOptions, source: str, rank: int) -> _Adapter:
+def _read_adapter(options: ConvertOptions, source: str) -> _Adapter:
     """Read the mixture, and check that it fits the base model and that a LoRA can replace it."""
     check_mixture(source)
     config: Any = MolaConfig.from_pretrained(source)
@@ -147,6 +148,14 @@ def _read_adapter(options: ConvertOptions, source: str, rank: int) -> _Adapter:
     base_model, tensors = str(options.base_model), read_tensors(Path(source))
     on_meta = check_fits(model_on_meta(base_model, options.trust_remote_code), config, tensors)
     experts = read_mixtures(tensors, mola_layers(on_meta))
+    rank = options.rank
+    if rank is None:
+        if any(len(each.A) > 1 for each in experts.values()):
+            raise MolaError(
+                "`rank` must be given with --to lora for several experts. It is the size of the LoRA. The rank of one "
+                "expert is a good start, such as --r 8."
+            )
+        rank = mode([each.A.shape[1] for each in experts.values()] or [1])
     # Without any mixture, every rank from 1 on is possible.
     highest = max((each.highest_rank for each in experts.values()), default=max(rank, 1))
     if not 1 <= rank <= highest:
