@@ -41,7 +41,7 @@ from mola.skills.measuring import features_at, measure_general_text
 from mola.skills.options import REJECT_RATE, AddOptions
 from mola.skills.prompts import DataSource, read_prompts, recorded_source
 from mola.tuner.skills.loras import LoraStore
-from mola.tuner.skills.lower_layers import decoder_layers
+from mola.tuner.skills.lower_layers import decoder_layers, settled_layer
 from mola.tuner.skills.statistics import SkillStatistics
 
 
@@ -108,17 +108,12 @@ def _settled(options: AddOptions, before: SkillsFolder | None, path: Path, confi
     """The folder before the new skills, with the settings that are given."""
     base_model, digest = str(options.base_model), weights_identity(options.base_model)
     model = model_on_meta(base_model, options.trust_remote_code, options.gguf_file, config=config)
-    num_layers = len(decoder_layers(model))
     if before is None:
-        layer = num_layers // 3 if options.layer is None else options.layer
+        layer = settled_layer(options.layer, len(decoder_layers(model)))
         before = SkillsFolder(path, base_model, digest, layer, 0.0, REJECT_RATE, {}, {}, {})
     else:
         before.check_base(base_model, digest)
         check_layer(before, before.layer if options.layer is None else options.layer)
-    if not 0 <= before.layer < num_layers:
-        raise MolaError(
-            f"`layer` must be between 0 and {num_layers - 1}, the layers of {base_model!r}: got {before.layer}."
-        )
     if options.threshold is not None:
         before = replace(before, threshold=options.threshold, reject_rate=None)
     elif options.reject_rate is not None:

@@ -25,7 +25,7 @@ from mola.options.command_line import next_steps
 from mola.skills import changing
 from mola.skills.adding import add
 from mola.skills.options import AddOptions, ListOptions, MergeOptions, RemoveOptions, SuggestOptions, TestOptions
-from mola.skills.suggesting import TOLERANCE, suggest
+from mola.skills.suggesting import ERRORS, suggest
 from mola.skills.summary import describe, summarize, summary_dict, summary_table
 from mola.skills.testing import TestResult, test
 
@@ -96,17 +96,18 @@ def suggest_layer(options: SuggestOptions) -> int:
     """Run the command, print the layers and the suggestion; returns 0, the exit code."""
     result = suggest(options)
     table = Table()
-    for column in ("layer", "right", "threshold", "to the base model"):
+    for column in ("layer", "right", "less default", "std. error", "to the base model", "threshold"):
         table.add_column(column, justify="right")
     for each in result.layers:
-        values = f"{each.right:.1%}", f"{each.threshold:.3f}", f"{each.to_base:.1%}"
-        table.add_row(str(each.layer), *values, style="bold" if each.layer == result.layer else None)
+        values = f"{each.right:.1%}", f"{each.gain:+.1%}", f"{each.standard_error:.1%}", f"{each.to_base:.1%}"
+        table.add_row(
+            str(each.layer), *values, f"{each.threshold:.3f}", style="bold" if each.layer == result.layer else None
+        )
     make_table_console().print(table)
     print(f"{sum(result.prompts.values())} held-out prompts of {len(result.prompts)} skills.")
-    print(
-        f"Suggested: --layer {result.layer}, the lowest layer within {TOLERANCE:.0%} of the best. Not measured: what "
-        "LoRAs on fewer layers can learn."
-    )
+    noise = f"than layer {result.default_layer}, the default, by more than {ERRORS} standard errors"
+    why = f"no layer is better {noise}" if result.layer == result.default_layer else f"it is better {noise}"
+    print(f"Suggested: --layer {result.layer}; {why}. Not measured: what LoRAs on fewer layers can learn.")
     if options.output is not None:
         print(f"Written to {options.output}.")
     return 0

@@ -1,8 +1,8 @@
 """Which layer's input tells the data of skills apart.
 
 One pass of the base model per prompt measures all layers. Every second prompt of each source is held out, and the
-decision is made from the others. The suggestion is the lowest layer whose decisions are right for as many prompts as
-those of the best layer, or up to one per cent fewer: a lower decision leaves more layers to the skills.
+decision is made from the others. A prompt is right if its own skill is asked, so a prompt that goes to the base model
+is wrong. See `choose_layer` for the suggestion.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from mola.skills.prompts import DataSource, read_prompts
 from mola.tuner.skills.content import ContentFinder
 from mola.tuner.skills.decision import Decider, suggest_threshold
 from mola.tuner.skills.general_text import general_texts
+from mola.tuner.skills.lower_layers import settled_layer
 from mola.tuner.skills.statistics import GeneralStatistics, SkillStatistics
 
-TOLERANCE = 0.01  # below the accuracy of the best layer
+ERRORS = 2  # standard errors by which a layer must be better than the default: the best of many is high by chance
 _FEWEST = 4  # prompts of each source
 
 
@@ -42,15 +43,19 @@ class LayerResult:
 
     Attributes:
         layer: 0 = nearest the input.
-        right: share of the prompts whose own skill has the highest score.
+        right: share of the prompts that ask their own skill.
+        gain: `right`, less that of the default layer.
+        standard_error: of `gain`, because other prompts would give another one.
+        to_base: share of the prompts that go to the base model.
         threshold: the threshold that the reject rate sets, from prompts of the fitted half.
-        to_base: share of the prompts that the base model answers at this threshold.
     """
 
     layer: int
     right: float
-    threshold: float
+    gain: float
+    standard_error: float
     to_base: float
+    threshold: float
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,14 @@ class SuggestResult:
 
     Attributes:
         layer: the suggested layer.
+        default_layer: the layer of a new folder if none is given.
         layers: the result of every layer.
         prompts: name of a skill -> number of held-out prompts.
         settings: the options.
     """
 
     layer: int
+    default_layer: int
     layers: list[LayerResult]
     prompts: dict[str, int]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -103,14 +110,22 @@ def suggest(options: SuggestOptions) -> SuggestResult:
     finder = content_finder(tokenizer, list(adapters.values()))
     features = {name: features_of_layers(model, finder, ids) for name, ids in prompts.items()}
     general = features_of_layers(model, ContentFinder(tokenizer), encode_prompts(tokenizer, list(general_texts())))
-    layers = [
-        _compare(layer, general[layer], {name: each[layer] for name, each in features.items()}, options.reject_rate)
-        for layer in range(len(general))
+    decided = [
+        _decide(text, {name: each[layer] for name, each in features.items()}, options.reject_rate)
+        for layer, text in enumerate(general)
     ]
-    best = max(each.right for each in layers)
-    layer = next(each.layer for each in layers if each.right >= best - TOLERANCE)
     held_out = {name: len(ids) // 2 for name, ids in prompts.items()}
-    result = SuggestResult(layer, layers, held_out, asdict(options))
+    owners = [name for name, number in held_out.items() for _ in range(number)]
+    rows = [[asked == owner for asked, owner in zip(names, owners, strict=True)] for names, _ in decided]
+    right, default = torch.tensor(rows, dtype=torch.float64), settled_layer(None, len(decided))
+    gains, errors = _gains(right, default)
+    layers = [
+        LayerResult(layer, share, gain, error, names.count(None) / len(owners), threshold)
+        for layer, (share, gain, error, (names, threshold)) in enumerate(
+            zip(right.mean(1).tolist(), gains.tolist(), errors.tolist(), decided, strict=True)
+        )
+    ]
+    result = SuggestResult(choose_layer(right, default), default, layers, held_out, asdict(options))
     if options.output is not None:
         atomic_write_json(options.output, result.to_dict())
     return result
@@ -125,18 +140,32 @@ def _adapters(options: SuggestOptions) -> dict[str, Path]:
     return {name: folder.adapter(name) for name in folder.names}
 
 
-def _compare(
-    layer: int, general: list[torch.Tensor], features: dict[str, list[torch.Tensor]], reject_rate: float
-) -> LayerResult:
-    """How a decision at one layer does; rows 1, 3, 5, ... of the features are held out."""
+def _decide(
+    general: list[torch.Tensor], features: dict[str, list[torch.Tensor]], reject_rate: float
+) -> tuple[list[str | None], float]:
+    """Whom held-out prompts ask at one layer, and the threshold; rows 1, 3, 5, ... of the features are held out."""
     base = GeneralStatistics.of_features(general)
     skills = {name: SkillStatistics.of_features(each[::2]) for name, each in features.items()}
     threshold = suggest_threshold(base, skills, reject_rate)
-    everyone, decider = Decider(base, skills, float("-inf")), Decider(base, skills, threshold)
-    total = right = to_base = 0
-    for name, each in features.items():
-        held_out = each[1::2]
-        total += len(held_out)
-        right += sum(found == name for found in everyone.decide_features(held_out).names)
-        to_base += sum(found is None for found in decider.decide_features(held_out).names)
-    return LayerResult(layer, right / total, threshold, to_base / total)
+    held_out = [prompt for each in features.values() for prompt in each[1::2]]
+    return Decider(base, skills, threshold).decide_features(held_out).names, threshold
+
+
+def choose_layer(right: torch.Tensor, default: int) -> int:
+    """The default layer, unless others are better by more than two standard errors of the difference.
+
+    Then it is the best of these; of equal ones the lowest.
+
+    Args:
+        right: 1 where a prompt asks its own skill, else 0, `(layers, prompts)`.
+        default: the default layer.
+    """
+    gains, errors = _gains(right, default)
+    gains[gains <= ERRORS * errors] = 0
+    return int(gains.argmax()) if gains.any() else default
+
+
+def _gains(right: torch.Tensor, default: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each layer the share of right prompts less that of the default layer, and the standard error of this."""
+    differences = right - right[default]
+    return differences.mean(1), differences.std(1) / right.shape[1] ** 0.5

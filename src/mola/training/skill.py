@@ -23,7 +23,7 @@ from mola.models.options import QUANTIZATION_OPTIONS
 from mola.options.fields import split_names
 from mola.skills.adding import AddResult, add
 from mola.skills.options import AddOptions
-from mola.tuner.skills.lower_layers import decoder_layers
+from mola.tuner.skills.lower_layers import decoder_layers, settled_layer
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +99,7 @@ def settle_default_layer(options: Any, config: PretrainedConfig) -> None:
     Raises:
         MolaError: there is no such layer.
     """
-    num_layers = len(_layers(options, config)[1])
-    options.layer = num_layers // 3 if options.layer is None else options.layer
-    if not 0 <= options.layer < num_layers:
-        raise MolaError(f"`layer` must be between 0 and {num_layers - 1}, the model's layers: got {options.layer}.")
+    options.layer = settled_layer(options.layer, len(_layers(options, config)[1]))
 
 
 def lora_config(options: Any, config: PretrainedConfig) -> LoraConfig:

@@ -34,6 +34,18 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     )
 
 
+def settled_layer(layer: int | None, num_layers: int) -> int:
+    """The layer whose input a decision reads; None is the default, a third of the layers, rounded down.
+
+    Raises:
+        MolaError: there is no such layer.
+    """
+    layer = num_layers // 3 if layer is None else layer
+    if not 0 <= layer < num_layers:
+        raise MolaError(f"`layer` must be between 0 and {num_layers - 1}, the model's layers: got {layer}.")
+    return layer
+
+
 def hidden_states_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The hidden states `(B, T, d)` among the arguments of a decoder layer."""
     return args[0] if args else kwargs["hidden_states"]
@@ -58,8 +70,7 @@ def hidden_at(
         MolaError: the model has no such layer.
     """
     layers = decoder_layers(model)
-    if not 0 <= layer < len(layers):
-        raise MolaError(f"`layer` must be between 0 and {len(layers) - 1}, the model's layers: got {layer}.")
+    layer = settled_layer(layer, len(layers))
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _LayerReached(hidden_states_of(args, kwargs))

@@ -22,7 +22,7 @@ from mola.errors import MolaError
 from mola.tuner.skills.content import ContentFinder
 from mola.tuner.skills.decision import Decider, Decisions
 from mola.tuner.skills.loras import DEFAULT_MAX_LOADED, LoraStore
-from mola.tuner.skills.lower_layers import decoder_layers
+from mola.tuner.skills.lower_layers import decoder_layers, settled_layer
 from mola.tuner.skills.prompts import Prompts, cache_in, tokens_in_cache
 from mola.tuner.skills.reading import read_prompts
 from mola.tuner.skills.rows import RowLoras, Rows
@@ -74,9 +74,7 @@ class SkillsRuntime:
         max_loaded: int = DEFAULT_MAX_LOADED,
     ) -> None:
         layers = decoder_layers(model)
-        if not 0 <= layer < len(layers):
-            raise MolaError(f"`layer` must be between 0 and {len(layers) - 1}, the model's layers: got {layer}.")
-        self.layer, self.threshold = layer, threshold
+        self.layer, self.threshold = settled_layer(layer, len(layers)), threshold
         self.last_names: list[str | None] = []
         self.last_decisions: Decisions | None = None
         self._model, self._finder, self._general = model, finder, general
