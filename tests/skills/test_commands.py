@@ -41,7 +41,7 @@ def test_what_is_printed(add, run, folder, data, tmp_path):
     printed = add(folder, "tools")
     assert "Base model: " in printed
     assert "The decision reads the input of layer 1; threshold" in printed
-    assert "(reject rate 0.02)" in printed
+    assert "(reject rate 0.02: the lowest margin of 12 held-out prompts)" in printed
     assert "mola skills test" in printed
     printed = run("skills", "list", folder)
     assert re.search(r"birds +│ +2 +│ +1-3 +│ +20 +│ +\d+ kB +│", printed)

@@ -62,9 +62,17 @@ def summary_table(skills: list[SkillSummary]) -> Table:
 
 def describe(folder: SkillsFolder) -> str:
     """The base model of the folder, and how the folder decides."""
-    rate = "" if folder.reject_rate is None else f" (reject rate {folder.reject_rate:g})"
-    threshold = f"threshold {folder.threshold:.3f}{rate}"
+    threshold = f"threshold {folder.threshold:.3f}{_how_set(folder)}"
     return f"Base model: {folder.base_model}. The decision reads the input of layer {folder.layer}; {threshold}."
+
+
+def _how_set(folder: SkillsFolder) -> str:
+    """How the threshold was set, see `suggest_threshold`."""
+    if folder.reject_rate is None:
+        return ""
+    held_out = sum(len(each["held_out"]) for each in folder.statistics.values())
+    lowest = f": the lowest margin of {held_out} held-out prompts" if folder.reject_rate * (held_out + 1) < 1 else ""
+    return f" (reject rate {folder.reject_rate:g}{lowest})"
 
 
 def summary_dict(folder: SkillsFolder, skills: list[SkillSummary]) -> dict[str, Any]:

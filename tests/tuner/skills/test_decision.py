@@ -1,5 +1,7 @@
 """Which skill is asked, on prompts whose features are drawn around a place of each skill."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -77,6 +79,17 @@ def test_threshold_rejects_at_most_the_share(general, skills):
         assert rejected == int(rate * len(held_out))
 
 
+def test_threshold_is_between_the_margins_that_the_share_falls_between(general):
+    """Of 79 margins the lowest has one of 80 further prompts below it, so 2 % are below a place of 1.6."""
+    skills = {name: SkillStatistics.measure([prompts(place, rows=80)]) for place, name in enumerate("abcde")}
+    skills["a"] = replace(skills["a"], held_out=skills["a"].held_out[1:])
+    held_out = [each[None].float() for name in "abcde" for each in skills[name].held_out]
+    lowest, second, *_ = Decider(general, skills, 0.0).decide_features(held_out).margins.sort().values.tolist()
+    threshold = suggest_threshold(general, skills, 0.02)
+    assert threshold == pytest.approx(lowest + 0.6 * (second - lowest) - 1e-4, abs=1e-6)
+    assert suggest_threshold(general, skills, 0.01) == pytest.approx(lowest - 1e-4, abs=1e-6)
+
+
 def test_a_question_is_found_in_long_other_text(general, skills):
     """Its windows are near the skill; the windows of the other text are near no skill."""
     batch = prompts(None, rows=10, seed=6, tokens=200)
@@ -97,8 +110,6 @@ def test_moved_decisions_name_the_prompts(general, skills):
 def test_wrong_input_is_named(general, skills):
     with pytest.raises(MolaError, match="at least one skill"):
         Decider(general, {}, 0.0)
-    with pytest.raises(MolaError, match="`reject_rate`"):
-        suggest_threshold(general, skills, 2)
     with pytest.raises(MolaError, match="at least one prompt"):
         SkillStatistics.measure([])
     empty = prompts(0, rows=1)

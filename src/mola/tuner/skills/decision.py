@@ -144,7 +144,11 @@ def _covariance(kept: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 def suggest_threshold(
     general: GeneralStatistics, skills: Mapping[str, SkillStatistics], reject_rate: float = 0.02
 ) -> float:
-    """The largest threshold that sends at most a share of the skills' own held-out prompts to the base model.
+    """The threshold below which a share of prompts like the skills' own held-out ones are expected.
+
+    The lowest of n margins has `1 / (n + 1)` of further prompts below it, the second lowest twice as many. Between
+    margins it is interpolated. With fewer than `1 / reject_rate - 1` margins the lowest one counts: one prompt sets the
+    threshold, and more than the share are expected below it.
 
     Args:
         general: statistics of general text.
@@ -153,22 +157,16 @@ def suggest_threshold(
 
     Returns:
         The threshold; 0 if no skill has a prompt that is held out.
-
-    Raises:
-        MolaError: `reject_rate` is not a share.
     """
-    if not 0 <= reject_rate < 1:
-        raise MolaError(
-            f"`reject_rate` must be at least 0 and below 1: got {reject_rate!r}. Pass a share such as 0.02."
-        )
     decider = Decider(general, skills, float("-inf"))
     features = [each for name in decider.names for each in decider.held_out[name]]
     if not features:
         return 0.0
-    margins = decider.decide_features(features).margins.sort().values
-    rejected = int(reject_rate * len(margins))
-    # Just below the first margin that is kept, so that this prompt is kept after rounding, too.
-    return float(margins[rejected]) - 1e-4
+    margins = decider.decide_features(features).margins.sort().values.tolist()
+    place = min(max(reject_rate * (len(margins) + 1) - 1, 0), len(margins) - 1)
+    low, high = margins[int(place)], margins[min(int(place) + 1, len(margins) - 1)]
+    # Just below, so that the prompt with this margin is kept after rounding, too.
+    return low + (place - int(place)) * (high - low) - 1e-4
 
 
 @dataclass(frozen=True)
