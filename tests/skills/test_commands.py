@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import mola
 from mola import MolaConfig, Skills
@@ -129,6 +130,15 @@ def test_weights_in_a_pickle_become_safetensors(run, loras, data, tmp_path):
     found = load_file(weights)
     assert read_skills(tmp_path / "skills").skills["birds"].adapter_sha256 == file_sha256(weights)
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_the_base_model_is_built_once_to_check_loras(add, tmp_path, monkeypatch):
+    built, build = [], AutoModelForCausalLM.from_config
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_config", lambda *args, **options: built.append(args) or build(*args, **options)
+    )
+    add(tmp_path / "skills", "birds", "rivers", "tools")
+    assert len(built) == 1
 
 
 def test_layers_below_the_decision_may_be_adapted(run, tiny_model_dir, folder, data, tmp_path):

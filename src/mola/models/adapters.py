@@ -84,16 +84,20 @@ def check_fits(model_on_meta: Any, config: MolaConfig, tensors: Mapping[str, tor
     return adapted
 
 
-def check_lora(folder: Path, model_on_meta: nn.Module, *, all_names: bool = True) -> None:
+def check_lora(folder: Path, model_on_meta: nn.Module, *, all_names: bool = True) -> dict[str, torch.Tensor]:
     """Check that a LoRA of PEFT fits a model; puts the LoRA into the model, whose weights it does not need.
 
     `all_names` also raises for a tensor that is missing or unknown. Pass False if PEFT may rename tensors while it
     loads them.
 
+    Returns:
+        The tensors of the folder.
+
     Raises:
         MolaError: the configuration is wrong, or a tensor has a different shape.
     """
-    tensors = {name: each for name, each in read_tensors(folder).items() if "lora_" in name}
+    read = read_tensors(folder)
+    tensors = {name: each for name, each in read.items() if "lora_" in name}
     expected = get_peft_model_state_dict(put_lora_into(model_on_meta, folder), save_embedding_layers=False)
     shapes = {name: tuple(each.shape) for name, each in expected.items() if "lora_" in name}
     for name in sorted(shapes.keys() | tensors.keys()):
@@ -101,6 +105,7 @@ def check_lora(folder: Path, model_on_meta: nn.Module, *, all_names: bool = True
         # PEFT renames the tensors of a base model's own experts while it loads them.
         if is_in_both or (all_names and ".experts." not in name):
             check_shape(tensors.get(name), shapes.get(name), name, folder)
+    return read
 
 
 def put_lora_into(model_on_meta: nn.Module, folder: Path) -> Any:

@@ -6,12 +6,12 @@ statistics of its prompts. LoRAs and statistics of other skills stay as they are
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mola.checkpoints.adapter_folder import read_tensors
 from mola.checkpoints.adapter_settings import is_skills_folder
 from mola.checkpoints.plain_lora import check_plain_lora, describe_lora
 from mola.checkpoints.skills_folder import (
@@ -29,7 +29,6 @@ from mola.checkpoints.skills_folder import (
 from mola.data.read import check_split
 from mola.errors import MolaError
 from mola.files.atomic import check_new_folder
-from mola.files.digests import WEIGHTS_FILE
 from mola.models.adapters import check_lora, warn_other_base
 from mola.models.base_model import max_positions, weights_identity
 from mola.models.from_options import check_model, model_for, tokenizer_for
@@ -82,8 +81,9 @@ def add(options: AddOptions, model: Any = None) -> AddResult:
             before = None
             path = check_new_folder("folder", path)
         config = check_model(options)
-        folder = _settled(options, before, path, config)
-        first_layers = {name: check_adapter(folder, name, adapter, options) for name, adapter in adapters.items()}
+        on_meta = model_on_meta(options.base_model, options.trust_remote_code, options.gguf_file, config=config)
+        folder = _settled(options, before, path, len(decoder_layers(on_meta)))
+        first_layers = {name: check_adapter(folder, name, each, options, on_meta) for name, each in adapters.items()}
         tokenizer = tokenizer_for(options)
         prompts = {
             name: read_prompts(source, tokenizer, options.limit, max_positions(config))
@@ -104,12 +104,11 @@ def add(options: AddOptions, model: Any = None) -> AddResult:
     return AddResult(folder, list(adapters), describe_moves(before, folder, set(adapters)), too_long)
 
 
-def _settled(options: AddOptions, before: SkillsFolder | None, path: Path, config: Any) -> SkillsFolder:
+def _settled(options: AddOptions, before: SkillsFolder | None, path: Path, num_layers: int) -> SkillsFolder:
     """The folder before the new skills, with the settings that are given."""
     base_model, digest = str(options.base_model), weights_identity(options.base_model)
-    model = model_on_meta(base_model, options.trust_remote_code, options.gguf_file, config=config)
     if before is None:
-        layer = settled_layer(options.layer, len(decoder_layers(model)))
+        layer = settled_layer(options.layer, num_layers)
         before = SkillsFolder(path, base_model, digest, layer, 0.0, REJECT_RATE, {}, {}, {})
     else:
         before.check_base(base_model, digest)
@@ -121,8 +120,8 @@ def _settled(options: AddOptions, before: SkillsFolder | None, path: Path, confi
     return before
 
 
-def check_adapter(folder: SkillsFolder, name: str, adapter: Path, options: AddOptions) -> int:
-    """Check that an adapter can be a skill of a folder, without weights of the base model.
+def check_adapter(folder: SkillsFolder, name: str, adapter: Path, options: AddOptions, on_meta: Any) -> int:
+    """Check that an adapter can be a skill of a folder; `on_meta` is the base model without weights.
 
     Returns:
         The lowest layer that it adapts.
@@ -137,13 +136,11 @@ def check_adapter(folder: SkillsFolder, name: str, adapter: Path, options: AddOp
             "the skill."
         )
     settings = check_plain_lora(adapter)
-    tensors = read_tensors(adapter)
-    layers = describe_lora({key: each.shape for key, each in tensors.items()}, adapter).layers
     warn_other_base(options.base_model, adapter, settings)
-    model = str(options.base_model), options.trust_remote_code, options.gguf_file
-    check_lora(adapter, model_on_meta(*model))
-    if (adapter / WEIGHTS_FILE).is_file():
-        LoraStore(model_on_meta(*model)).add(name, adapter)  # raises for targets that a skill cannot have
+    tensors = check_lora(adapter, copy.deepcopy(on_meta))  # which puts the LoRA into the model
+    shapes = {key: tuple(each.shape) for key, each in tensors.items()}
+    layers = describe_lora(shapes, adapter).layers
+    LoraStore(on_meta).check(name, shapes)  # raises for targets that a skill cannot have
     return min(layers, default=folder.layer)
 
 

@@ -98,8 +98,9 @@ class LoraStore:
         """
         if name in self._folders:
             raise MolaError(f"the skill {name!r} exists already. Remove it first, or choose a different name.")
-        shapes = _read_shapes(Path(folder))
-        adapted = self._check(name, shapes)
+        with _open(Path(folder)) as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - is no dict
+        adapted = self.check(name, shapes)
         self._folders[name], self._digests[name] = Path(folder), sha256
         return adapted
 
@@ -151,16 +152,17 @@ class LoraStore:
         """Device and dtype of the model, which change if the model is moved or cast after skills were read."""
         return self._probe.device, self._probe.dtype
 
-    def _check(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    def check(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Check a LoRA by the names and shapes of its tensors; see `add`."""
         found: dict[str, dict[str, tuple[int, ...]]] = {}
-        for key, shape in shapes.items():
+        for key in _parts(shapes):
             module, part = _split_key(key)
             if module is None:
                 raise MolaError(
                     f"the skill {name!r} has the tensor {key!r}: a skill is a LoRA on linears alone, without trained "
                     "embeddings, biases, magnitudes (DoRA) or whole modules. Train it without them."
                 )
-            found.setdefault(module, {})[part] = shape
+            found.setdefault(module, {})[part] = shapes[key]
         for module, parts in found.items():
             if reason := self._why_no_target(module):
                 raise MolaError(f"the skill {name!r} adapts {module!r}, {reason}.")
@@ -192,7 +194,7 @@ class LoraStore:
         parts: dict[str, dict[str, torch.Tensor]] = {}
         # A skill may be asked for first in inference mode, whose tensors training could not use later.
         with torch.inference_mode(False), torch.no_grad(), _open(folder) as file:
-            for key in _parts(file):
+            for key in _parts(file.keys()):
                 module, part = _split_key(key)
                 parts.setdefault(str(module), {})[part] = _like_weight(file.get_tensor(key), self.linears[str(module)])
         return {
@@ -223,14 +225,9 @@ def _split_key(key: str) -> tuple[str | None, str]:
     return None, ""
 
 
-def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    with _open(folder) as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in _parts(file)}
-
-
-def _parts(file: Any) -> list[str]:
-    """Names of the tensors in an adapter's file, without frozen weights of the base model, which PEFT may save too."""
-    return [key for key in file.keys() if not key.endswith(".base_layer.weight")]  # noqa: SIM118 - file is no dict
+def _parts(keys: Iterable[str]) -> list[str]:
+    """Names of an adapter's tensors, without frozen weights of the base model, which PEFT may save too."""
+    return [key for key in keys if not key.endswith(".base_layer.weight")]
 
 
 def _open(folder: Path) -> Any:
