@@ -83,8 +83,8 @@ class SkillsFolder:
         base_model: folder or hub id of the base model.
         base_digest: identifies the base model's weights; see `mola.models.base_model.weights_identity`.
         layer: the decision reads the input of this layer.
-        threshold: a prompt is answered by a skill if its score is above this share of the score of the skill's mean.
-        reject_rate: share of a skill's own prompts that `threshold` may refuse; None if `threshold` was given.
+        threshold: a skill answers a prompt whose margin is above it; see `mola.tuner.skills.decision`.
+        reject_rate: share of prompts like the skills' own that may be below it; None if `threshold` was given.
         skills: name -> entry, sorted by name.
         general: statistics of general text.
         statistics: name of a skill -> its statistics.

@@ -44,6 +44,14 @@ def test_prompts_go_to_their_skill_and_others_to_the_base(general, skills):
     assert table["general"] == table["unknown"] == {None: 30}
 
 
+def test_margin_is_1_at_the_mean_of_a_skill_and_minus_1_at_that_of_general_text(general, skills):
+    decider = Decider(general, skills, 0.0)
+    places = [skills["sums"].means[:1], general.mean[None], (skills["sums"].means[:1] + general.mean) / 2]
+    found = decider.decide_features(places)
+    assert found.margins.tolist() == pytest.approx([1, -1, 0], abs=0.1)
+    assert found.names[0] == "sums"
+
+
 def test_order_of_the_skills_changes_no_bit(general, skills):
     batch = prompts(1, seed=3)
     forwards = Decider(general, skills, 0.0).decide(batch)
