@@ -1,18 +1,17 @@
 """`load_model` of a skills folder."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
 
 from mola import load_model
-from mola.checkpoints.skills_folder import SkillEntry, SkillsFolder, add_entry, read_skills, write_skills
+from mola.checkpoints.skills_folder import SkillEntry, SkillsFolder, add_entry, write_skills
 from mola.errors import MolaError
 from mola.files.digests import file_sha256
 from mola.models.base_model import weights_identity
-from mola.models.skills import content_finder, update_skills
+from mola.models.skills import content_finder
 from mola.models.tokenizer import load_tokenizer
 from mola.tuner.skills.statistics import GeneralStatistics, SkillStatistics
 
@@ -94,21 +93,6 @@ def test_a_lora_that_was_changed_is_found_when_it_is_asked_for(skills_dir, token
     model(**encode(tokenizer, MIXED[:2]))
     with pytest.raises(MolaError, match="is not the file that was added"):
         model(**encode(tokenizer, MIXED[2:]))
-
-
-def test_a_folder_that_changes(skills_dir, tokenizer):
-    model = load(skills_dir)
-    folder = read_skills(skills_dir)
-    without = replace(folder, skills={name: folder.skills[name] for name in ("digits", "signs")}, threshold=1e6)
-    update_skills(model.skills, without)
-    assert model.skills.names == ["digits", "signs"]
-    inputs = encode(tokenizer, MIXED)
-    with torch.no_grad():
-        model(**inputs)
-        assert model.skills.last_names == [None] * 3
-        update_skills(model.skills, folder)
-        model(**inputs)
-    assert model.skills.last_names == NAMES
 
 
 def test_content_of_a_chat_of_the_base_model(tiny_model_dir):

@@ -1,4 +1,4 @@
-"""Puts the skills of a folder into a base model, and keeps them as the folder is."""
+"""Puts the skills of a folder into a base model."""
 
 from __future__ import annotations
 
@@ -43,22 +43,7 @@ def attach_skills(
     general = GeneralStatistics.from_tensors(folder.general)
     finder = content_finder(tokenizer, [folder.path / name for name in folder.names])
     runtime = SkillsRuntime(model, folder.layer, finder, general, folder.threshold, max_loaded)
-    update_skills(runtime, folder)
-    return runtime
-
-
-def update_skills(runtime: SkillsRuntime, folder: SkillsFolder) -> None:
-    """Make a model's skills those of a folder that has changed: add, replace and remove what differs.
-
-    Raises:
-        MolaError: a skill does not fit the model.
-    """
-    digests = runtime.digests()
-    for name, found in digests.items():
-        if name not in folder.skills or folder.skills[name].adapter_sha256 != found:
-            runtime.remove(name)
     for name in folder.names:
-        if name not in runtime.names:
-            statistics = SkillStatistics.from_tensors(folder.statistics[name])
-            runtime.add(name, folder.path / name, statistics, folder.skills[name].adapter_sha256)
-    runtime.decide_by(folder.threshold)
+        statistics = SkillStatistics.from_tensors(folder.statistics[name])
+        runtime.add(name, folder.path / name, statistics, folder.skills[name].adapter_sha256)
+    return runtime

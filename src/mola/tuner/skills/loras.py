@@ -73,11 +73,6 @@ class LoraStore:
         return not self._folders
 
     @property
-    def digests(self) -> dict[str, str | None]:
-        """Name of each skill -> the sha256 that it was added with."""
-        return dict(self._digests)
-
-    @property
     def loaded(self) -> list[str]:
         """Names of the skills in memory, least recently asked first."""
         return list(self._loaded)

@@ -113,10 +113,6 @@ class SkillsRuntime:
         """Maximum number of LoRAs in memory."""
         return self._store.max_loaded
 
-    def digests(self) -> dict[str, str | None]:
-        """Name of each skill -> the sha256 that it was added with."""
-        return self._store.digests
-
     def loaded(self) -> list[str]:
         """Names of the skills in memory, least recently asked first."""
         return self._store.loaded
