@@ -8,7 +8,7 @@ import torch
 from mola.errors import MolaError
 from mola.tuner.skills.decision import Decider, confusion, moved_decisions, suggest_threshold
 from mola.tuner.skills.general_text import general_texts
-from mola.tuner.skills.statistics import GeneralStatistics, PromptBatch, SkillStatistics
+from mola.tuner.skills.statistics import GeneralStatistics, PromptBatch, SkillStatistics, prompt_features
 
 WIDTH = 24
 
@@ -96,6 +96,15 @@ def test_threshold_is_between_the_margins_that_the_share_falls_between(general):
     threshold = suggest_threshold(general, skills, 0.02)
     assert threshold == pytest.approx(lowest + 0.6 * (second - lowest) - 1e-4, abs=1e-6)
     assert suggest_threshold(general, skills, 0.01) == pytest.approx(lowest - 1e-4, abs=1e-6)
+
+
+def test_windows_only_raise_the_margin_of_a_skill(general, skills):
+    """Held-out prompts are kept without them, so fewer of longer prompts are below the threshold."""
+    decider = Decider(general, {"sums": skills["sums"]}, 0.0)
+    found = prompt_features(prompts(0, seed=8, tokens=60))
+    with_windows, without = (decider.decide_features(each).margins for each in (found, [each[:3] for each in found]))
+    assert (with_windows >= without).all()
+    assert (with_windows > without).any()
 
 
 def test_a_question_is_found_in_long_other_text(general, skills):

@@ -147,8 +147,9 @@ def suggest_threshold(
     """The threshold below which a share of prompts like the skills' own held-out ones are expected.
 
     The lowest of n margins has `1 / (n + 1)` of further prompts below it, the second lowest twice as many. Between
-    margins it is interpolated. With fewer than `1 / reject_rate - 1` margins the lowest one counts: one prompt sets the
-    threshold, and more than the share are expected below it.
+    margins it is interpolated. With fewer than `1 / reject_rate - 1` margins the lowest one counts, so one prompt sets
+    the threshold. Held-out prompts are kept without their windows, which only raise a margin: of prompts with windows
+    fewer are below.
 
     Args:
         general: statistics of general text.
