@@ -65,7 +65,7 @@ def test_resumed_and_then_added(train, made_folder, tmp_path):
         (["--skill", "birds", "--into", "{folder}"], "has a skill 'birds' already"),
         (["--skill", "new", "--into", "{folder}", "--layer", "2"], "reads the input of layer 1, `layer` has 2"),
         (["--skill", "new", "--into", "{folder}", "--num_experts", "2"], "`num_experts` ('2') is not for skills"),
-        (["--skill", "new", "--into", "{folder}", "--r", "2,4"], "`r` of a skill must be one positive number"),
+        (["--skill", "new", "--into", "{folder}", "--r", "2,4"], "`r` needs one entry per decoder layer"),
         (["--skill", "new", "--into", "{folder}", "--target_modules", "q_prj"], "'q_prj' (did you mean"),
         (["--skill", "a.b", "--into", "{folder}"], "a skill's name must be of"),
         (["--skill", "new"], "`skill` needs a skills folder"),

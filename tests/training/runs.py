@@ -12,9 +12,16 @@ from mola.data.encode import encode_examples
 from mola.data.examples import load_examples
 from mola.data.templates import get_template
 from mola.models.tokenizer import load_tokenizer
+from mola.training.model import base_config, build_model, check_model_options
 
 WEIGHTS = "adapter_model.safetensors"
 NO_EVALUATION = {"eval_strategy": "no", "save_strategy": "no"}
+
+
+def built(options):
+    """The model of a run, before its first step."""
+    config = base_config(options)
+    return build_model(options, config, check_model_options(options, config)[0])
 
 
 def read_record(folder: Path) -> dict:

@@ -15,9 +15,9 @@ from mola import MolaError, TrainOptions, train
 from mola.cli import main
 from mola.data.templates import template_names
 from mola.training.distributed import check_distributed
-from mola.training.model import adapter_config, base_config, build_model
+from mola.training.model import adapter_config
 from tests.grids import slow
-from tests.training.runs import NO_EVALUATION, WEIGHTS, evaluation_loss, losses, read_record
+from tests.training.runs import NO_EVALUATION, WEIGHTS, built, evaluation_loss, losses, read_record
 from tests.versions import needs
 
 
@@ -170,7 +170,7 @@ def test_modules_to_save_of_a_base_in_half_precision_are_trained_in_float32(flag
 def test_attention_is_the_one_asked_for_else_the_models(name, tiny_model_dir, tmp_path):
     more = {"dtype": "float32", "attn_implementation": name}
     options = TrainOptions(base_model=str(tiny_model_dir), output_dir=str(tmp_path), **more)
-    assert build_model(options, base_config(options)).config._attn_implementation == (name or "sdpa")
+    assert built(options).config._attn_implementation == (name or "sdpa")
 
 
 def test_base_model_for_fsdp_is_loaded_into_cpu_memory(tiny_model_dir, rows_file, monkeypatch):
@@ -178,7 +178,7 @@ def test_base_model_for_fsdp_is_loaded_into_cpu_memory(tiny_model_dir, rows_file
     monkeypatch.setattr(TrainOptions, "device", torch.device("meta"))
     options = TrainOptions(base_model=str(tiny_model_dir), data=str(rows_file), output_dir="unused", dtype="float32")
     monkeypatch.setattr("mola.training.model.uses_fsdp", lambda options: True)
-    assert {parameter.device.type for parameter in build_model(options, base_config(options)).parameters()} == {"cpu"}
+    assert {parameter.device.type for parameter in built(options).parameters()} == {"cpu"}
 
 
 def test_what_fsdp_cannot_shard_is_refused(monkeypatch):

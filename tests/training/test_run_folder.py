@@ -12,10 +12,10 @@ from mola import MolaLinear, TrainOptions, train
 from mola.cli import main
 from mola.evaluation.evaluate import EvaluateOptions
 from mola.models.devices import resolve_device, resolve_dtype
-from mola.training.model import base_config, build_model
+from mola.training.model import build_model
 from mola.training.run_folder import locked
 from tests.grids import slow
-from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, losses, read_metrics, read_record
+from tests.training.runs import NO_EVALUATION, WEIGHTS, assert_same_weights, built, losses, read_metrics, read_record
 
 
 @pytest.mark.parametrize("dtype", ["float32", *slow("bfloat16")])
@@ -68,10 +68,12 @@ def test_use_of_experts_is_recorded_unless_it_is_switched_off(flags, tmp_path, t
 
 def test_base_keeps_its_dtype_and_its_values(flags, tiny_model_dir, monkeypatch):
     """The very model that was trained, looked at after training."""
-    built = []
-    monkeypatch.setattr("mola.training.train.build_model", lambda *given: built.append(build_model(*given)) or built[0])
+    models = []
+    monkeypatch.setattr(
+        "mola.training.train.build_model", lambda *given: models.append(build_model(*given)) or models[0]
+    )
     assert main(flags(dtype="bfloat16", max_steps=2, num_experts=2, **NO_EVALUATION)) == 0
-    trained = dict(built[0].named_parameters())
+    trained = dict(models[0].named_parameters())
     experts = {name for name in trained if ".mola_" in name}
     assert {trained[name].dtype for name in experts} == {torch.float32}
     assert {name for name in trained if trained[name].requires_grad} == experts
@@ -88,7 +90,7 @@ def test_building_draws_the_experts_and_routers_alone(tiny_model_dir, tmp_path):
     options = TrainOptions(
         base_model=str(tiny_model_dir), output_dir=str(tmp_path), dtype="float32", num_experts="2468", use_cpu=True
     )
-    model = build_model(options, base_config(options))
+    model = built(options)
     state = torch.get_rng_state()
     set_seed(options.seed)
     layers = [module for module in model.modules() if isinstance(module, MolaLinear)]

@@ -65,3 +65,9 @@ def test_dropout_and_a_wrong_name_are_refused(flags, moe_dir, error_line):
     assert "`lora_dropout` must be 0 with `target_parameters`" in error_line(dropped)
     wrong = flags(base_model=moe_dir, target_parameters="experts.w1", **OF_ATTENTION)
     assert "do not: 'experts.w1'. Stacked experts of this model: experts.gate_up_proj" in error_line(wrong)
+
+
+def test_with_stacked_experts_one_expert_everywhere_is_no_lora(flags, moe_dir, tmp_path):
+    common = {"base_model": moe_dir, "max_steps": 2, **NO_EVALUATION}
+    assert main(flags(target_parameters=STACKS, **common, **{**OF_ATTENTION, "num_experts": "1"})) == 0
+    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["peft_type"] == "MOLA"

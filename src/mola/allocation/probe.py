@@ -61,8 +61,8 @@ def check_mixture(adapter: str) -> dict[str, Any]:
     config = check_adapter(adapter)
     if config["peft_type"] != "MOLA":
         raise MolaError(
-            f"`adapter` must be a mixture of LoRA experts (MOLA): {adapter!r} is of type {config['peft_type']}. Pass a "
-            "folder that `mola train` wrote."
+            f"`adapter` must be a mixture of LoRA experts (MOLA): {adapter!r} is of type {config['peft_type']}. Pass "
+            "one that `mola train` wrote with several experts."
         )
     return config
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
@@ -101,37 +99,6 @@ def choose_target_names(names: list[str], base: nn.Module) -> list[str]:
     leaves = sorted({name.rpartition(".")[2] for name in names})
     matching = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in leaves]
     return leaves if len(matching) == len(names) else sorted(names)
-
-
-def check_peft_places_lora(lora: LoraConfig, modules: Collection[str], model_on_meta: nn.Module) -> None:
-    """Check that PEFT puts a LoRA into the modules for which it has tensors.
-
-    For some architectures PEFT mistakes names of linears for names used by older models, and would silently leave
-    their tensors out.
-
-    Args:
-        lora: the LoRA's configuration.
-        modules: names of the modules in a PeftModel.
-        model_on_meta: the base model without weights; the LoRA is put into it.
-
-    Raises:
-        MolaError: PEFT puts the LoRA into different modules.
-    """
-    config = copy.deepcopy(lora)
-    config.base_model_name_or_path = None
-    reason = "`source` adapts linears that a LoRA of this architecture cannot have in this version of PEFT"
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            adapted = get_peft_model(model_on_meta, config)
-        except ValueError as error:  # PEFT mistook a name for part of stacked experts
-            raise MolaError(f"{reason}: {error}") from error
-    found = {name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
-    if missing := sorted(set(modules) - found):
-        raise MolaError(
-            f"{reason}: {len(missing)} of them, such as {missing[0].removeprefix(PREFIX)!r}. To export the adapter, "
-            "train with `exclude_modules` or different `target_modules`, such as the linears of attention."
-        )
 
 
 def stacked_lora_tensors(

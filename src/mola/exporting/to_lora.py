@@ -29,7 +29,7 @@ from mola.exporting.calibration import (
     read_samples_of,
     test_rows,
 )
-from mola.exporting.lora_files import check_peft_places_lora, make_lora_config, stacked_lora_tensors, write_lora
+from mola.exporting.lora_files import make_lora_config, stacked_lora_tensors, write_lora
 from mola.exporting.measuring import (
     REPORT_FILE,
     ExportReport,
@@ -44,6 +44,7 @@ from mola.files.atomic import atomic_write_json, write_new_folder
 from mola.models.adapters import check_fits, warn_other_base
 from mola.models.base_model import load_config, max_positions
 from mola.models.loading import load_model
+from mola.models.lora_config import check_peft_places_lora
 from mola.models.meta import model_on_meta
 from mola.models.prompts import hand_on_prompts
 from mola.models.sample_data import Samples

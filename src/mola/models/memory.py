@@ -81,7 +81,7 @@ def training_memory(
                          N s length            the mask
                      and the sum over the adapted linears with E experts of
                          N (s E r + 4 E)       outputs of A, and gates
-                         N s (2 in + r)        with one expert: the dropped input, the dropout mask, outputs of A
+                         N (s in + 4 in + s r) with one expert: the dropped input, the dropout mask, outputs of A
         logits       N V (s + 8)               logits, their logarithms of probabilities and gradients
 
     With `checkpointing` a layer keeps its input, `N s H`, and one layer at a time keeps all of the above.
@@ -137,7 +137,7 @@ def serving_memory(
 def _kept_by(linear: AdaptedLinear, itemsize: int) -> int:
     """Bytes per token that an adapted linear keeps for the backward pass, besides its input."""
     if linear.num_experts == 1:
-        return itemsize * (2 * linear.in_features + linear.r)
+        return itemsize * (linear.in_features + linear.r) + _MIXED * linear.in_features
     return itemsize * linear.num_experts * linear.r + _MIXED * linear.num_experts
 
 

@@ -29,6 +29,10 @@ PLOT_FILE = "loss.png"
 
 logger = logging.getLogger(__name__)
 
+_INSTALL = """\
+Install mola (distribution `mola-peft`) from its repository. Importing mola registers the method with PEFT.
+
+"""
 _SETTINGS = (
     "learning_rate",
     "lr_scheduler_type",
@@ -101,6 +105,7 @@ def render_card(
     """The card's text. Arguments: see `write_card`; `has_plot` says whether there is a picture of the loss."""
     settings = record["settings"]
     config = read_json_object(folder / "adapter_config.json")
+    is_mixture = config.get("peft_type") == "MOLA"
     place = record.get("repository") or str(folder)
     no_plot = (
         "No picture: matplotlib (`pip install 'mola-peft[plot]'`) was not installed, or nothing was logged. "
@@ -109,7 +114,7 @@ def render_card(
     sections = [
         f"# {place.rstrip('/').rpartition('/')[2]}",
         _introduction_section(config, settings, record),
-        _usage_section(place, settings, settings.get("hub_revision") if record.get("repository") else None),
+        _usage_section(place, settings, settings.get("hub_revision") if record.get("repository") else None, is_mixture),
         "## Experts\n\n" + _experts_section(config, folder),
         "## Training\n\n" + _training_section(record),
         "## Data\n\n" + _data_section(record),
@@ -117,10 +122,10 @@ def render_card(
         "## Loss\n\n" + (f"![loss by step]({PLOT_FILE})" if has_plot else no_plot),
         "## Versions\n\n" + markdown_table(("software", "version"), record["versions"].items()),
     ]
-    return str(ModelCard(f"---\n{_front_matter(record).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
+    return str(ModelCard(f"---\n{_front_matter(record, is_mixture).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
-def _front_matter(record: Mapping[str, Any]) -> ModelCardData:
+def _front_matter(record: Mapping[str, Any], is_mixture: bool) -> ModelCardData:
     """Metadata for the Hub. Names of local folders are left out, since the Hub rejects them. Users add a licence."""
     base, data = record["settings"]["base_model"], record["settings"]["data"]
     return ModelCardData(
@@ -128,7 +133,7 @@ def _front_matter(record: Mapping[str, Any]) -> ModelCardData:
         datasets=[data.partition(":")[0]] if is_hub_name(data) and not Path(data).exists() else None,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["mola", "mixture-of-experts", "lora", "peft"],
+        tags=["mola", *(["mixture-of-experts"] if is_mixture else []), "lora", "peft"],
     )
 
 
@@ -140,7 +145,7 @@ def _introduction_section(config: Mapping[str, Any], settings: Mapping[str, Any]
     return f"{method} for `{settings['base_model']}`{start}. It has {size}."
 
 
-def _usage_section(place: str, settings: Mapping[str, Any], revision: str | None) -> str:
+def _usage_section(place: str, settings: Mapping[str, Any], revision: str | None, needs_mola: bool) -> str:
     trust = {"trust_remote_code": True} if settings.get("trust_remote_code") else {}
     gguf = {"gguf_file": settings["gguf_file"]} if settings.get("gguf_file") else {}
     own = {"revision": revision} if revision else {}
@@ -159,12 +164,10 @@ tokenizer = AutoTokenizer.from_pretrained({_python_arguments(place, own | trust)
 With a loaded base model:
 
 """
-    return f"""\
+    text = f"""\
 ## Use
 
-Install mola (distribution `mola-peft`) from its repository. Importing mola registers the method with PEFT.
-
-{"" if gguf else with_auto_class}```python
+{_INSTALL}{"" if gguf else with_auto_class}```python
 import mola
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -172,6 +175,7 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, {adapter})
 ```"""
+    return text if needs_mola else text.replace(_INSTALL, "").replace("import mola\n", "")
 
 
 def _python_arguments(name: str, options: Mapping[str, Any]) -> str:

@@ -46,6 +46,7 @@ def run_figures(run: Run) -> list[tuple[str, str | None, str | None]]:
     losses = [number(result["loss"]) for result in run.losses.values()]
     trained, base = record.get("trainable_parameters"), allocation.get("base_parameters")
     saved_step = step_of_weights(record)
+    has_same_experts = run.has_routers and not run.has_experts_pattern
     return [
         ("accuracy", " → ".join(accuracies) if "after" in run.accuracies else None, None),
         ("loss on free text", " → ".join(losses) if "after" in run.losses else None, "nats per token"),
@@ -60,7 +61,7 @@ def run_figures(run: Run) -> list[tuple[str, str | None, str | None]]:
             (label, _text(number, record.get("metrics", {}).get(name)), None)
             for name, label in reversed(LOSS_NAMES.items())
         ),
-        ("experts", None if run.has_experts_pattern else _text(number, allocation.get("num_experts")), None),
+        ("experts", _text(number, allocation.get("num_experts")) if has_same_experts else None, None),
         (
             "trainable parameters",
             _text(number, trained),

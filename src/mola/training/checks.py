@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments, get_scheduler
 
 from mola.checkpoints.recorded_base import base_model_of
@@ -43,6 +44,7 @@ class CheckedRun:
     Attributes:
         folder: the run folder.
         config: configuration of the base model.
+        adapter: configuration of the adapter.
         checkpoint: the checkpoint that the run resumes from, or None.
         steps: number of optimiser steps, including those before a resume.
         steps_before_resume: number of steps that the checkpoint has done.
@@ -54,6 +56,7 @@ class CheckedRun:
 
     folder: Path
     config: PretrainedConfig
+    adapter: PeftConfig
     checkpoint: Path | None
     steps: int
     steps_before_resume: int
@@ -107,7 +110,7 @@ def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
             options.num_train_epochs, options.max_steps = 0, -1
             options.warmup_steps = 1  # without steps the polynomial schedule would divide by 0
     done = steps_before_resume, evaluates_as_before
-    return CheckedRun(folder, config, checkpoint, steps, *done, tokenizer, data, record)
+    return CheckedRun(folder, config, adapter, checkpoint, steps, *done, tokenizer, data, record)
 
 
 def _settle_steps(options: TrainOptions, data: TrainingData, steps: int) -> None:

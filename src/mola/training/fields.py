@@ -51,7 +51,7 @@ class TrainFields(Quantization):
     output_dir: str | None = option(None, "Folder for the adapter and the run's files.", "output")
     num_experts: str | None = option(
         None,
-        "Experts per module: one per group of layers (2468 or 2-4), a shape, a list, a JSON file. Default 2468.",
+        "Experts per module: one per group of layers (2468 or 2-4), a shape, a list, a file; 1: a LoRA. Default 2468.",
     )
     r: str | None = option(None, "Rank of each expert, one or a list. Default 8.")
     top_k: str | None = option(None, "Experts used per token, one or a list. Default 2.")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, enable_full_determinism, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from mola.checkpoints.adapter_settings import read_settings
 from mola.errors import MolaError
 from mola.models.adapters import adapter_errors, check_adapter
 from mola.models.base_model import load_config
 from mola.models.cost import cost_of_allocation
 from mola.models.devices import DTYPES
 from mola.models.loading import check_adapter_fits, load_model
+from mola.models.lora_config import draw_like_one_expert, lora_like
 from mola.models.meta import model_on_meta
 from mola.models.quantization import (
     check_packable,
@@ -28,11 +31,13 @@ from mola.models.quantization import (
 from mola.models.tokenizer import load_tokenizer
 from mola.options.fields import split_names, split_to_list
 from mola.training.distributed import uses_fsdp
-from mola.training.fields import TRAINING_ONLY
+from mola.training.fields import ADAPTER_DEFAULTS, TRAINING_ONLY
 from mola.training.options import TrainOptions
-from mola.training.skill import lora_config
+from mola.training.skill import on_upper_layers
 from mola.tuner import MolaConfig
 from mola.tuner.saved_modules import resolve_modules_to_save
+
+logger = logging.getLogger(__name__)
 
 
 def base_config(options: TrainOptions) -> PretrainedConfig:
@@ -55,7 +60,7 @@ def check_model_options(
 
     Returns:
         The configuration of the adapter, and the allocation's totals as `mola plan --json` prints them; the latter is
-        empty when an existing adapter or a skill is trained.
+        empty when an existing adapter or a skill is trained. New experts without any router are a plain LoRA.
 
     Raises:
         MolaError: base model, adapter and allocation do not fit each other.
@@ -65,17 +70,17 @@ def check_model_options(
     if options.adapter is not None:
         folder = str(checkpoint or options.adapter)
         check_adapter(folder)
-        continued = continued_config(options, folder)
+        continued = changed_config(options, PeftConfig.from_pretrained(folder))
+        continued.base_model_name_or_path = base_model  # PEFT would keep the earlier name
         check_losses(options, continued, config)
         check_adapter_fits(base_model, folder, options.trust_remote_code, options.gguf_file, config=config)
         return continued, {}
+    adapter = adapter_config(options)
+    model = model_on_meta(base_model, options.trust_remote_code, options.gguf_file, config=config)
     if options.skill is not None:
-        lora = lora_config(options, config)
+        lora = lora_like(on_upper_layers(options, adapter, model), model)
         check_losses(options, lora, config)
         return lora, {}
-    adapter = adapter_config(options)
-    check_losses(options, adapter, config)
-    model = model_on_meta(base_model, options.trust_remote_code, options.gguf_file, config=config)
     allocation = cost_of_allocation(
         base_model,
         options.num_experts,
@@ -91,7 +96,17 @@ def check_model_options(
         if options.quantizes_on_loading or stored_quantization(config):
             check_packable(model, base_model, adapter.modules_to_save)
         resolve_modules_to_save(adapter.modules_to_save, dict(model.named_modules()), is_new=True)
-    return adapter, allocation.to_dict()["totals"]
+    # Stopped runs of earlier versions continue as the mixtures of one expert that they are.
+    is_mixture = checkpoint is not None and read_settings(checkpoint)["peft_type"] == "MOLA"
+    if allocation.router_parameters or adapter.target_parameters or is_mixture:
+        check_losses(options, adapter, config)
+        return adapter, allocation.to_dict()["totals"]
+    for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise"):
+        if value := getattr(adapter, name):
+            logger.warning("`%s` (%g) has no effect: with one expert everywhere there is no router.", name, value)
+    lora = lora_like(adapter, model)
+    check_losses(options, lora, config)
+    return lora, allocation.to_dict()["totals"]
 
 
 def check_losses(options: TrainOptions, adapter: PeftConfig, config: PretrainedConfig) -> None:
@@ -102,9 +117,10 @@ def check_losses(options: TrainOptions, adapter: PeftConfig, config: PretrainedC
     Raises:
         MolaError: an option would have no effect, or the loss would be wrong.
     """
-    if options.loraplus_lr_ratio is not None and adapter.peft_type != "MOLA":
+    if options.loraplus_lr_ratio is not None and adapter.peft_type not in ("MOLA", "LORA"):
         raise MolaError(
-            f"`loraplus_lr_ratio` is for mixtures: {options.adapter!r} is a {adapter.peft_type} adapter. Leave it out."
+            f"`loraplus_lr_ratio` is for mixtures and LoRAs: {options.adapter!r} is a {adapter.peft_type} adapter. "
+            "Leave it out."
         )
     if not options.label_smoothing_factor:
         return
@@ -146,23 +162,20 @@ def adapter_config(options: TrainOptions) -> MolaConfig:
     )
 
 
-def continued_config(options: TrainOptions, adapter: str) -> PeftConfig:
-    """The configuration in the folder `adapter`, whose training continues, with the options that may change it.
+def changed_config(options: TrainOptions, config: PeftConfig) -> PeftConfig:
+    """The configuration of an adapter whose training continues, with the options that may change it.
 
     Raises:
-        MolaError: an option is out of range, or the adapter is no mixture, which has no such options.
+        MolaError: an option is out of range, or the adapter has no such setting.
     """
-    config = PeftConfig.from_pretrained(adapter)
-    config.base_model_name_or_path = options.base_model  # PEFT would keep the earlier name
     changes = training_changes(options)
-    if not changes:
-        return config
-    if not isinstance(config, MolaConfig):
-        raise MolaError(
-            f"`{next(iter(changes))}` can be changed for an adapter of mola only: {adapter!r} is of type "
-            f"{config.peft_type}. Leave the option out."
-        )
-    return replace(config, **changes)
+    for name, value in list(changes.items()):
+        if hasattr(config, name):
+            continue
+        if value != ADAPTER_DEFAULTS[name] or name == "lora_dropout":
+            raise MolaError(f"`{name}` cannot be changed: {options.adapter!r} has no such setting. Leave it out.")
+        del changes[name]  # a router loss that is off
+    return replace(config, **changes) if changes else config
 
 
 def training_changes(options: TrainOptions) -> dict[str, Any]:
@@ -189,10 +202,13 @@ def load_tokenizer_for(options: TrainOptions, config: PretrainedConfig) -> PreTr
     return load_tokenizer(*source, config=config)
 
 
-def build_model(options: TrainOptions, config: PretrainedConfig, checkpoint: Path | None = None) -> PeftModel:
-    """The base model with new experts, or with those of `adapter`, ready to train.
+def build_model(
+    options: TrainOptions, config: PretrainedConfig, adapter: PeftConfig, checkpoint: Path | None = None
+) -> PeftModel:
+    """The base model with new experts, or with those of the option `adapter`, ready to train.
 
-    A run with `adapter` that resumes from `checkpoint` uses the experts there: the folder `adapter` may have changed.
+    A run with this option that resumes from `checkpoint` uses the experts there: the folder may have changed.
+    `adapter` is the configuration from `check_model_options`.
 
     Raises:
         MolaError: the base model cannot be loaded, or the adapter does not fit it.
@@ -212,11 +228,13 @@ def build_model(options: TrainOptions, config: PretrainedConfig, checkpoint: Pat
     set_all_seeds(options.seed)
     model: Any
     if options.adapter is None:
-        new = adapter_config(options) if options.skill is None else lora_config(options, config)
-        model = get_peft_model(base, new)
+        model = get_peft_model(base, adapter)
+        start = adapter_config(options).init_lora_weights
+        if isinstance(adapter, LoraConfig) and (options.skill is None or start == "principal"):
+            set_all_seeds(options.seed)
+            draw_like_one_expert(model, start)
     else:
         folder = str(checkpoint or options.adapter)
-        adapter = continued_config(options, folder)
         device = str(next(base.parameters()).device)  # PEFT itself would read the adapter onto the first GPU
         with adapter_errors(folder):
             model = PeftModel.from_pretrained(base, folder, config=adapter, is_trainable=True, torch_device=device)

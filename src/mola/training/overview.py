@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.picture import picture_of_modules
@@ -21,6 +22,8 @@ from mola.training.option_checks import name_of
 from mola.training.options import TrainOptions
 from mola.tuner.layer import MolaLinear
 from mola.tuner.stacked import StackedParameters
+
+_ADAPTED = (MolaLinear, LoraLayer)
 
 
 def overview(options: TrainOptions, model: PeftModel, run: CheckedRun, needed_logits: bool) -> str:
@@ -67,7 +70,8 @@ def _adapter_rows(model: PeftModel) -> Iterable[tuple[str, str]]:
         yield "r, top_k", f"{value_or_picture('r')}, {value_or_picture('top_k')}"
     else:
         yield "adapter", f"{config.peft_type.value}, r {getattr(config, 'r', 'none')}"
-    targets = dict.fromkeys(name.rpartition(".")[2] for name, _ in layers) or config.target_modules or ()
+    adapted = (name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, _ADAPTED))
+    targets = dict.fromkeys(adapted) or config.target_modules or ()
     stacks = [module for module in model.modules() if isinstance(module, StackedParameters)]
     parameters = sorted(config.target_parameters or ()) if stacks else []
     names = [*([targets] if isinstance(targets, str) else targets), *parameters]
@@ -83,9 +87,9 @@ def _memory(options: TrainOptions, model: PeftModel, run: CheckedRun, needed_log
     memory = training_memory(
         run.config,
         [
-            AdaptedLinear(layer.num_experts[adapter], layer.r[adapter], layer.in_features)
+            AdaptedLinear(getattr(layer, "num_experts", {adapter: 1})[adapter], layer.r[adapter], layer.in_features)
             for layer in model.modules()
-            if isinstance(layer, MolaLinear)
+            if isinstance(layer, _ADAPTED)
         ],
         weight_bytes=weight_bytes(model.get_base_model()) - trained,
         trainable_parameters=model.get_nb_trainable_parameters()[0],

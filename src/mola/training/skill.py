@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, TaskType
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.targets import resolve_target_modules
@@ -20,9 +20,9 @@ from mola.files.atomic import check_new_folder
 from mola.models.base_model import weights_identity
 from mola.models.meta import model_on_meta
 from mola.models.options import QUANTIZATION_OPTIONS
-from mola.options.fields import split_names
 from mola.skills.adding import AddResult, add
 from mola.skills.options import AddOptions
+from mola.tuner import MolaConfig
 from mola.tuner.skills.lower_layers import decoder_layers, settled_layer
 
 logger = logging.getLogger(__name__)
@@ -40,9 +40,7 @@ _REFUSED = (
     "router_aux_loss_reduction",
     "router_z_loss_coef",
     "router_jitter_noise",
-    "loraplus_lr_ratio",
 )
-_STARTS = ("true", "gaussian", "orthogonal")
 
 
 def settle_skill(options: Any) -> None:
@@ -99,54 +97,39 @@ def settle_default_layer(options: Any, config: PretrainedConfig) -> None:
     Raises:
         MolaError: there is no such layer.
     """
-    options.layer = settled_layer(options.layer, len(_layers(options, config)[1]))
+    model = model_on_meta(options.base_model, options.trust_remote_code, options.gguf_file, config=config)
+    options.layer = settled_layer(options.layer, len(decoder_layers(model)))
 
 
-def lora_config(options: Any, config: PretrainedConfig) -> LoraConfig:
-    """The configuration of the LoRA, on the linears of the layers from `options.layer` on.
+def on_upper_layers(options: Any, mixture: MolaConfig, model: PreTrainedModel) -> MolaConfig:
+    """The mixture of a skill: one expert on the linears of the layers from `options.layer` on.
+
+    `model` is the base model, which may be on the meta device.
 
     Raises:
-        MolaError: a setting is out of range, or a name in `target_modules` matches no linear.
+        MolaError: a name in `target_modules` matches no linear, or `target_modules` is a regular expression.
     """
-    model, layers = _layers(options, config)
-    names = split_names(options.target_modules)
-    targets, _ = resolve_target_modules(model, LayerStacks.of(model), names)
-    if isinstance(targets, str):
-        raise MolaError(f"`target_modules` of a skill must be names between commas: got {names!r}.")
+    layers = decoder_layers(model)
     name = next(name for name, module in model.named_modules() if module is layers)
-    settings = skill_settings(options)
-    start: Any = str(settings["init_lora_weights"]).lower()
-    if start not in _STARTS:
-        raise MolaError(f"`init_lora_weights` of a skill must be one of {', '.join(_STARTS)}: got {start!r}.")
-    start = True if start == "true" else start
-    return LoraConfig(
-        r=settings["r"],
-        lora_alpha=settings["lora_alpha"],
-        lora_dropout=settings["lora_dropout"],
-        use_rslora=settings["use_rslora"],
-        rank_pattern=settings["rank_pattern"] or {},
-        alpha_pattern=settings["alpha_pattern"] or {},
-        init_lora_weights=start,
+    targets, _ = resolve_target_modules(model, LayerStacks.of(model), mixture.target_modules)
+    if isinstance(targets, str):
+        raise MolaError(f"`target_modules` of a skill must be names between commas: got {targets!r}.")
+    return replace(
+        mixture,
+        num_experts=1,
         target_modules=sorted({each.rpartition(".")[2] for each in targets}),
         layers_to_transform=list(range(options.layer, len(layers))),
         layers_pattern=name.rpartition(".")[2],
-        task_type=TaskType.CAUSAL_LM,
     )
 
 
 def skill_settings(options: Any) -> dict[str, Any]:
-    """The settings of the LoRA, for the run's record.
-
-    Raises:
-        MolaError: `r` is not one positive number.
-    """
+    """The settings of the LoRA, for the run's record."""
     found = {name: options.adapter_setting(name) for name in _SETTINGS}
-    if not str(found["r"]).isdecimal() or int(found["r"]) < 1:
-        raise MolaError(f"`r` of a skill must be one positive number: got {found['r']!r}. `rank_pattern` has others.")
     start = options.adapter_setting("init_lora_weights")
     return {
         **found,
-        "r": int(found["r"]),
+        "r": int(found["r"]) if str(found["r"]).isdecimal() else found["r"],
         "use_rslora": bool(found["use_rslora"]),
         "init_lora_weights": True if start is None else start,
         "skill": options.skill,
@@ -180,9 +163,3 @@ def add_trained_skill(options: Any, folder: Path, model: Any) -> AddResult:
     for line in result.moved:
         logger.info("A decision has moved: %s.", line)
     return result
-
-
-def _layers(options: Any, config: PretrainedConfig) -> tuple[Any, Any]:
-    """The model without weights, and its decoder layers."""
-    model = model_on_meta(options.base_model, options.trust_remote_code, options.gguf_file, config=config)
-    return model, decoder_layers(model)

@@ -102,7 +102,7 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
             with loading_unsharded():
                 run = check_run(options, folder)
                 with explain_out_of_memory(loading_advice(options)):
-                    model = build_model(options, run.config, run.checkpoint)
+                    model = build_model(options, run.config, run.adapter, run.checkpoint)
             if is_main and options.verbose and not uses_fsdp(options):  # FSDP moves the weights to their devices later
                 _log_kernels(options, model)
             trainer = make_trainer(options, model, run, callbacks)

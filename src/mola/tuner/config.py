@@ -82,7 +82,8 @@ class MolaConfig(PeftConfig):
         num_experts (int | list[int] | str): experts per adapted module: like `r`, or a string with one number per
             group of layers of nearly equal size ("2468" or "2-4", lowest layers first), or one of the paper's shapes
             ("inverted_triangle", "triangle", "hourglass", "rectangle", "diamond"). A layer with one expert is plain
-            LoRA and has no router. Default: "2468"; models with one, two or three layers get 5, [3, 7] or [2, 4, 7],
+            LoRA and has no router. With 1 the adapter stays in mola's format, while `mola train --num_experts 1` writes
+            a LoRA of PEFT. Default: "2468"; models with one, two or three layers get 5, [3, 7] or [2, 4, 7],
             respectively.
         top_k (int | list[int] | str): experts used per token, like `r`. More than a layer's
             `num_experts` is an error, except for layers with one expert. Default: 2.

@@ -6,6 +6,7 @@ PEFT's own function looks for parameters called `lora_B`, so it would give all p
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.optim import Optimizer
 
 from mola.errors import MolaError
 
+_IS_B = re.compile(r"\.(mola_B|lora_B\.)")
+
 
 def create_loraplus_optimizer(
     model: nn.Module, optimizer_cls: Callable[..., Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
@@ -21,14 +24,14 @@ def create_loraplus_optimizer(
     """An optimiser of all trainable parameters, like `peft.optimizers.create_loraplus_optimizer` for LoRA.
 
     Args:
-        model: a model with a mixture.
+        model: a model with a mixture or a LoRA.
         optimizer_cls: class of the optimiser.
         lr: learning rate of all trainable parameters except `B`.
         loraplus_lr_ratio: learning rate of `B` / `lr`; the paper uses 16.
         **kwargs: arguments of the class.
 
     Raises:
-        MolaError: the ratio is not above 0, or the model has no trainable `mola_B`.
+        MolaError: the ratio is not above 0, or the model has no trainable B.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return split_groups(optimizer_cls([{"params": trainable}], lr=lr, **kwargs), model, loraplus_lr_ratio)
@@ -39,15 +42,15 @@ def split_groups(optimizer: Optimizer, model: nn.Module, loraplus_lr_ratio: floa
 
     Args:
         optimizer: the optimiser of `model`; it is changed and returned.
-        model: a model with a mixture.
+        model: a model with a mixture or a LoRA.
         loraplus_lr_ratio: learning rate of the new group / learning rate of the old one.
 
     Raises:
-        MolaError: the ratio is not above 0, or the optimiser has no trainable `mola_B`.
+        MolaError: the ratio is not above 0, or the optimiser has no trainable B.
     """
     if not 0 < loraplus_lr_ratio < math.inf:
         raise MolaError(f"`loraplus_lr_ratio` must be a number above 0, got {loraplus_lr_ratio!r}.")
-    ids_of_B = {id(parameter) for name, parameter in model.named_parameters() if ".mola_B" in name}
+    ids_of_B = {id(parameter) for name, parameter in model.named_parameters() if _IS_B.search(name)}
     moved = 0
     for group in list(optimizer.param_groups):
         chosen = [parameter for parameter in group["params"] if id(parameter) in ids_of_B]
@@ -56,5 +59,5 @@ def split_groups(optimizer: Optimizer, model: nn.Module, loraplus_lr_ratio: floa
             optimizer.add_param_group({**group, "params": chosen, "lr": group["lr"] * loraplus_lr_ratio})
             moved += len(chosen)
     if not moved:
-        raise MolaError("`loraplus_lr_ratio` is for mixtures: the optimiser has no trainable `mola_B` of this model.")
+        raise MolaError("`loraplus_lr_ratio` is for mixtures and LoRAs: the optimiser has no trainable `B`.")
     return optimizer

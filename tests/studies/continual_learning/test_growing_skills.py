@@ -136,7 +136,7 @@ WRONG = [
     ({"skill": "physics", "into": "skills"}, ["`skill`", "follows from the stages"]),
     ({"growth": "adapter"}, ["`layer`", "no effect without --growth skills"]),
     ({"layer": 4}, ["stage `physics`", "`layer`", "between 0 and 3", "4"]),
-    ({"r": "2,4"}, ["stage `physics`", "`r`", "one positive number"]),
+    ({"r": "2,4"}, ["stage `physics`", "`r`", "one entry per decoder layer"]),
     ({"stages": {"a": {"layer": 2}}}, ["stage `a`", "`layer`", "same in all stages"]),
     ({"stages": {"a": {"into": "x"}}}, ["stage `a`", "`into`", "cannot be set for one stage"]),
     ({"stages": {"base": {}}}, ["stage `base`", "a skill's name", "'base'"]),

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,11 @@ from mola.training.checks import check_steps
 from mola.training.data import prepare_data
 from mola.training.fields import ADAPTER_DEFAULTS, TRAINING_ONLY
 from mola.training.model import (
-    adapter_config,
     base_config,
+    changed_config,
     check_losses,
     check_model_options,
-    continued_config,
     load_tokenizer_for,
-    training_changes,
 )
 from mola.training.skill import settle_default_layer
 
@@ -158,8 +156,7 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
     grows_skills = options.growth == "skills"
     config: Any = None
     if not grows_skills:
-        check_model_options(first, base)
-        config = adapter_config(first) if first.adapter is None else continued_config(first, first.adapter)
+        config, _ = check_model_options(first, base)
     tokenizer = load_tokenizer_for(first, base)
     stages: list[Stage] = []
     tests: dict[str, tuple[Questions, EvaluateOptions]] = {}
@@ -170,8 +167,7 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
                 settle_default_layer(stage_options, base)
                 check_model_options(stage_options, base)
             elif number > 1:  # the stage continues the adapter of the previous stage
-                changes = training_changes(stage_options)
-                config = replace(config, **changes) if changes else config
+                config = changed_config(stage_options, config)
                 check_losses(stage_options, config, base)
             test = evaluation_of(stage_options)
             _, test_examples = check_questions(test)
