@@ -96,7 +96,7 @@ def test_stacked_experts_are_refused(tiny_model_dir, copied):
 
 def test_plain_lora_is_an_error(tiny_model_dir, tmp_path):
     save_adapter(tiny_model_dir, tmp_path / "lora", LoraConfig(r=2, task_type="CAUSAL_LM"))
-    with pytest.raises(MolaError, match="of type 'LORA'. vLLM has `--enable-lora"):
+    with pytest.raises(MolaError, match="of type 'LORA'. For a LoRA leave the load format out"):
         read(tiny_model_dir, tmp_path / "lora")
 
 

@@ -133,7 +133,7 @@ def test_command_of_vllm_has_every_skill(skills_root):
     ]
     text = " ".join(words[:at])
     assert "--served-model-name tiny base --dtype auto" in text
-    assert "--uds /run/socket --enable-lora --max-loras 2 --max-cpu-loras 5 --max-lora-rank 8" in text
+    assert "--uds /run/socket --max-loras 2 --max-cpu-loras 5 --enable-lora --max-lora-rank 8" in text
     assert '"max_new_tokens": 7' in text
     assert "--host" not in words
 

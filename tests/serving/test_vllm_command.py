@@ -7,10 +7,12 @@ import sys
 from importlib import util
 
 import pytest
+from peft import LoraConfig
 
 from mola.cli import main as cli
 from mola.errors import MolaError
 from mola.serving.serve import ServeOptions, main, running_server
+from tests.conftest import save_adapter
 
 TOKEN = "a-secret-token"
 
@@ -50,6 +52,31 @@ def test_command_serves_one_adapter_under_its_name(became, tiny_model_dir, folde
     defaults = json.loads(value_of(command, "--override-generation-config"))
     assert (defaults["temperature"], defaults["max_new_tokens"]) == (0.0, 1024)
     assert "--trust-remote-code" not in command
+
+
+def test_loras_are_served_by_vllm_itself_beside_the_base_model(became, tiny_model_dir, tmp_path):
+    folders = {"one": tmp_path / "one", "two": tmp_path / "two"}
+    for folder, r in zip(folders.values(), (4, 12), strict=True):
+        save_adapter(tiny_model_dir, folder, LoraConfig(r=r, task_type="CAUSAL_LM"))
+    words = [f"{name}={folder}" for name, folder in folders.items()]
+    command, _ = became(base_model=str(tiny_model_dir), adapter=words, base_name="plain")
+    assert value_of(command, "--served-model-name") == "plain"
+    assert value_of(command, "--max-lora-rank") == "16"
+    assert "--enable-lora" in command
+    at = command.index("--lora-modules")
+    served = {json.loads(word)["name"]: json.loads(word)["path"] for word in command[at + 1 :]}
+    assert served == {name: str(folder) for name, folder in folders.items()}
+    assert "--load-format" not in command
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"rank_pattern": {"q_proj": 2}}, "`rank_pattern` must be empty.*one rank"), ({"use_dora": True}, "`use_dora`")],
+)
+def test_a_lora_that_vllm_would_read_wrongly_is_refused(became, tiny_model_dir, tmp_path, settings, message):
+    save_adapter(tiny_model_dir, tmp_path / "lora", LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
+    with pytest.raises(MolaError, match=message):
+        became(base_model=str(tiny_model_dir), adapter=[str(tmp_path / "lora")])
 
 
 def test_command_serves_the_base_model_alone(became, tiny_model_dir):
@@ -107,7 +134,7 @@ def test_token_goes_through_the_environment(became, tiny_model_dir, monkeypatch,
         ({"max_connections": 5}, "`max_connections` must be left out"),
         ({"device": "cpu"}, "`device` must be left out"),
         ({"load_in_4bit": True}, "`load_in_4bit` must be left out"),
-        ({"adapter": ["first", "second"]}, "`adapter` must be a single adapter.*first, second"),
+        ({"adapter": ["first", "second"]}, "`adapter` must be one mixture, or LoRAs.*first, second"),
         ({"adapter": ["first"], "base_name": "plain"}, "`base_name` must be left out.*'plain'"),
         ({"adapter": ["nowhere"]}, "no such folder"),
         ({"base_model": "no/such/folder"}, "names a folder that does not exist"),

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mola._process import SET
+from mola.checkpoints.adapter_settings import adapter_settings
+from mola.checkpoints.plain_lora import parts_beyond_lora
 from mola.errors import MolaError
 from mola.models.adapters import check_adapter
 from mola.models.base_model import check_base_model
@@ -34,6 +36,7 @@ SUPPORTED_OPTIONS = (
     "max_tokens",
     "engine",
 )
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as `--max-lora-rank`
 _UNSUPPORTED_SETTINGS = {
     "modules_to_save": "modules trained in full",
     "target_parameters": "experts of stacked parameters",
@@ -64,7 +67,7 @@ def run_vllm(options: Any, base_name: str, adapters: Mapping[str, str], api_key:
     check_installed()
     check_base_model(options.base_model)
     for folder in adapters.values():
-        check_servable(folder)
+        (_check_lora if _is_lora(folder) else check_servable)(folder)
     for name, chat in own_chats(adapters).items():
         command += _chat_arguments(adapters[name], chat, options.base_model)
     environment = {name: value for name, value in os.environ.items() if name not in SET}
@@ -91,7 +94,7 @@ def check_servable(folder: str) -> MolaConfig:
     if found["peft_type"] != "MOLA":
         raise MolaError(
             f"`adapter` must be a mixture for vLLM's load format `mola`: {folder!r} is of type {found['peft_type']!r}. "
-            "vLLM has `--enable-lora --lora-modules` for LoRA."
+            "For a LoRA leave the load format out: `mola serve --engine vllm` passes it as `--lora-modules`."
         )
     config = MolaConfig.from_pretrained(folder)
     for name, content in _UNSUPPORTED_SETTINGS.items():
@@ -100,6 +103,17 @@ def check_servable(folder: str) -> MolaConfig:
     if config.bias != "none":
         raise MolaError(f"`bias` must be 'none' for vLLM: {folder!r} has {config.bias!r}, trained biases. {_ADVICE}")
     return config
+
+
+def _is_lora(folder: str) -> bool:
+    return adapter_settings(folder)["peft_type"] == "LORA"
+
+
+def _check_lora(folder: str) -> None:
+    settings = check_adapter(folder)
+    one = dict.fromkeys(("rank_pattern", "alpha_pattern"), "vLLM has one rank and one alpha for a LoRA")
+    for name, why in (parts_beyond_lora(settings) | {name: one[name] for name in one if settings.get(name)}).items():
+        raise MolaError(f"`{name}` must be empty for vLLM: {folder!r} has it, and {why}. {_ADVICE}")
 
 
 def _chat_arguments(folder: str, chat: Chat, base_model: str) -> list[str]:
@@ -132,21 +146,35 @@ def vllm_arguments(options: Any, base_name: str, adapters: Mapping[str, str]) ->
         MolaError: there are several adapters, or an option has no counterpart in vLLM's server.
     """
     check_options(options, SUPPORTED_OPTIONS)
+    address = ["--host", options.host, "--port", str(options.port)]
+    if adapters and all(map(_is_lora, adapters.values())):
+        return [*server_arguments(options, [base_name]), *address, *lora_arguments(adapters)]
     if len(adapters) > 1:
         raise MolaError(
-            f"`adapter` must be a single adapter with `engine` vllm: got {', '.join(adapters)}. Start a server for "
-            "each, on its own port, or leave out `engine`: mola's server serves all of them."
+            f"`adapter` must be one mixture, or LoRAs, with `engine` vllm: got {', '.join(adapters)}. Start a server "
+            "for each, on its own port, or leave out `engine`: mola's server serves all mixtures."
         )
     if adapters and options.base_name is not None:
         raise MolaError(
-            f"`base_name` must be left out with `engine` vllm and an adapter, got {options.base_name!r}: the base "
-            "model is not served beside the adapter."
+            f"`base_name` must be left out with `engine` vllm and a mixture, got {options.base_name!r}: the base "
+            "model is not served beside the mixture."
         )
     words = server_arguments(options, [next(iter(adapters), base_name)])
-    words += ["--host", options.host, "--port", str(options.port)]
+    words += address
     for folder in adapters.values():
         words += ["--load-format", "mola", "--model-loader-extra-config", json.dumps({"adapter": folder})]
     return words
+
+
+def lora_arguments(adapters: Mapping[str, str | Path]) -> list[str]:
+    """Arguments of vLLM's server for LoRAs, by their names in requests."""
+    ranks = [1]
+    for folder in adapters.values():
+        settings = adapter_settings(folder)
+        ranks += [settings["r"], *(settings.get("rank_pattern") or {}).values()]
+    highest = next((rank for rank in _RANKS if rank >= max(ranks)), max(ranks))
+    modules = [json.dumps({"name": name, "path": os.path.abspath(path)}) for name, path in adapters.items()]
+    return ["--enable-lora", "--max-lora-rank", str(highest), "--lora-modules", *modules]
 
 
 def check_options(options: Any, supported: Collection[str]) -> None:

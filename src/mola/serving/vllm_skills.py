@@ -5,7 +5,6 @@ decision, and is what clients see; see `mola.serving.skills_proxy`.
 """
 
 import ctypes
-import json
 import logging
 import os
 import shlex
@@ -18,13 +17,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from pathlib import Path
 from typing import Any
 
 import httpx
 
 from mola._process import SET
-from mola.checkpoints.adapter_settings import read_settings
 from mola.checkpoints.skills_folder import SkillsFolder, read_skills
 from mola.errors import MolaError
 from mola.models.from_options import check_model, model_for, tokenizer_for
@@ -32,7 +29,7 @@ from mola.serving.model_names import chats_of_skills, greeting, listed, skill_mo
 from mola.serving.server import Server, bind, ignore_signals_after_shutdown, url_of
 from mola.serving.skill_loading import SkillLoader
 from mola.serving.skills_proxy import SkillsProxy
-from mola.serving.vllm_command import KEY_VARIABLE, SUPPORTED_OPTIONS, check_options, server_arguments
+from mola.serving.vllm_command import KEY_VARIABLE, SUPPORTED_OPTIONS, check_options, lora_arguments, server_arguments
 from mola.tuner.skills.loras import DEFAULT_MAX_LOADED
 from mola.tuner.skills.lower_layers import decoder_layers
 
@@ -40,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 _OPTIONS = ("device", "adapter_root", "max_loaded_skills", "max_body_bytes", "max_connections", "shutdown_timeout")
 _MAX_LORAS = 16  # in one batch of vLLM, which reserves memory for them; more than these take turns
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as `--max-lora-rank`
 _KILL_AFTER = 20.0  # seconds that vLLM gets to end
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 
@@ -104,17 +100,9 @@ def vllm_skills_arguments(options: Any, base_name: str, skills: SkillsFolder, so
     max_loaded = options.max_loaded_skills or DEFAULT_MAX_LOADED
     may_grow = options.adapter_root is not None
     max_loras = min(_MAX_LORAS, max_loaded, _MAX_LORAS if may_grow else len(skills.names))
-    highest = max(map(_rank, map(skills.adapter, skills.names)))
-    words = server_arguments(options, names)
-    words += ["--uds", socket, "--enable-lora", "--max-loras", str(max_loras), "--max-cpu-loras", str(max_loaded)]
-    words += ["--max-lora-rank", str(next((rank for rank in _RANKS if rank >= highest), highest)), "--lora-modules"]
-    paths = {name: os.path.abspath(skills.adapter(name)) for name in skills.names}
-    return [*words, *(json.dumps({"name": name, "path": path}) for name, path in paths.items())]
-
-
-def _rank(folder: Path) -> int:
-    settings = read_settings(folder)
-    return max(settings["r"], *(settings.get("rank_pattern") or {}).values(), 0)
+    words = [*server_arguments(options, names), "--uds", socket]
+    words += ["--max-loras", str(max_loras), "--max-cpu-loras", str(max_loaded)]
+    return words + lora_arguments({name: skills.adapter(name) for name in skills.names})
 
 
 def _environment(api_key: str | None, adapter_root: str | None) -> dict[str, str]:
