@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -136,6 +138,14 @@ def test_command_of_vllm_has_every_skill(skills_root):
     assert "--uds /run/socket --max-loras 2 --max-cpu-loras 5 --enable-lora --max-lora-rank 8" in text
     assert '"max_new_tokens": 7' in text
     assert "--host" not in words
+
+
+def test_a_skill_that_vllm_would_read_wrongly_is_refused(skills_root, tmp_path):
+    folder = Path(shutil.copytree(skills_root / FOLDER, tmp_path / "skills"))
+    path = folder / "numbers" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"alpha_pattern": {"q_proj": 2}}), "utf-8")
+    with pytest.raises(MolaError, match="`alpha_pattern` must be empty for vLLM.*numbers"):
+        vllm_skills_arguments(ServeOptions(adapter=[str(folder)]), "tiny", read_skills(folder), "/run/socket")
 
 
 @pytest.mark.parametrize(

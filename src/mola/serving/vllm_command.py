@@ -67,7 +67,7 @@ def run_vllm(options: Any, base_name: str, adapters: Mapping[str, str], api_key:
     check_installed()
     check_base_model(options.base_model)
     for folder in adapters.values():
-        (_check_lora if _is_lora(folder) else check_servable)(folder)
+        (check_adapter if _is_lora(folder) else check_servable)(folder)
     for name, chat in own_chats(adapters).items():
         command += _chat_arguments(adapters[name], chat, options.base_model)
     environment = {name: value for name, value in os.environ.items() if name not in SET}
@@ -107,13 +107,6 @@ def check_servable(folder: str) -> MolaConfig:
 
 def _is_lora(folder: str) -> bool:
     return adapter_settings(folder)["peft_type"] == "LORA"
-
-
-def _check_lora(folder: str) -> None:
-    settings = check_adapter(folder)
-    one = dict.fromkeys(("rank_pattern", "alpha_pattern"), "vLLM has one rank and one alpha for a LoRA")
-    for name, why in (parts_beyond_lora(settings) | {name: one[name] for name in one if settings.get(name)}).items():
-        raise MolaError(f"`{name}` must be empty for vLLM: {folder!r} has it, and {why}. {_ADVICE}")
 
 
 def _chat_arguments(folder: str, chat: Chat, base_model: str) -> list[str]:
@@ -167,14 +160,22 @@ def vllm_arguments(options: Any, base_name: str, adapters: Mapping[str, str]) ->
 
 
 def lora_arguments(adapters: Mapping[str, str | Path]) -> list[str]:
-    """Arguments of vLLM's server for LoRAs, by their names in requests."""
-    ranks = [1]
+    """Arguments of vLLM's server for LoRAs, by their names in requests.
+
+    Raises:
+        MolaError: vLLM would compute something else.
+    """
+    highest = 1
     for folder in adapters.values():
         settings = adapter_settings(folder)
-        ranks += [settings["r"], *(settings.get("rank_pattern") or {}).values()]
-    highest = next((rank for rank in _RANKS if rank >= max(ranks)), max(ranks))
+        highest, reasons = max(highest, settings["r"]), parts_beyond_lora(settings)
+        for name in ("rank_pattern", "alpha_pattern"):
+            reasons |= {name: "vLLM reads one rank and one alpha"} if settings.get(name) else {}
+        for name, why in reasons.items():
+            raise MolaError(f"`{name}` must be empty for vLLM: {str(folder)!r} has it, and {why}. {_ADVICE}")
+    rank = next((rank for rank in _RANKS if rank >= highest), highest)
     modules = [json.dumps({"name": name, "path": os.path.abspath(path)}) for name, path in adapters.items()]
-    return ["--enable-lora", "--max-lora-rank", str(highest), "--lora-modules", *modules]
+    return ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", *modules]
 
 
 def check_options(options: Any, supported: Collection[str]) -> None:
