@@ -79,6 +79,18 @@ def test_summary_holds_what_the_steps_measured(tmp_path, tiny_model_dir, capsys,
     assert record["settings"]["seed"] == 3
 
 
+def test_a_recipe_of_a_lora_has_no_experts_to_inspect(tmp_path, tiny_model_dir, monkeypatch):
+    monkeypatch.setattr("mola.data.prepare.SAMPLE_SIZES", {"train": 20, "validation": 4, "test": 10})
+    model, run, recipe = tmp_path / "model", tmp_path / "run", tmp_path / "recipe.yaml"
+    shutil.copytree(tiny_model_dir, model)
+    (model / MARKER).write_text("{}", encoding="utf-8")
+    recipe.write_text("{task: sample, cutoff_len: 1024, num_experts: 1, max_steps: 2, warmup_steps: 0}", "utf-8")
+    assert main(QuickstartOptions(str(run), str(recipe), str(model), dtype="float32")) == 0
+    assert json.loads((run / "adapter_config.json").read_text("utf-8"))["peft_type"] == "LORA"
+    assert (run / "summary.json").exists()
+    assert not (run / "inspect.json").exists()
+
+
 def test_wrong_dtype_is_an_error_before_any_work(tmp_path):
     with pytest.raises(MolaError, match="`dtype` must be one of"):
         main(QuickstartOptions(str(tmp_path / "run"), RECIPE, str(tmp_path / "model"), dtype="float8"))

@@ -25,6 +25,7 @@ from mola.files.terminal import OutputConsole
 from mola.models.smollm2 import prepare_smollm2
 from mola.options.parsing import parse
 from mola.reporting.inspect import InspectOptions, inspect
+from mola.reporting.load_run import load_run
 from mola.reporting.report import ReportOptions, report
 from mola.studies.fields import QuickstartOptions
 from mola.training.train import TrainOptions, train
@@ -65,8 +66,9 @@ def main(options: QuickstartOptions) -> int:
     with _timed(console, seconds, "accuracy after"):
         adapter = str(folder)
         after = _accuracy(EvaluateOptions(**test, adapter=adapter, output=str(folder / "after.json"), batch_size=16))
-    with _timed(console, seconds, "experts"):
-        inspect(InspectOptions(**test, adapter=adapter, limit=_NUM_INSPECTED, json=str(folder / "inspect.json")))
+    if load_run(adapter).has_routers:
+        with _timed(console, seconds, "experts"):
+            inspect(InspectOptions(**test, adapter=adapter, limit=_NUM_INSPECTED, json=str(folder / "inspect.json")))
     with _timed(console, seconds, "report"):
         page = report(ReportOptions(str(folder)))
     summary = _summary(before, after, result.metrics.get("eval_loss"), seconds, time.perf_counter() - start)
