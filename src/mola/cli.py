@@ -101,11 +101,7 @@ COMMANDS = {
         function="remove_skills",
     ),
     "skills list": Command(
-        "mola.skills.commands",
-        "mola.skills.options.ListOptions",
-        "show rank, layers and size of each skill",
-        "folder",
-        function="list_skills",
+        "mola.skills.listing", "mola.skills.options.ListOptions", "show rank, layers and size of each skill", "folder"
     ),
     "skills test": Command(
         "mola.skills.commands",

@@ -25,9 +25,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+from safetensors.numpy import load_file, save
 
 from mola.checkpoints.adapter_folder import read_tensors
 from mola.checkpoints.adapter_settings import (
@@ -47,7 +47,7 @@ from mola.files.failures import explain_write_errors
 
 STATISTICS_FILE = "statistics.safetensors"
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, Any]  # arrays as they are read, without torch; torch's tensors as they are measured
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _GENERAL, _SKILLS = "general/", "skills/"
@@ -159,9 +159,13 @@ def check_skill_name(name: str) -> None:
         )
 
 
-def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+def tensors_sha256(tensors: Mapping[str, Any]) -> str:
     """The sha256 of named tensors, whatever their order."""
-    return hashlib.sha256(save({name: tensors[name].contiguous() for name in sorted(tensors)})).hexdigest()
+    return hashlib.sha256(save(_sorted_arrays(tensors))).hexdigest()
+
+
+def _sorted_arrays(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
 
 
 # ---------------------------------------------------------------------- reading
@@ -376,8 +380,7 @@ def _record(new: SkillsFolder) -> dict[str, Any]:
 def _write_statistics(folder: Path, new: SkillsFolder, statistics: Mapping[str, Tensors]) -> None:
     tensors = {f"{_GENERAL}{key}": tensor for key, tensor in new.general.items()}
     tensors |= {f"{_SKILLS}{name}/{key}": each for name, own in statistics.items() for key, each in own.items()}
-    content = save({key: tensors[key].contiguous() for key in sorted(tensors)}, {"format": "pt"})
-    atomic_write_bytes(folder / STATISTICS_FILE, content)
+    atomic_write_bytes(folder / STATISTICS_FILE, save(_sorted_arrays(tensors), {"format": "pt"}))
 
 
 def copy_lora(source: Path, target: Path) -> None:
@@ -390,14 +393,20 @@ def copy_lora(source: Path, target: Path) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if not (source / WEIGHTS_FILE).is_file():
-        save_file(read_tensors(source), target / WEIGHTS_FILE, metadata={"format": "pt"})
+        atomic_write_bytes(target / WEIGHTS_FILE, _as_safetensors(source))
 
 
 def lora_sha256(source: Path) -> str:
     """The sha256 of the weights that `copy_lora` writes."""
     if (source / WEIGHTS_FILE).is_file():
         return file_sha256(source / WEIGHTS_FILE)
-    return hashlib.sha256(save(read_tensors(source), {"format": "pt"})).hexdigest()
+    return hashlib.sha256(_as_safetensors(source)).hexdigest()
+
+
+def _as_safetensors(source: Path) -> bytes:
+    from safetensors.torch import save as save_tensors
+
+    return save_tensors(read_tensors(source), {"format": "pt"})
 
 
 def _check_free(path: Path, written: Path) -> None:

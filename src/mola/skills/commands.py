@@ -1,9 +1,8 @@
-"""The commands `mola skills add`, `remove`, `list`, `test`, `merge` and `suggest`.
+"""The commands `mola skills add`, `remove`, `test`, `merge` and `suggest`.
 
 mola skills add my-skills birds=runs/birds rivers=runs/rivers
 mola skills add my-skills tools=lora_from_elsewhere --data tools.json
 mola skills test my-skills --data birds=birds_test.json rivers=rivers_test.json base=other_questions.json
-mola skills list my-skills
 mola skills remove my-skills birds
 mola skills merge my-skills skills_of_a_colleague
 mola skills suggest my-model --data birds=birds.json rivers=rivers.json
@@ -11,22 +10,20 @@ mola skills suggest my-model --data birds=birds.json rivers=rivers.json
 
 from __future__ import annotations
 
-import json
 import shlex
 import textwrap
 
 from rich.markup import escape
 from rich.table import Table
 
-from mola.checkpoints.skills_folder import BASE, SkillsFolder, read_skills
-from mola.files.atomic import atomic_write_json, check_new_file
+from mola.checkpoints.skills_folder import BASE, SkillsFolder
 from mola.files.terminal import make_table_console
 from mola.options.command_line import next_steps
 from mola.skills import changing
 from mola.skills.adding import add
-from mola.skills.options import AddOptions, ListOptions, MergeOptions, RemoveOptions, SuggestOptions, TestOptions
+from mola.skills.options import AddOptions, MergeOptions, RemoveOptions, SuggestOptions, TestOptions
 from mola.skills.suggesting import ERRORS, suggest
-from mola.skills.summary import describe, summarize, summary_dict, summary_table
+from mola.skills.summary import describe, summarize, summary_table
 from mola.skills.testing import TestResult, test
 
 _SHOWN_MISSES = 3
@@ -52,22 +49,6 @@ def remove_skills(options: RemoveOptions) -> int:
 def merge_skills(options: MergeOptions) -> int:
     """Merge the folders, and print what the first one holds; returns 0, the exit code."""
     _print_change(*changing.merge(options))
-    return 0
-
-
-def list_skills(options: ListOptions) -> int:
-    """Print the skills as a table or as JSON; returns 0, the exit code."""
-    if options.json not in (None, "-"):
-        check_new_file("json", options.json, options.overwrite)
-    folder = read_skills(options.folder)
-    skills = summarize(folder)
-    if options.json == "-":
-        print(json.dumps(summary_dict(folder, skills), indent=2))
-        return 0
-    make_table_console().print(summary_table(skills))
-    print(describe(folder))
-    if options.json is not None:
-        print(f"Written to {atomic_write_json(options.json, summary_dict(folder, skills))}.")
     return 0
 
 

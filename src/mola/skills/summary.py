@@ -40,9 +40,9 @@ def summarize(folder: SkillsFolder) -> list[SkillSummary]:
     found = []
     for name in folder.names:
         path = folder.path / name / WEIGHTS_FILE
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             lora = describe_lora({key: file.get_slice(key).get_shape() for key in file.keys()}, path.parent)  # noqa: SIM118
-        statistics = sum(each.numel() * each.element_size() for each in folder.statistics[name].values())
+        statistics = sum(each.nbytes for each in folder.statistics[name].values())
         entry = folder.skills[name]
         found.append(SkillSummary(name, lora.rank, lora.layers, entry.rows, path.stat().st_size, statistics))
     return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -128,7 +128,7 @@ class SkillStatistics:
         return dict(vars(self))
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, Any]) -> Self:
         """The statistics that `tensors` gave.
 
         Raises:
@@ -178,7 +178,7 @@ class GeneralStatistics:
         return dict(vars(self))
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, Any]) -> Self:
         """The statistics that `tensors` gave.
 
         Raises:
@@ -201,11 +201,11 @@ def _directions(away: Tensor) -> tuple[Tensor, Tensor]:
     return (sizes[:_DIRECTIONS, None] * main[:_DIRECTIONS]).to(_STORED), rest.float()
 
 
-def _check_names(cls: type, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _check_names(cls: type, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     wanted = set(cls.__dataclass_fields__)  # type: ignore[attr-defined]
     if set(tensors) != wanted:
         raise MolaError(
             f"the statistics must hold {', '.join(sorted(wanted))}: got {', '.join(sorted(tensors)) or 'nothing'}. Add "
             "the skill again with this version."
         )
-    return dict(tensors)
+    return {name: torch.as_tensor(tensor) for name, tensor in tensors.items()}
