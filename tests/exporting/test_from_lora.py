@@ -189,10 +189,10 @@ def test_adapters_that_experts_cannot_express(no_weights_dir, lora, tmp_path, re
     path = Path(source, "adapter_config.json")
     settings = json.loads(path.read_text())
     for change, message in (
-        ({"use_dora": True}, "`use_dora` of "),
-        ({"bias": "all"}, "`bias` of "),
-        ({"modules_to_save": ["lm_head"]}, "`modules_to_save` of "),
-        ({"trainable_token_indices": [1, 2]}, "`trainable_token_indices` of "),
+        ({"use_dora": True}, "`source` must be a plain LoRA: `use_dora` is set"),
+        ({"bias": "all"}, "`source` must be a plain LoRA: `bias` is set"),
+        ({"modules_to_save": ["lm_head"]}, "`source` must be a plain LoRA: `modules_to_save` is set"),
+        ({"trainable_token_indices": [1, 2]}, "`source` must be a plain LoRA: `trainable_token_indices` is set"),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base weight"),
     ):
         path.write_text(json.dumps(settings | change))
@@ -216,7 +216,7 @@ def test_damaged_loras(no_weights_dir, lora, tmp_path, refusal, damage, message)
 
 def test_sources_that_do_not_fit(no_weights_dir, mixture, lora, tmp_path, refusal):
     words = flags(no_weights_dir, tmp_path / "out", "--num_experts", "2,")
-    assert "must be LoRA adapters of PEFT" in refusal("convert", mixture, *words)
+    assert "`source` must be a LoRA of PEFT" in refusal("convert", mixture, *words)
     source = lora("changed")
     path = Path(source, "adapter_config.json")
     settings = json.loads(path.read_text())

@@ -144,7 +144,7 @@ def test_a_skill_that_vllm_would_read_wrongly_is_refused(skills_root, tmp_path):
     folder = Path(shutil.copytree(skills_root / FOLDER, tmp_path / "skills"))
     path = folder / "numbers" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"alpha_pattern": {"q_proj": 2}}), "utf-8")
-    with pytest.raises(MolaError, match="`alpha_pattern` must be empty for vLLM.*numbers"):
+    with pytest.raises(MolaError, match="`alpha_pattern` must be empty: vLLM ignores that of .*numbers"):
         vllm_skills_arguments(ServeOptions(adapter=[str(folder)]), "tiny", read_skills(folder), "/run/socket")
 
 

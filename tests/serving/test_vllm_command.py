@@ -71,7 +71,10 @@ def test_loras_are_served_by_vllm_itself_beside_the_base_model(became, tiny_mode
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"rank_pattern": {"q_proj": 2}}, "`rank_pattern` must be empty.*one rank"), ({"use_dora": True}, "`use_dora`")],
+    [
+        ({"rank_pattern": {"q_proj": 2}}, "`rank_pattern` must be empty: vLLM ignores"),
+        ({"use_dora": True}, "must be a plain LoRA: `use_dora` is set"),
+    ],
 )
 def test_a_lora_that_vllm_would_read_wrongly_is_refused(became, tiny_model_dir, tmp_path, settings, message):
     save_adapter(tiny_model_dir, tmp_path / "lora", LoraConfig(r=4, task_type="CAUSAL_LM", **settings))

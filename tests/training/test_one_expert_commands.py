@@ -126,7 +126,7 @@ def test_a_sequence_trains_one_lora_further(run, data, tiny_model_dir, tmp_path)
 
 
 def test_a_quantised_base(run, run_folder, tiny_model_dir, data, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'mola-peft[quant]'")
     words = ["--base_model", tiny_model_dir, "--data", data / "train.json", "--output", tmp_path / "run"]
     assert run("train", *words, *SETTINGS, "--load_in_4bit")[0] == 0
     code, _ = run("generate", tmp_path / "run", "--instruction", "Hi", "--max_new_tokens", 2, "--load_in_4bit")

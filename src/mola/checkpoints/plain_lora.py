@@ -56,8 +56,8 @@ def parts_beyond_lora(settings: Mapping[str, Any]) -> dict[str, str]:
     return reasons
 
 
-def check_plain_lora(adapter: str | os.PathLike[str]) -> dict[str, Any]:
-    """Check the settings of an adapter that becomes a skill; reads no weights.
+def check_plain_lora(adapter: str | os.PathLike[str], what: str = "a skill") -> dict[str, Any]:
+    """Check the settings of an adapter that must be a plain LoRA; reads no weights. `what` is its name in errors.
 
     Returns:
         The content of its `adapter_config.json`.
@@ -65,27 +65,18 @@ def check_plain_lora(adapter: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         MolaError: there is no adapter, or it is more than the update `scaling * B A x` of linears.
     """
-    settings, folder = adapter_settings(adapter), Path(adapter)
+    settings, folder = adapter_settings(adapter), str(adapter)
     peft_type = settings.get("peft_type")
     if peft_type != "LORA" or foreign_format(settings) is not None:
-        cure = ""
-        if peft_type == "MOLA":
-            cure = " `mola convert --to lora` makes a LoRA of a mixture."
-            if _has_one_expert(settings):
-                command = f"mola convert {shlex.quote(str(folder))} --to lora --output NEW_FOLDER"
-                cure = f" It has one expert everywhere, so this command writes it as a LoRA: {command}"
-        raise MolaError(f"a skill must be a LoRA of PEFT: {str(folder)!r} has `peft_type` {peft_type!r}.{cure}")
+        cure = " `mola convert --to lora` makes a LoRA of a mixture." if peft_type == "MOLA" else ""
+        numbers, pattern = settings.get("num_experts"), settings.get("num_experts_pattern") or {}
+        if {*(numbers if isinstance(numbers, list) else [numbers]), *pattern.values()} == {1}:
+            command = f"mola convert {shlex.quote(folder)} --to lora --output NEW_FOLDER"
+            cure = f" It has one expert everywhere, so this command writes it as a LoRA: {command}"
+        raise MolaError(f"{what} must be a LoRA of PEFT: {folder!r} has `peft_type` {peft_type!r}.{cure}")
     for name, why in parts_beyond_lora(settings).items():
-        raise MolaError(
-            f"a skill must be a plain LoRA: `{name}` is set in {str(folder)!r}, and {why}. Train without it."
-        )
+        raise MolaError(f"{what} must be a plain LoRA: `{name}` is set in {folder!r}, and {why}. Train without it.")
     return settings
-
-
-def _has_one_expert(settings: Mapping[str, Any]) -> bool:
-    """Whether a mixture has one expert in every linear, as earlier versions of mola saved a LoRA."""
-    numbers, pattern = settings.get("num_experts"), settings.get("num_experts_pattern") or {}
-    return {*(numbers if isinstance(numbers, list) else [numbers]), *pattern.values()} == {1}
 
 
 def describe_lora(shapes: Mapping[str, Sequence[int]], folder: Path) -> PlainLora:

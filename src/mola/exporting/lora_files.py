@@ -16,8 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mola.architecture.layer_names import PREFIX
 from mola.checkpoints.adapter_folder import read_tensors
-from mola.checkpoints.adapter_settings import foreign_format, read_settings
-from mola.checkpoints.plain_lora import parts_beyond_lora
+from mola.checkpoints.plain_lora import check_plain_lora
 from mola.errors import MolaError
 from mola.exporting.mixtures import NAME, Mixture
 from mola.files.digests import WEIGHTS_FILE
@@ -141,7 +140,7 @@ def read_lora(folder: Path, model_on_meta: nn.Module) -> dict[str, Factors]:
     Raises:
         MolaError: the adapter is of a different kind, does something that experts cannot, or does not fit the model.
     """
-    _check_expressible(folder)
+    check_plain_lora(folder, "`source`")
     tensors, model = read_tensors(folder), put_lora_into(model_on_meta, folder)
     found = {}
     for key, layer in model.named_modules():
@@ -162,17 +161,3 @@ def read_lora(folder: Path, model_on_meta: nn.Module) -> dict[str, Factors]:
     if tensors:
         raise MolaError(f"{str(folder)!r} has a tensor that belongs to no adapted linear: {next(iter(tensors))!r}.")
     return found
-
-
-def _check_expressible(folder: Path) -> None:
-    settings = read_settings(folder)
-    peft_type = settings.get("peft_type")
-    if peft_type != "LORA" or foreign_format(settings) is not None:
-        raise MolaError(
-            f"`source` must be LoRA adapters of PEFT for --from lora: {str(folder)!r} has peft_type {peft_type!r}, or "
-            "files of a different program. --to lora makes a LoRA of a mixture."
-        )
-    for name, why in parts_beyond_lora(settings).items():
-        raise MolaError(
-            f"`{name}` of {str(folder)!r} cannot be expressed by experts: {why}. Train the LoRA without this setting."
-        )

@@ -13,7 +13,7 @@ from typing import Any
 
 from mola._process import SET
 from mola.checkpoints.adapter_settings import adapter_settings
-from mola.checkpoints.plain_lora import parts_beyond_lora
+from mola.checkpoints.plain_lora import check_plain_lora
 from mola.errors import MolaError
 from mola.models.adapters import check_adapter
 from mola.models.base_model import check_base_model
@@ -167,12 +167,11 @@ def lora_arguments(adapters: Mapping[str, str | Path]) -> list[str]:
     """
     highest = 1
     for folder in adapters.values():
-        settings = adapter_settings(folder)
-        highest, reasons = max(highest, settings["r"]), parts_beyond_lora(settings)
+        settings = check_plain_lora(folder, "`adapter` for vLLM")
+        highest = max(highest, settings["r"])
         for name in ("rank_pattern", "alpha_pattern"):
-            reasons |= {name: "vLLM reads one rank and one alpha"} if settings.get(name) else {}
-        for name, why in reasons.items():
-            raise MolaError(f"`{name}` must be empty for vLLM: {str(folder)!r} has it, and {why}. {_ADVICE}")
+            if settings.get(name):
+                raise MolaError(f"`{name}` must be empty: vLLM ignores that of {str(folder)!r}. {_ADVICE}")
     rank = next((rank for rank in _RANKS if rank >= highest), highest)
     modules = [json.dumps({"name": name, "path": os.path.abspath(path)}) for name, path in adapters.items()]
     return ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", *modules]

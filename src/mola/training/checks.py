@@ -31,7 +31,7 @@ from mola.training.model import base_config, check_model_options, load_tokenizer
 from mola.training.option_checks import EVALUATION_SCHEDULES, name_of
 from mola.training.options import TrainOptions
 from mola.training.run_folder import describe_run
-from mola.training.skill import settle_layer
+from mola.training.skill import check_into
 from mola.tuner.kernels.dispatch import forced_backend
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
         options.base_model = base_model_of(options.base_model, [checkpoint])
     config = base_config(options)
     if options.skill is not None:
-        settle_layer(options, config)
+        check_into(options)
     adapter, allocation = check_model_options(options, config, checkpoint)
     has_stacked_experts = bool(getattr(adapter, "target_parameters", None))
     check_distributed(options, checkpoint, stores_packed(options, config), has_stacked_experts)

@@ -67,20 +67,25 @@ def check_model_options(
     """
     base_model = options.base_model or ""
     check_quantized_base(base_model, config, options, options.device, training=True)
-    if options.adapter is not None:
-        folder = str(checkpoint or options.adapter)
+    if options.adapter is None:
+        adapter, totals = _new_adapter(options, config, checkpoint)
+    else:
+        folder, totals = str(checkpoint or options.adapter), {}
         check_adapter(folder)
-        continued = changed_config(options, PeftConfig.from_pretrained(folder))
-        continued.base_model_name_or_path = base_model  # PEFT would keep the earlier name
-        check_losses(options, continued, config)
+        adapter = changed_config(options, PeftConfig.from_pretrained(folder))
+        adapter.base_model_name_or_path = base_model  # PEFT would keep the earlier name
         check_adapter_fits(base_model, folder, options.trust_remote_code, options.gguf_file, config=config)
-        return continued, {}
-    adapter = adapter_config(options)
+    check_losses(options, adapter, config)
+    return adapter, totals
+
+
+def _new_adapter(
+    options: TrainOptions, config: PretrainedConfig, checkpoint: Path | None
+) -> tuple[PeftConfig, dict[str, Any]]:
+    base_model, adapter = options.base_model or "", adapter_config(options)
     model = model_on_meta(base_model, options.trust_remote_code, options.gguf_file, config=config)
     if options.skill is not None:
-        lora = lora_like(on_upper_layers(options, adapter, model), model)
-        check_losses(options, lora, config)
-        return lora, {}
+        return lora_like(on_upper_layers(options, adapter, model), model), {}
     allocation = cost_of_allocation(
         base_model,
         options.num_experts,
@@ -92,6 +97,7 @@ def check_model_options(
         target_parameters=adapter.target_parameters,
         model=model,
     )
+    totals = allocation.to_dict()["totals"]
     if adapter.modules_to_save:
         if options.quantizes_on_loading or stored_quantization(config):
             check_packable(model, base_model, adapter.modules_to_save)
@@ -99,29 +105,21 @@ def check_model_options(
     # Stopped runs of earlier versions continue as the mixtures of one expert that they are.
     is_mixture = checkpoint is not None and read_settings(checkpoint)["peft_type"] == "MOLA"
     if allocation.router_parameters or adapter.target_parameters or is_mixture:
-        check_losses(options, adapter, config)
-        return adapter, allocation.to_dict()["totals"]
+        return adapter, totals
     for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise"):
         if value := getattr(adapter, name):
             logger.warning("`%s` (%g) has no effect: with one expert everywhere there is no router.", name, value)
-    lora = lora_like(adapter, model)
-    check_losses(options, lora, config)
-    return lora, allocation.to_dict()["totals"]
+    return lora_like(adapter, model), totals
 
 
 def check_losses(options: TrainOptions, adapter: PeftConfig, config: PretrainedConfig) -> None:
-    """Check that LoRA+ and the router losses have an effect, and that labels are smoothed for the next tokens.
+    """Check that the router losses have an effect, and that labels are smoothed for the next tokens.
 
     `adapter` is the adapter's configuration, `config` the base model's.
 
     Raises:
         MolaError: an option would have no effect, or the loss would be wrong.
     """
-    if options.loraplus_lr_ratio is not None and adapter.peft_type not in ("MOLA", "LORA"):
-        raise MolaError(
-            f"`loraplus_lr_ratio` is for mixtures and LoRAs: {options.adapter!r} is a {adapter.peft_type} adapter. "
-            "Leave it out."
-        )
     if not options.label_smoothing_factor:
         return
     names = [name for name in ("router_aux_loss_coef", "router_z_loss_coef") if (getattr(adapter, name, None) or 0) > 0]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.targets import resolve_target_modules
@@ -18,29 +18,17 @@ from mola.checkpoints.skills_folder import check_layer, check_skill_name, read_s
 from mola.errors import MolaError
 from mola.files.atomic import check_new_folder
 from mola.models.base_model import weights_identity
-from mola.models.meta import model_on_meta
 from mola.models.options import QUANTIZATION_OPTIONS
 from mola.skills.adding import AddResult, add
 from mola.skills.options import AddOptions
+from mola.training.fields import ADAPTER_DEFAULTS
 from mola.tuner import MolaConfig
 from mola.tuner.skills.lower_layers import decoder_layers, settled_layer
 
 logger = logging.getLogger(__name__)
 
 _SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
-# What a plain LoRA does not have.
-_REFUSED = (
-    "adapter",
-    "num_experts",
-    "top_k",
-    "num_experts_pattern",
-    "target_parameters",
-    "modules_to_save",
-    "router_aux_loss_coef",
-    "router_aux_loss_reduction",
-    "router_z_loss_coef",
-    "router_jitter_noise",
-)
+_REFUSED = ("adapter", *(name for name in ADAPTER_DEFAULTS if name not in (*_SETTINGS, "init_lora_weights")))
 
 
 def settle_skill(options: Any) -> None:
@@ -68,13 +56,11 @@ def settle_skill(options: Any) -> None:
     options.output_dir = options.output_dir or f"{folder.rstrip('/')}-runs/{options.skill}"
 
 
-def settle_layer(options: Any, config: PretrainedConfig) -> None:
-    """Check that the trained LoRA can be added to the skills folder, and set `layer`, the lowest layer to train.
-
-    `config` is the base model's configuration.
+def check_into(options: Any) -> None:
+    """Check that the trained LoRA can be added to the skills folder `into`, and set `layer` to that of the folder.
 
     Raises:
-        MolaError: the name is taken, the folder has another base model or another layer, or there is no such layer.
+        MolaError: the name is taken, or the folder has another base model or another layer.
     """
     if is_skills_folder(options.into):
         folder = read_skills(options.into)
@@ -88,28 +74,18 @@ def settle_layer(options: Any, config: PretrainedConfig) -> None:
             )
     else:
         check_new_folder("into", options.into)
-    settle_default_layer(options, config)
-
-
-def settle_default_layer(options: Any, config: PretrainedConfig) -> None:
-    """Set `layer` to the default of a new skills folder if it is not given.
-
-    Raises:
-        MolaError: there is no such layer.
-    """
-    model = model_on_meta(options.base_model, options.trust_remote_code, options.gguf_file, config=config)
-    options.layer = settled_layer(options.layer, len(decoder_layers(model)))
 
 
 def on_upper_layers(options: Any, mixture: MolaConfig, model: PreTrainedModel) -> MolaConfig:
-    """The mixture of a skill: one expert on the linears of the layers from `options.layer` on.
+    """The mixture of a skill: one expert on the linears of the layers from `options.layer` on, which is set if None.
 
     `model` is the base model, which may be on the meta device.
 
     Raises:
-        MolaError: a name in `target_modules` matches no linear, or `target_modules` is a regular expression.
+        MolaError: there is no such layer or no such linear, or `target_modules` is a regular expression.
     """
     layers = decoder_layers(model)
+    options.layer = settled_layer(options.layer, len(layers))
     name = next(name for name, module in model.named_modules() if module is layers)
     targets, _ = resolve_target_modules(model, LayerStacks.of(model), mixture.target_modules)
     if isinstance(targets, str):

@@ -27,7 +27,6 @@ from mola.training.model import (
     check_model_options,
     load_tokenizer_for,
 )
-from mola.training.skill import settle_default_layer
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +163,6 @@ def check_stages(options: ContinualOptions) -> list[Stage]:
         logger.info("Checking stage %d of %d, %s.", number, len(options.stage_options), name)
         try:
             if grows_skills:
-                settle_default_layer(stage_options, base)
                 check_model_options(stage_options, base)
             elif number > 1:  # the stage continues the adapter of the previous stage
                 config = changed_config(stage_options, config)
