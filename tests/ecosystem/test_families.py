@@ -5,10 +5,11 @@ import re
 import peft
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model
 from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
 
 from mola import MolaConfig, MolaError
+from mola.models.lora_config import draw_like_one_expert, lora_like
 from tests.ecosystem.families import (
     AUTO_CLASSES,
     FAMILIES,
@@ -44,6 +45,17 @@ def trained(model):
 
 
 # --- targets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", parameters(name for name in FAMILIES if FAMILIES[name].task == TaskType.CAUSAL_LM))
+def test_one_expert_everywhere_is_the_lora_that_starts_alike(family):
+    """As `mola train --num_experts 1` makes one."""
+    config = MolaConfig(num_experts=1, r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+    lora = get_peft_model(build(family), lora_like(config, build(family).to("meta")))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        draw_like_one_expert(lora, False)
+    torch.testing.assert_close(logits(lora, family), logits(adapt(build(family), family, num_experts=1), family))
 
 
 @pytest.mark.compatibility(column="targets")

@@ -128,7 +128,7 @@ def test_it_is_trained_further_with_another_dropout(flags, tmp_path, error_line)
 
 
 def test_losses_of_routers_have_no_effect_and_a_warning_says_so(flags, tmp_path, caplog):
-    assert main(flags(**ONE, router_aux_loss_coef=0.1)) == 0
+    assert main(flags(**ONE, router_aux_loss_coef=0.1, verbose="true")) == 0
     assert "`router_aux_loss_coef` (0.1) has no effect: with one expert everywhere there is no router" in caplog.text
     assert main(flags(tmp_path / "without", **ONE)) == 0
     assert_same_weights(tmp_path / "run", tmp_path / "without")

@@ -19,7 +19,7 @@ from mola.architecture.layer_names import PREFIX
 from mola.checkpoints.adapter_settings import read_settings
 from mola.errors import MolaError
 from mola.exporting.calibration import note_overlaps, read_data
-from mola.exporting.lora_files import Factors, choose_target_names, read_lora
+from mola.exporting.lora_files import Factors, read_lora
 from mola.exporting.mixtures import mola_layers
 from mola.exporting.options import ConvertOptions
 from mola.exporting.routers import Routers, fit_routers
@@ -27,6 +27,7 @@ from mola.files.atomic import write_new_folder
 from mola.files.digests import WEIGHTS_FILE
 from mola.models.adapters import warn_other_base
 from mola.models.loading import load_model
+from mola.models.lora_config import choose_target_names
 from mola.models.meta import model_on_meta
 from mola.models.prompts import hand_on_prompts, own_chat, trained_template
 from mola.options.fields import check_seed

@@ -12,20 +12,15 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from mola.architecture.layer_names import PREFIX
 from mola.checkpoints.adapter_folder import read_tensors
 from mola.checkpoints.plain_lora import check_plain_lora
 from mola.errors import MolaError
-from mola.exporting.mixtures import NAME, Mixture
+from mola.exporting.mixtures import NAME
 from mola.files.digests import WEIGHTS_FILE
 from mola.models.adapters import check_shape, put_lora_into
-from mola.tuner import MolaConfig
 from mola.tuner.stacked import StackedParameters
-
-# Settings that a mixture and a LoRA share, besides the adapted linears.
-_SHARED_SETTINGS = ("task_type", "modules_to_save", "trainable_token_indices", "ensure_weight_tying")
 
 
 class Factors(NamedTuple):
@@ -46,7 +41,7 @@ def write_lora(
 
     Args:
         folder: the folder to write to.
-        lora: see `make_lora_config`.
+        lora: its configuration.
         updates: name of the module in a PeftModel -> `B (out, r)` and `A (r, in)`. A module of a lower rank than
             `lora.r` is filled up with zeros, since more programs read one rank than a rank per module.
         other_tensors: tensors that are not the experts of linears: `modules_to_save` and LoRAs of stacked experts.
@@ -58,46 +53,6 @@ def write_lora(
         tensors |= {f"{module}.lora_{part}.weight": value.float().contiguous() for part, value in padded.items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     lora.save_pretrained(str(folder))
-
-
-def make_lora_config(
-    experts: Mapping[str, Mixture],
-    rank: int,
-    mixture: MolaConfig,
-    adapted: nn.Module,
-    stacked_ranks: Mapping[str, int],
-) -> LoraConfig:
-    """The configuration of the LoRA that replaces a mixture.
-
-    Args:
-        experts: name of the module in a PeftModel -> its experts.
-        rank: the rank of all modules, except those whose single expert has a higher rank.
-        mixture: the mixture's configuration, for the settings that are kept.
-        adapted: the model with the mixture, which may be on the meta device.
-        stacked_ranks: name of a parameter with stacked experts -> the rank of their LoRAs.
-    """
-    known = dict(adapted.named_modules())
-    single = {name.removeprefix(PREFIX): each.A.shape[1] for name, each in experts.items() if len(each.A) == 1}
-    own_ranks = {name: r for name, r in (*single.items(), *stacked_ranks.items()) if r > rank}
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=choose_target_names([name.removeprefix(PREFIX) for name in experts], adapted),
-        target_parameters=list(stacked_ranks) or None,
-        rank_pattern=dict(own_ranks),
-        alpha_pattern=dict(own_ranks),
-        fan_in_fan_out=any(isinstance(known[name].get_base_layer(), Conv1D) for name in experts),
-        inference_mode=True,
-        base_model_name_or_path=mixture.base_model_name_or_path,
-        **{name: value for name in _SHARED_SETTINGS if (value := getattr(mixture, name, None))},
-    )
-
-
-def choose_target_names(names: list[str], base: nn.Module) -> list[str]:
-    """Values for `target_modules`: last parts of the names, or whole names if other modules share the last parts."""
-    leaves = sorted({name.rpartition(".")[2] for name in names})
-    matching = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in leaves]
-    return leaves if len(matching) == len(names) else sorted(names)
 
 
 def stacked_lora_tensors(

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mode
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig
 
 from mola.allocation.probe import check_mixture, read_routing_records
+from mola.architecture.layer_names import PREFIX
 from mola.checkpoints.adapter_folder import read_tensors
 from mola.checkpoints.adapter_settings import read_settings
 from mola.data.tasks import Task
@@ -29,7 +30,7 @@ from mola.exporting.calibration import (
     read_samples_of,
     test_rows,
 )
-from mola.exporting.lora_files import make_lora_config, stacked_lora_tensors, write_lora
+from mola.exporting.lora_files import stacked_lora_tensors, write_lora
 from mola.exporting.measuring import (
     REPORT_FILE,
     ExportReport,
@@ -44,7 +45,7 @@ from mola.files.atomic import atomic_write_json, write_new_folder
 from mola.models.adapters import check_fits, warn_other_base
 from mola.models.base_model import load_config, max_positions
 from mola.models.loading import load_model
-from mola.models.lora_config import check_peft_places_lora
+from mola.models.lora_config import lora_like
 from mola.models.meta import model_on_meta
 from mola.models.prompts import hand_on_prompts
 from mola.models.sample_data import Samples
@@ -164,9 +165,14 @@ def _read_adapter(options: ConvertOptions, source: str) -> _Adapter:
             f"`rank` must be from 1 to {highest}, the highest rank that an update of this adapter can have: got {rank}."
         )
     stacked, stacked_ranks = stacked_lora_tensors(on_meta, tensors, rank)
-    config.base_model_name_or_path = base_model
-    lora = make_lora_config(experts, rank, config, on_meta, stacked_ranks)
-    check_peft_places_lora(lora, experts, model_on_meta(base_model, options.trust_remote_code))
+    single = {name.removeprefix(PREFIX): each.A.shape[1] for name, each in experts.items() if len(each.A) == 1}
+    own_ranks = {name: r for name, r in (*single.items(), *stacked_ranks.items()) if r > rank}
+    # The scale of the LoRA is 1, as its B includes the scale of the mixture.
+    scale: Any = {"lora_alpha": rank, "alpha_pattern": own_ranks, "use_rslora": False}
+    one: Any = {"num_experts": 1, "num_experts_pattern": None, "r": rank, "rank_pattern": own_ranks}
+    one |= {**scale, "lora_dropout": 0.0, "init_lora_weights": True}
+    lora = lora_like(replace(config, **one), model_on_meta(base_model, options.trust_remote_code))
+    lora.inference_mode, lora.base_model_name_or_path = True, base_model
     return _Adapter(experts, lora, {key: each for key, each in tensors.items() if ".mola_" not in key} | stacked)
 
 

@@ -19,10 +19,14 @@ from mola.architecture.layer_names import PREFIX
 from mola.errors import MolaError
 from mola.tuner import MolaConfig
 from mola.tuner.layer import ExpertSettings, MolaLinear
+from mola.tuner.stacked import StackedParameters
+
+# Settings that a mixture and a LoRA share, besides those of linears.
+_SHARED_SETTINGS = ("task_type", "modules_to_save", "trainable_token_indices", "ensure_weight_tying")
 
 
 def lora_like(mixture: MolaConfig, model_on_meta: nn.Module) -> LoraConfig:
-    """The configuration of the LoRA with the linears, ranks and scales of a new mixture that has one expert everywhere.
+    """The configuration of the LoRA that adapts what a mixture with one expert everywhere adapts, in the same way.
 
     Args:
         mixture: the mixture's configuration, which stays unchanged.
@@ -31,33 +35,49 @@ def lora_like(mixture: MolaConfig, model_on_meta: nn.Module) -> LoraConfig:
     Raises:
         MolaError: the mixture does not fit the model, or PEFT puts the LoRA elsewhere.
     """
+    alone = replace(mixture, base_model_name_or_path=None, modules_to_save=None, trainable_token_indices=None)
     with torch.device("meta"):
-        adapted: Any = get_peft_model(model_on_meta, replace(mixture, modules_to_save=None))
-    resolved, linears = adapted.peft_config["default"], {}
+        adapted: Any = get_peft_model(model_on_meta, alone)
+    resolved = adapted.peft_config["default"]
+    linears: dict[str, ExpertSettings] = {}
+    stacks: dict[str, ExpertSettings] = {}
     for name, module in adapted.named_modules():
         if isinstance(module, MolaLinear):
-            linears[name.removeprefix(PREFIX)] = module
-    settings = {name: module.settings["default"] for name, module in linears.items()}
-    r, lora_alpha = (mode(getattr(each, field) for each in settings.values()) for field in ("r", "lora_alpha"))
+            linears[name.removeprefix(PREFIX)] = module.settings["default"]
+        elif isinstance(module, StackedParameters):
+            stacks |= {f"{name.removeprefix(PREFIX)}.{part}": each for part, each in module.settings["default"].items()}
+    has_conv1d = any(isinstance(each, Conv1D) for each in adapted.modules())
+    model = adapted.unload()
+    r, settings = mode(resolved.r if isinstance(resolved.r, list) else [resolved.r]), {**linears, **stacks}
+    targets, excluded = resolved.target_modules, resolved.exclude_modules
+    if resolved.layers_to_transform is None:
+        targets, excluded = choose_target_names([*linears], model), None
     start: Any = mixture.init_lora_weights
     lora = LoraConfig(
         r=r,
-        lora_alpha=lora_alpha,
+        lora_alpha=mixture.lora_alpha,  # type: ignore[arg-type] # PEFT takes numbers that are not whole, too
         lora_dropout=mixture.lora_dropout,
         use_rslora=mixture.use_rslora,
         rank_pattern={name: each.r for name, each in settings.items() if each.r != r},
-        alpha_pattern={name: each.lora_alpha for name, each in settings.items() if each.lora_alpha != lora_alpha},
-        target_modules=resolved.target_modules,
-        exclude_modules=resolved.exclude_modules,
+        alpha_pattern={n: each.lora_alpha for n, each in settings.items() if each.lora_alpha != mixture.lora_alpha},
+        target_modules=targets,
+        exclude_modules=excluded,
+        target_parameters=[*stacks] or None,
         layers_to_transform=resolved.layers_to_transform,
         layers_pattern=resolved.layers_pattern,
-        modules_to_save=mixture.modules_to_save,
-        fan_in_fan_out=any(isinstance(module.get_base_layer(), Conv1D) for module in linears.values()),
+        fan_in_fan_out=has_conv1d,
         init_lora_weights=True if start == "principal" else start,  # PEFT does not know it
-        task_type=mixture.task_type,
+        **{name: value for name in _SHARED_SETTINGS if (value := getattr(mixture, name, None))},
     )
-    check_peft_places_lora(lora, [PREFIX + name for name in linears], adapted.unload())
+    _check_placed(lora, [PREFIX + name for name in linears], model)
     return lora
+
+
+def choose_target_names(names: list[str], base: nn.Module) -> list[str]:
+    """Values for `target_modules`: last parts of the names, or whole names if other modules share the last parts."""
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    matching = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in leaves]
+    return leaves if len(matching) == len(names) else sorted(names)
 
 
 @torch.no_grad()
@@ -76,19 +96,11 @@ def draw_like_one_expert(model: PeftModel, method: bool | str) -> None:
             factors[1].weight.copy_(one.mola_B[name][0].t())
 
 
-def check_peft_places_lora(lora: LoraConfig, modules: Collection[str], model_on_meta: nn.Module) -> None:
-    """Check that PEFT puts a LoRA into the modules for which it has tensors.
+def _check_placed(lora: LoraConfig, modules: Collection[str], model_on_meta: nn.Module) -> None:
+    """Check that PEFT puts a LoRA into these modules.
 
     For some architectures PEFT mistakes names of linears for names used by older models, and would silently leave
     their tensors out.
-
-    Args:
-        lora: the LoRA's configuration.
-        modules: names of the modules in a PeftModel.
-        model_on_meta: the base model without weights; the LoRA is put into it.
-
-    Raises:
-        MolaError: PEFT puts the LoRA into different modules.
     """
     config = copy.deepcopy(lora)
     config.base_model_name_or_path = None

@@ -103,7 +103,8 @@ def train(options: TrainOptions, callbacks: Sequence[TrainerCallback] = ()) -> T
                 run = check_run(options, folder)
                 with explain_out_of_memory(loading_advice(options)):
                     model = build_model(options, run.config, run.adapter, run.checkpoint)
-            if is_main and options.verbose and not uses_fsdp(options):  # FSDP moves the weights to their devices later
+            has_kernels = run.adapter.peft_type == "MOLA" and not uses_fsdp(options)  # FSDP moves weights only later
+            if is_main and options.verbose and has_kernels:
                 _log_kernels(options, model)
             trainer = make_trainer(options, model, run, callbacks)
             if is_main:
