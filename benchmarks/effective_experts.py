@@ -17,13 +17,14 @@ The question is whether a mixture acts as a LoRA of the rank of one expert. Of e
 1, 3 and 4 are means and quantiles over the tokens of prompts and answers. Nothing is trained: a sample takes one
 forward and one backward pass in eval mode, without dropout. Samples are read one by one, without padding; a batch's
 gradient is the sum of its samples' gradients, divided by its number of answer tokens, as in training. All adapters must
-read the same tokens. A LoRA is an adapter with `num_experts` 1.
+read the same tokens. A LoRA is a mixture with one expert here.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from mola.data.encode import data_fingerprint
 from mola.data.tasks import load_task
 from mola.data.tokenized import IGNORED
 from mola.errors import MolaError
+from mola.exporting.convert import ConvertOptions, convert
 from mola.files.atomic import atomic_write_json, check_new_file
 from mola.files.environment import machine_description, software_versions
 from mola.files.reading import first_repeated, read_json_lines
@@ -100,7 +102,7 @@ def look(options: LookOptions) -> dict[str, Any]:
     samples, fingerprint = _samples_of_all(options, [folder for _, folder in named])
     found = []
     for name, folder in named:
-        model = model_for(options, folder)
+        model = _model_with(options, folder)
         found.append({"name": name, **measure(model, samples, options.batch_size, name)})
         _add_training(found[-1]["linears"], Path(folder) / ROUTING_FILE)
     return {
@@ -116,6 +118,15 @@ def look(options: LookOptions) -> dict[str, Any]:
         "machine": machine_description(),
         "versions": software_versions(),
     }
+
+
+def _model_with(options: LookOptions, folder: str) -> Any:
+    """The model with an adapter; a LoRA becomes a mixture with one expert."""
+    if check_adapter(folder)["peft_type"] != "LORA":
+        return model_for(options, folder)
+    with tempfile.TemporaryDirectory() as place:
+        one = ConvertOptions([folder], f"{place}/one", "lora", base_model=options.base_model, num_experts="1")
+        return model_for(options, str(convert(one).output))
 
 
 def _samples_of_all(options: LookOptions, folders: Sequence[str]) -> tuple[list[dict[str, Any]], str]:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from mola import MolaConfig, MolaError, MolaLinear
 from mola.tuner.initialization import initialize
-from mola.tuner.loraplus import create_loraplus_optimizer
+from mola.tuner.loraplus import split_groups
 from tests.tuner.models import clone, random_config, tiny_llama, token_batch
 from tests.versions import has, needs
 
@@ -218,7 +218,8 @@ def test_principal_deals_the_largest_directions_in_turn(kind):
 
 def test_loraplus_gives_b_its_own_rate():
     model = get_peft_model(tiny_llama(), random_config())
-    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, weight_decay=0.1)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = split_groups(torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1), model, 16)
     rates = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -229,14 +230,13 @@ def test_loraplus_gives_b_its_own_rate():
     optimizer.step()
 
 
-def test_loraplus_refuses_a_ratio_of_zero_and_models_without_mixtures():
+def test_loraplus_refuses_a_ratio_of_zero_and_models_without_b():
+    model = get_peft_model(tiny_llama(), random_config())
     with pytest.raises(MolaError, match="`loraplus_lr_ratio` must be a number above 0, got 0"):
-        create_loraplus_optimizer(
-            get_peft_model(tiny_llama(), random_config()), torch.optim.SGD, lr=1.0, loraplus_lr_ratio=0
-        )
-    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(MolaError, match="no trainable `mola_B`"):
-        create_loraplus_optimizer(lora, torch.optim.SGD, lr=1.0, loraplus_lr_ratio=2.0)
+        split_groups(torch.optim.SGD(model.parameters()), model, 0)
+    other = get_peft_model(tiny_llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    with pytest.raises(MolaError, match="no trainable `B`"):
+        split_groups(torch.optim.SGD(other.parameters()), other, 2.0)
 
 
 @pytest.mark.parametrize(

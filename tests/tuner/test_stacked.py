@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM as Auto
 from transformers import GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 from mola import MolaConfig, MolaError, MolaLinear
-from mola.tuner.loraplus import create_loraplus_optimizer
+from mola.tuner.loraplus import split_groups
 from mola.tuner.stacked import StackedParameters
 from tests.grids import slow
 from tests.tuner.models import VOCABULARY, clone, random_config, token_batch
@@ -180,7 +180,7 @@ def test_mixtures_and_stacked_experts_train_together(kind):
     model = get_peft_model(base(kind), config(init_lora_weights=True, router_aux_loss_coef=0.01)).train()
     frozen = {name: each.clone() for name, each in model.named_parameters() if not each.requires_grad}
     assert all("mola_" not in name for name in frozen)
-    optimizer, losses = create_loraplus_optimizer(model, torch.optim.AdamW, lr=3e-3, loraplus_lr_ratio=4), []
+    optimizer, losses = split_groups(torch.optim.AdamW(model.parameters(), lr=3e-3), model, 4), []
     assert sum("mola_B" in name for name, _ in model.named_parameters()) == len(optimizer.param_groups[1]["params"])
     for _ in range(10):
         losses.append(model(**token_batch()).loss)

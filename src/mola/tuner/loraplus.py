@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -18,32 +16,13 @@ from mola.errors import MolaError
 _IS_B = re.compile(r"\.(mola_B|lora_B\.)")
 
 
-def create_loraplus_optimizer(
-    model: nn.Module, optimizer_cls: Callable[..., Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
-) -> Optimizer:
-    """An optimiser of all trainable parameters, like `peft.optimizers.create_loraplus_optimizer` for LoRA.
-
-    Args:
-        model: a model with a mixture or a LoRA.
-        optimizer_cls: class of the optimiser.
-        lr: learning rate of all trainable parameters except `B`.
-        loraplus_lr_ratio: learning rate of `B` / `lr`; the paper uses 16.
-        **kwargs: arguments of the class.
-
-    Raises:
-        MolaError: the ratio is not above 0, or the model has no trainable B.
-    """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return split_groups(optimizer_cls([{"params": trainable}], lr=lr, **kwargs), model, loraplus_lr_ratio)
-
-
 def split_groups(optimizer: Optimizer, model: nn.Module, loraplus_lr_ratio: float) -> Optimizer:
     """Move every `B` of an optimiser into parameter groups with a higher learning rate, before the first step.
 
     Args:
         optimizer: the optimiser of `model`; it is changed and returned.
         model: a model with a mixture or a LoRA.
-        loraplus_lr_ratio: learning rate of the new group / learning rate of the old one.
+        loraplus_lr_ratio: learning rate of the new group / learning rate of the old one; the paper uses 16.
 
     Raises:
         MolaError: the ratio is not above 0, or the optimiser has no trainable B.
