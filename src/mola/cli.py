@@ -58,7 +58,7 @@ COMMANDS = {
         "mola.studies.continual_learning.continual",
         "mola.studies.continual_learning.stages.ContinualOptions",
         "train on one task after another, and measure forgetting",
-        own_options="mola.studies.fields.ContinualFields",
+        own_options="mola.studies.continual_learning.fields.ContinualFields",
     ),
     "evaluate": Command(
         "mola.evaluation.evaluate",
@@ -286,7 +286,7 @@ def _parse_and_run(command: Command, arguments: Sequence[str], parse_as: Callabl
     options = None
     if command.own_options is None:
         options = parse_as(find(command.options))
-        _check_paths(options)
+        _check(options)
     elif "all" not in arguments:  # `--help all` needs the texts
         from mola.training.launch import check_nproc, is_launcher, launch
         from mola.training.trainer_names import with_trainer_names
@@ -294,7 +294,7 @@ def _parse_and_run(command: Command, arguments: Sequence[str], parse_as: Callabl
         quick_class = with_trainer_names(find(command.own_options))
         if quick_class is not None:
             quick_options = parse_as(quick_class)
-            _check_paths(quick_options)
+            _check(quick_options)
             if command is COMMANDS["train"]:
                 if is_launcher(quick_options.nproc):
                     return launch(quick_options.nproc, arguments)
@@ -313,13 +313,19 @@ def find(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _check_paths(options: Any) -> None:
-    """Check that base model, adapters and data exist, before anything is imported that takes seconds."""
+def _check(options: Any) -> None:
+    """Find mistakes before anything is imported that takes seconds: in paths, results, `dtype`, and by `check`."""
     from mola.checkpoints.adapter_settings import adapter_settings, named_adapter
     from mola.data import read
+    from mola.data.tasks import load_task
     from mola.exporting.options import check_sources
     from mola.models import base_folder
+    from mola.models.options import check_dtype
+    from mola.options.fields import check_results
 
+    check_dtype(getattr(options, "dtype", "auto"))
+    if getattr(options, "task", None) is not None:
+        load_task(options.task)
     values = {name: getattr(options, name, None) for name in ("base_model", "adapter", "data")}
     if values["base_model"]:
         base_folder.check_exists(values["base_model"])
@@ -332,6 +338,9 @@ def _check_paths(options: Any) -> None:
     for data in [values["data"]] if isinstance(values["data"], str) else values["data"] or []:
         if "=" not in data:  # `mola prepare` accepts train=A,validation=B
             read.check_exists(data)
+    check_results(options)
+    if hasattr(options, "check"):
+        options.check()
     if values["base_model"]:
         base_folder.check_on_hub(values["base_model"], getattr(options, "gguf_file", None))
 

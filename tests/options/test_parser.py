@@ -13,6 +13,12 @@ from mola.training.trainer_names import with_trainer_names
 TEXTS = ("yes", "No", "1", "x", "0.5", "linear", "adamw_torch", '{"a": 1}')
 
 
+class TheirParser(HfArgumentParser):
+    def add_argument(self, *names, **settings):
+        settings.pop("writes", None)  # mola's own mark of a result
+        return super().add_argument(*names, **settings)
+
+
 def settings_of(action):
     choices = None if action.choices is None else list(action.choices)
     more = (action.nargs, action.const, action.default, choices, action.required, action.help, action.metavar)
@@ -30,7 +36,7 @@ def converted(action, text):
 def test_flags_are_those_of_the_parser_of_transformers(command):
     options = find(COMMANDS[command].options)
     renamed = {each.name for each in fields(options) if "aliases" in each.metadata}
-    ours, theirs = OptionsParser(options)._actions, HfArgumentParser(options, add_help=False)._actions
+    ours, theirs = OptionsParser(options)._actions, TheirParser(options, add_help=False)._actions
     for one, other in zip(ours, theirs, strict=True):
         if one.dest in renamed:  # theirs also have the name of the field
             other.option_strings = other.option_strings[-len(one.option_strings) :]

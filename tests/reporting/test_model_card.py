@@ -24,7 +24,7 @@ from mola.options.parsing import parse
 from mola.reporting.model_card import PLOT_FILE, render_card, write_model_card
 from mola.studies.comparison.picture import check_matplotlib
 from mola.training.options import TrainOptions
-from mola.training.run_folder import without_token
+from mola.training.run_record import without_token
 from mola.training.train import train
 from tests.waiting import PATIENCE
 

@@ -39,11 +39,12 @@ from mola.architecture.layer_names import module_kinds
 from mola.architecture.notation import resolve_per_layer
 from mola.data.read import check_split
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_json, check_new_file
+from mola.files.atomic import atomic_write_json
 from mola.files.environment import software_versions
 from mola.files.terminal import make_table_console
 from mola.models.cost import cost_of_allocation
 from mola.options.command_line import command_line, next_steps
+from mola.options.fields import check_results
 
 __all__ = ["AllocateOptions", "AllocateResult", "allocate", "main"]
 
@@ -120,8 +121,7 @@ def allocate(options: AllocateOptions) -> AllocateResult:
             are missing.
     """
     digits, beta = check_options(options)
-    if options.output is not None:
-        check_new_file("output", options.output, options.overwrite)
+    check_results(options)
     base = read_base(
         options.base_model,
         options.target_modules,

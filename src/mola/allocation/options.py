@@ -38,7 +38,7 @@ class AllocateOptions:
         "gradients) or activation (how much variance of the inputs few directions explain)."
     )
     budget: int = required("Total number of experts: the sum over the layers.")
-    output: str | None = option(None, "File to write (JSON); it can be passed as `num_experts`.")
+    output: str | None = option(None, "File to write (JSON); it can be passed as `num_experts`.", writes="file")
     adapter: str | None = option(None, "Folder of a probe run, for redundancy and usage.")
     inspection: str | None = option(
         None, "For usage: file of `mola inspect --json` on the probe. Default: the `routing.jsonl` of `adapter`."
@@ -82,6 +82,10 @@ class AllocateOptions:
 
     def __post_init__(self) -> None:
         settle_base_model(self, [] if self.adapter is None else [self.adapter])
+
+    def check(self) -> None:
+        """Check what needs no model; see `check_options`."""
+        check_options(self)
 
 
 def method_name(method: str) -> str:
@@ -144,7 +148,9 @@ class ReallocateOptions:
     num_experts: str = field(
         metadata={"help": "New numbers of experts, in any notation of `mola train`, such as a file of `mola allocate`."}
     )
-    output_dir: str = field(metadata={"help": "Folder to write; it must be new or empty.", "aliases": ["--output"]})
+    output_dir: str = field(
+        metadata={"help": "Folder to write; it must be new or empty.", "aliases": ["--output"], "writes": "folder"}
+    )
     inspection: str | None = option(
         None,
         "File of `mola inspect --json` on the adapter. With this file, experts are merged and copied by their use; "

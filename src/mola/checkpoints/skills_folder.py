@@ -159,6 +159,15 @@ def check_skill_name(name: str) -> None:
         )
 
 
+def check_name_is_free(folder: str | os.PathLike[str], name: str, overwrite: bool) -> None:
+    """Raise if a skills folder has a skill of this name, which is not to be replaced; a new folder has none."""
+    if not overwrite and is_skills_folder(folder) and name in skills_settings(folder)["skills"]:
+        raise MolaError(
+            f"{os.fspath(folder)!r} has a skill {name!r} already. Choose another name, or pass --overwrite to replace "
+            "the skill."
+        )
+
+
 def tensors_sha256(tensors: Mapping[str, Any]) -> str:
     """The sha256 of named tensors, whatever their order."""
     return hashlib.sha256(save(_sorted_arrays(tensors))).hexdigest()

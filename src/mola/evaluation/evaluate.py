@@ -7,7 +7,6 @@
 """
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,14 +28,14 @@ from mola.evaluation.options import MAX_NEW_TOKENS, EvaluateOptions
 from mola.evaluation.questions import checked_questions
 from mola.evaluation.resuming import AnswersFile, answers_made_with
 from mola.evaluation.skills import SkillPrompts, describe, skill_prompts
-from mola.files.atomic import atomic_write_json, check_new_file
+from mola.files.atomic import atomic_write_json
 from mola.files.terminal import make_table_console
 from mola.models.base_model import max_positions
 from mola.models.from_options import adapter_alone, adapter_for, check_model, model_for, tokenizer_for
 from mola.models.prompts import trains_end_token
 from mola.models.sample_data import encode_samples, read_samples
 from mola.options.command_line import command_line, next_steps
-from mola.options.fields import check_positive, parse_mapping
+from mola.options.fields import parse_mapping
 
 __all__ = ["EvaluateOptions", "EvaluateResult", "LossResult", "evaluate", "main"]
 
@@ -148,15 +147,9 @@ def main(options: EvaluateOptions) -> int:
 
 def check_evaluation(options: EvaluateOptions) -> CheckedEvaluation:
     """Load task, examples and tokenizer, and find all errors that can be found before the weights are loaded."""
-    check_positive(batch_size=options.batch_size, max_new_tokens=options.max_new_tokens, limit=options.limit)
-    if not 0 <= options.seed < 2**32:
-        raise MolaError(f"`seed` must be a whole number from 0 to 2**32 - 1: got {options.seed}.")
+    options.check()
     config = check_model(options)
     adapter = adapter_for(options)
-    if options.output is not None:
-        check_new_file("output", options.output, options.overwrite)
-        if os.path.realpath(options.output) == os.path.realpath(options.data):
-            raise MolaError(f"`output` must not be `data` ({options.data!r}), which it would replace. Choose another.")
     task = None if options.task is None else load_task(options.task)
     check_split("split", options.split, EvaluateOptions.split, options.data)
     filters = parse_mapping("filters", options.filters)

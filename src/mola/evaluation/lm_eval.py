@@ -8,7 +8,6 @@ harness: `mola with python -m lm_eval ...`.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mola.checkpoints.adapter_settings import adapter_settings, is_skills_folder
 from mola.errors import MolaError
 from mola.evaluation.options import LmEvalOptions
 from mola.evaluation.skills import count_asked
-from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
+from mola.files.atomic import atomic_write_json, atomic_write_text
 from mola.files.environment import software_versions
 from mola.models.adapters import warn_other_base
 from mola.models.base_model import load_config
@@ -98,13 +97,7 @@ def main(options: LmEvalOptions) -> int:
 
 def _check_options(options: LmEvalOptions) -> dict[str, Any]:
     """Check the options before tasks and weights are loaded. Returns the arguments of the harness's model."""
-    if find_spec("lm_eval") is None:
-        raise MolaError("`mola lm-eval` needs the package lm-eval. Install it with pip install 'mola-peft[lm-eval]'.")
-    limit = options.limit
-    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit % 1 == 0)):
-        raise MolaError(f"`limit` must be a number of samples or a share between 0 and 1: got {limit:g}.")
-    if options.log_samples and options.output is None:
-        raise MolaError("`log_samples` needs a file to write the samples beside: pass `output` as well.")
+    options.check()
     load_config(options.base_model, options.trust_remote_code)
     dtype = str(resolve_dtype(options.dtype, resolve_device(options.device))[0]).removeprefix("torch.")
     arguments: dict[str, Any] = {
@@ -117,8 +110,6 @@ def _check_options(options: LmEvalOptions) -> dict[str, Any]:
         check_adapter_fits(options.base_model, adapter, options.trust_remote_code)
         warn_other_base(options.base_model, adapter, adapter_settings(adapter))
         arguments["peft"] = _full_path(adapter)
-    if options.output is not None:
-        check_new_file("output", options.output, options.overwrite)
     return arguments
 
 

@@ -1,10 +1,13 @@
 """Options of `mola evaluate` and `mola lm-eval`."""
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
+from mola.errors import MolaError
 from mola.models.options import BASE_MODEL_HELP, SKILL_HELP, ModelOptions, settle_base_model
-from mola.options.fields import START, Group, option, required
+from mola.options.fields import START, Group, check_positive, check_results, option, required
 
 MAX_NEW_TOKENS = 16  # enough for a short answer
 _ADAPTER = "Folder of an adapter, or a skills folder; none evaluates the base model alone."
@@ -46,9 +49,22 @@ class EvaluateOptions(ModelOptions):
     )
 
     _run: ClassVar = Group("run")
-    output: str | None = option(None, "Result file (JSON) with every sample.")
+    output: str | None = option(None, "Result file (JSON) with every sample.", writes="file")
     overwrite: bool = option(False, "Replace an existing result; discard an unfinished run with other settings.")
     seed: int = option(0, "Random seed; decoding is greedy, so only code shipped with a model may use it.")
+
+    def check(self) -> None:
+        """Check what needs neither model nor data.
+
+        Raises:
+            MolaError: a number is out of its range, or the result would replace a file.
+        """
+        check_positive(batch_size=self.batch_size, max_new_tokens=self.max_new_tokens, limit=self.limit)
+        if not 0 <= self.seed < 2**32:
+            raise MolaError(f"`seed` must be a whole number from 0 to 2**32 - 1: got {self.seed}.")
+        check_results(self)
+        if self.output is not None and os.path.realpath(self.output) == os.path.realpath(self.data):
+            raise MolaError(f"`output` must not be `data` ({self.data!r}), which it would replace. Choose another.")
 
 
 @dataclass
@@ -64,7 +80,7 @@ class LmEvalOptions:
     apply_chat_template: bool = option(False, "Write prompts with the base model's chat template.")
     batch_size: str = option("8", "Samples per batch, or auto.")
     include_path: str | None = option(None, "Folder with further task files.")
-    output: str | None = option(None, "Result file (JSON).")
+    output: str | None = option(None, "Result file (JSON).", writes="file")
     log_samples: bool = option(False, "Also write every sample, to a file for each task beside the result file.")
     overwrite: bool = option(False, "Replace an existing result.")
     dtype: str = option("auto", "Dtype: auto, float32, bfloat16 or float16.")
@@ -73,3 +89,19 @@ class LmEvalOptions:
 
     def __post_init__(self) -> None:
         settle_base_model(self, [] if self.adapter is None else [self.adapter])
+
+    def check(self) -> None:
+        """Check what needs neither model nor tasks.
+
+        Raises:
+            MolaError: the harness is not installed, an option is wrong, or the result would replace a file.
+        """
+        if find_spec("lm_eval") is None:
+            raise MolaError(
+                "`mola lm-eval` needs the package lm-eval. Install it with pip install 'mola-peft[lm-eval]'."
+            )
+        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and self.limit % 1 == 0)):
+            raise MolaError(f"`limit` must be a number of samples or a share between 0 and 1: got {self.limit:g}.")
+        if self.log_samples and self.output is None:
+            raise MolaError("`log_samples` needs a file to write the samples beside: pass `output` as well.")
+        check_results(self)

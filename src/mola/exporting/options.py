@@ -22,7 +22,7 @@ class ConvertOptions:
     source: list[str] = field(
         metadata={"help": "Folder of the adapter to convert; with --from lora the folders of all adapters."}
     )
-    output: str = field(metadata={"help": "Folder to write; it must be new or empty."})
+    output: str = field(metadata={"help": "Folder to write; it must be new or empty.", "writes": "folder"})
     source_format: str | None = option(
         None,
         "Format of the source, to convert it to mola's format: 'published' is the research code's, 'moe_peft' is "
@@ -104,6 +104,10 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         convert_paths(self)
+
+    def check(self) -> None:
+        """Check what needs no model; see `check_direction`."""
+        check_direction(self)
 
 
 def check_sources(sources: list[str]) -> None:
@@ -196,7 +200,7 @@ class MergeOptions:
     base_model: str = option(
         None, "Folder or hub id of its base model, not quantised. Default: the one that the adapter was trained on."
     )
-    output: str = required("Folder to write; it must be new or empty.")
+    output: str = required("Folder to write; it must be new or empty.", writes="folder")
     dtype: str = option("auto", "Dtype of the merged model: float32, bfloat16 or float16; auto: the base model's own.")
     device: str | None = option("cpu", "Where to compute, such as cpu or cuda:0.")
     trust_remote_code: bool = option(False, "Run code that comes with the base model; only for sources you trust.")

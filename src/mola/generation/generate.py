@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from mola.checkpoints.adapter_settings import is_skills_folder
-from mola.data.templates import CHAT, Template, check_template
+from mola.data.templates import CHAT, Template
 from mola.errors import MolaError
 from mola.generation.batching.skills import Skills
 from mola.generation.decoding import decoding_settings, encode_prompt, generate_text
@@ -21,7 +21,6 @@ from mola.generation.options import GenerateOptions
 from mola.models.base_model import max_positions
 from mola.models.from_options import adapter_alone, adapter_for, check_model, model_for, tokenizer_for
 from mola.models.prompts import template_for, template_of, trained_template
-from mola.options.fields import check_seed
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +31,8 @@ def main(options: GenerateOptions) -> int:
     Raises:
         MolaError: wrong options, before the model is loaded.
     """
-    _check_options(options)
-    if options.template is not None:
-        check_template(options.template)
+    options.check()
+    decoding_settings(**_decoding(options))
     config = check_model(options)
     adapter = adapter_for(options)
     prompts = _Prompts(options, tokenizer_for(options))
@@ -125,21 +123,6 @@ def _answer(model: Any, prompts: _Prompts, adapter: str | None, line: str | None
         text, template = prompts.write(prompts.template(os.path.join(adapter, name)), line)
     with skills.activate([name], True):
         _print_answer(model, prompts, text, template)
-
-
-def _check_options(options: GenerateOptions) -> None:
-    decoding_settings(**_decoding(options))
-    if options.seed is not None:
-        check_seed(options.seed)
-    if options.prompt is not None:
-        others = [name for name in ("instruction", "input", "template") if getattr(options, name) is not None]
-        if others:
-            raise MolaError(
-                f"`prompt` is used as it is, without `{others[0]}`: got both. Leave out one of them, or pass "
-                "the text as `instruction`."
-            )
-    if options.input is not None and options.instruction is None:
-        raise MolaError(f"`input` needs an `instruction`: got only the input {options.input[:80]!r}.")
 
 
 def _print_answer(model: Any, prompts: _Prompts, text: str, template: Template | None) -> None:

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mola.data.templates import check_template
+from mola.errors import MolaError
 from mola.models.options import SKILL_HELP, ModelOptions
-from mola.options.fields import START, Group, option
+from mola.options.fields import START, Group, check_seed, option
 
 
 @dataclass
@@ -33,3 +35,23 @@ class GenerateOptions(ModelOptions):
     do_sample: bool | None = option(None, "Whether to sample; by default only if a sampling value is given.")
     seed: int | None = option(None, "Random seed; by default a new one each time.")
     stream: bool = option(True, "Print the text while it is generated.")
+
+    def check(self) -> None:
+        """Check what needs no model.
+
+        Raises:
+            MolaError: options contradict each other, or there is no such template.
+        """
+        if self.seed is not None:
+            check_seed(self.seed)
+        if self.prompt is not None:
+            others = [name for name in ("instruction", "input", "template") if getattr(self, name) is not None]
+            if others:
+                raise MolaError(
+                    f"`prompt` is used as it is, without `{others[0]}`: got both. Leave out one of them, or pass "
+                    "the text as `instruction`."
+                )
+        if self.input is not None and self.instruction is None:
+            raise MolaError(f"`input` needs an `instruction`: got only the input {self.input[:80]!r}.")
+        if self.template is not None:
+            check_template(self.template)

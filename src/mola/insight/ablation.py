@@ -15,8 +15,6 @@ from mola.errors import MolaError
 from mola.files.terminal import show_progress
 from mola.tuner.layer import ExpertSettings, MolaLinear
 
-LEAVE_ONE_OUT = ("none", "layers", "modules")
-
 
 @dataclass(frozen=True)
 class LeftOut:

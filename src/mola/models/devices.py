@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from mola.errors import MolaError
+from mola.models.options import DTYPE_NAMES, check_dtype
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def resolve_device(device: str | torch.device | None = None) -> torch.device:
@@ -60,8 +61,7 @@ def resolve_dtype(name: str, device: str | torch.device) -> tuple[torch.dtype, s
     kind = torch.device(device).type
     if name in DTYPES:
         return DTYPES[name], name
-    if name != "auto":
-        raise MolaError(f"`dtype` must be one of auto, {', '.join(DTYPES)}: got {name!r}.")
+    check_dtype(name)
     if kind == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "bfloat16: the GPU supports it"

@@ -4,8 +4,10 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, ClassVar
 
 from mola.checkpoints.recorded_base import base_model_of
-from mola.options.fields import START, Group, check_required, convert_paths, option
+from mola.errors import MolaError
+from mola.options.fields import START, Group, check_positive, check_required, convert_paths, option
 
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
 BASE_MODEL_HELP = "Folder or hub id of the base model. Default: the one that the adapter was trained on."
 SKILL_HELP = (
     "Of a skills folder: the skill that answers everything, or base for the base model alone. Default: each prompt "
@@ -65,6 +67,12 @@ class ModelOptions(Quantization):
         return [] if adapter is None else [adapter]
 
 
+def check_dtype(name: str) -> None:
+    """Raise if the option `dtype` is neither "auto" nor one of `DTYPE_NAMES`."""
+    if name != "auto" and name not in DTYPE_NAMES:
+        raise MolaError(f"`dtype` must be one of auto, {', '.join(DTYPE_NAMES)}: got {name!r}.")
+
+
 def settle_base_model(options: Any, adapters: list[str]) -> None:
     """Convert the paths in options, check the required ones, and set `base_model` if only the adapters name it.
 
@@ -110,8 +118,17 @@ class PlanOptions:
     activation_checkpointing: bool = option(False, "Memory of a training with activation checkpointing.")
     gguf_file: str | None = option(None, GGUF_HELP)
     json: str | None = option(
-        None, "Result file (JSON); - prints JSON instead of the table.", nargs="?", const="-", metavar="FILE"
+        None,
+        "Result file (JSON); - prints JSON instead of the table.",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        writes="file",
     )
     overwrite: bool = option(False, "Replace an existing result file.")
     verbose: bool = option(False, "Also print which kernel computes the layers on this machine's CPU.")
     trust_remote_code: bool = option(False, "Run code that comes with the model; only for sources you trust.")
+
+    def check(self) -> None:
+        """Check what needs no torch."""
+        check_positive(cutoff_len=self.cutoff_len, batch_size=self.batch_size)

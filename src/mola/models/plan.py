@@ -16,12 +16,12 @@ from itertools import groupby
 from rich.table import Table
 
 from mola.architecture.allocation import AllocationPlan, LayerPlan
-from mola.files.atomic import atomic_write_json, check_new_file
+from mola.files.atomic import atomic_write_json
 from mola.files.terminal import make_table_console
 from mola.models.cost import BatchShape, cost_of_allocation
 from mola.models.devices import resolve_device, resolve_dtype
 from mola.models.options import PlanOptions
-from mola.options.fields import check_positive, parse_mapping, split_to_list
+from mola.options.fields import check_results, parse_mapping, split_to_list
 
 
 def plan(options: PlanOptions) -> AllocationPlan:
@@ -30,7 +30,7 @@ def plan(options: PlanOptions) -> AllocationPlan:
     Raises:
         MolaError: see `cost_of_allocation`.
     """
-    check_positive(cutoff_len=options.cutoff_len, batch_size=options.batch_size)
+    options.check()
     dtype, _ = resolve_dtype(options.dtype, resolve_device(None))
     return cost_of_allocation(
         options.base_model,
@@ -98,13 +98,13 @@ def render_memory(plan: AllocationPlan) -> Table:
 
 def main(options: PlanOptions) -> int:
     """Print the plan as tables, or as JSON if `json` is "-"; returns 0, the exit code."""
-    file = None if options.json in (None, "-") else check_new_file("json", options.json, options.overwrite)
+    check_results(options)
     result = plan(options)
-    if file is not None:
-        atomic_write_json(file, result.to_dict())
     if options.json == "-":
         print(json.dumps(result.to_dict(), indent=2))
     else:
+        if options.json is not None:
+            atomic_write_json(options.json, result.to_dict())
         console = make_table_console()
         console.print(render(result))
         dtype, _ = resolve_dtype(options.dtype, resolve_device(None))

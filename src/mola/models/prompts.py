@@ -1,22 +1,27 @@
 """The prompts that an adapter was trained with: the name of the template, and the adapter's own chat template."""
 
+from __future__ import annotations
+
 import functools
 import logging
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mola.data.chat_turns import alpaca_chat_template
-from mola.data.examples import LoadedData
 from mola.data.templates import CHAT, Template, get_template
 from mola.errors import MolaError
 from mola.files.atomic import atomic_write_json
 from mola.files.reading import read_json_object
 
+if TYPE_CHECKING:
+    from mola.data.examples import LoadedData  # which needs numpy and datasets
+
 CHAT_TEMPLATE = "chat_template.jinja"  # tokenizers save their chat template here; older ones in tokenizer_config.json
 PROMPTS_FILE = "prompts.json"  # names the template of an adapter that was made from an existing adapter
+CHAT_TEMPLATE_DIR = "additional_chat_templates"  # further, named chat templates; as Transformers calls it
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

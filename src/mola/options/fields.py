@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
 from mola.errors import MolaError
+from mola.files.atomic import check_new_file, check_new_folder
 from mola.files.reading import first_repeated
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -28,12 +29,12 @@ def option(default: Any, help: str, name: str | None = None, **more: Any) -> Any
     return field(default=default, metadata={"help": help, **more})
 
 
-def required(help: str) -> Any:
+def required(help: str, **more: Any) -> Any:
     """A field of which a value must be given, on the command line and in Python; see `check_required`.
 
     Its default is None, so that it may follow a field with a default.
     """
-    return option(None, help, required=True)
+    return option(None, help, required=True, **more)
 
 
 def shown_name(each: Field) -> str:
@@ -58,6 +59,20 @@ def check_required(options: Any) -> None:
     for each in fields(options):
         if is_required(each) and getattr(options, each.name) is None:
             raise MolaError(f"`{each.name}` must be given.")
+
+
+def check_results(options: Any) -> None:
+    """Check before long work that results can be written: the fields whose metadata `writes` is "file" or "folder".
+
+    Raises:
+        MolaError: a file exists and `overwrite` is not set, a folder has files, or the place cannot be written to.
+    """
+    for each in fields(options):
+        path, kind = getattr(options, each.name), each.metadata.get("writes")
+        if kind == "file" and path not in (None, "-"):  # "-" is standard output
+            check_new_file(each.name, path, options.overwrite)
+        elif kind == "folder" and path is not None:
+            check_new_folder(each.name, path)
 
 
 class Group(str):

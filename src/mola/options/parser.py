@@ -66,6 +66,7 @@ class OptionsParser(RaisingParser):
     def _add_field(self, field: Field, kind: Any) -> None:
         settings = dict(field.metadata)
         names = settings.pop("aliases", [])
+        settings.pop("writes", None)
         if not names or (field.name in _NAMES_OF_TRAINER and self.kinds.keys() >= _NAMES_OF_TRAINER):
             names = [*_spellings(field.name), *names]
         default = field.default if field.default_factory is MISSING else field.default_factory()

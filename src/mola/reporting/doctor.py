@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 
-from mola.files.atomic import atomic_write_json, check_new_file
+from mola.files.atomic import atomic_write_json
 from mola.files.terminal import OutputConsole
 from mola.insight import ROUTING_FILE
+from mola.options.fields import check_results
 from mola.reporting.findings import MIN_LOSSES, Finding, find_faults, is_compared
 from mola.reporting.load_run import Run, load_run, outdated_results, results_of_other_adapters
 from mola.reporting.options import DoctorOptions
@@ -29,11 +30,11 @@ def doctor(options: DoctorOptions) -> list[Finding]:
 
 def main(options: DoctorOptions) -> int:
     """Run the command and print the findings."""
-    path = None if options.json is None else check_new_file("json", options.json, options.overwrite)
+    check_results(options)
     run, late = _load(options)
     found = find_faults(run, late)
-    if path is not None:
-        atomic_write_json(path, {"run": str(run.folder), "findings": [asdict(each) for each in found]})
+    if options.json is not None:
+        atomic_write_json(options.json, {"run": str(run.folder), "findings": [asdict(each) for each in found]})
     lines = [] if found else [f"Nothing was found wrong with {run.folder}."]
     for number, each in enumerate(found, 1):
         lines += [f"{number}. {each.name}", f"   {each.seen}", f"   {each.change}"]

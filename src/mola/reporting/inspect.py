@@ -4,7 +4,6 @@ Of a skills folder: what it holds, and which skill the data ask.
 """
 
 import logging
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,10 +25,10 @@ from mola.data.tasks import Task, load_task
 from mola.data.templates import Template
 from mola.data.tokenized import IGNORED
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
+from mola.files.atomic import atomic_write_json, atomic_write_text
 from mola.files.environment import software_versions
 from mola.files.terminal import make_table_console
-from mola.insight.ablation import LEAVE_ONE_OUT, list_experiments, measure_losses_without
+from mola.insight.ablation import list_experiments, measure_losses_without
 from mola.insight.inspection import TokenTypes, measure_redundancy, measure_router_use, to_records
 from mola.models.adapters import check_adapter
 from mola.models.base_model import max_positions
@@ -37,7 +36,7 @@ from mola.models.from_options import check_model, model_for, tokenizer_for
 from mola.models.options import ModelOptions
 from mola.models.prompts import trained_settings
 from mola.models.sample_data import encode_samples, read_samples
-from mola.options.fields import check_positive, parse_mapping
+from mola.options.fields import check_results, parse_mapping
 from mola.reporting.adapter_weights import read_adapter_weights
 from mola.reporting.document import Section, render
 from mola.reporting.expert_sections import (
@@ -139,8 +138,7 @@ def _inspect_skills(options: InspectOptions) -> None:
     for name in ("filters", "leave_one_out", "html"):
         if getattr(options, name) != getattr(InspectOptions, name):
             raise MolaError(f"`{name}` is for the experts of a mixture, and {options.adapter!r} is a skills folder.")
-    if options.json is not None:
-        check_new_file("json", options.json, options.overwrite)
+    check_results(options)
     shared = [each.name for each in fields(ModelOptions)] + ["task", "split", "template"]
     found = test(
         TestOptions(
@@ -164,7 +162,7 @@ def _inspect_skills(options: InspectOptions) -> None:
 
 def _load_samples(options: InspectOptions) -> tuple[list[dict[str, Any]], Any, Any]:
     """The samples as they go into the result, the encoded samples, and the tokenizer; loads no weights."""
-    _check_options(options)
+    options.check()
     config = check_model(options)
     check_adapter(options.adapter)
     if not any(".mola_router" in name for name in read_tensors(Path(options.adapter))):
@@ -209,22 +207,6 @@ def _texts(example: Mapping[str, Any], row: Mapping[str, Any], template: Templat
     answers = [label for label in row["labels"] if label != IGNORED]
     start = next(index for index, label in enumerate(row["labels"]) if label != IGNORED)
     return tokenizer.decode(row["input_ids"][:start]), tokenizer.decode(answers)
-
-
-def _check_options(options: InspectOptions) -> None:
-    check_positive(limit=options.limit, leave_one_out_limit=options.leave_one_out_limit)
-    if options.examples < 0:
-        raise MolaError(f"`examples` must be at least 0: got {options.examples}. Pass 0 for none.")
-    if options.leave_one_out not in LEAVE_ONE_OUT:
-        raise MolaError(
-            f"`leave_one_out` must be one of {', '.join(LEAVE_ONE_OUT)}: got {options.leave_one_out!r}. Pass layers."
-        )
-    for name in ("json", "html"):
-        path = getattr(options, name)
-        if path is not None:
-            check_new_file(name, path, options.overwrite)
-    if options.json and options.html and os.path.realpath(options.json) == os.path.realpath(options.html):
-        raise MolaError(f"`json` and `html` must be two files: both are {options.json!r}. Choose a different name.")
 
 
 def _task_of(options: InspectOptions, trained: Any) -> Task | None:

@@ -19,13 +19,11 @@ from mola.errors import MolaError
 from mola.files.atomic import atomic_write_bytes, atomic_write_text
 from mola.files.digests import WEIGHTS_FILE, add_digest_line, is_own_file
 from mola.files.reading import read_json_object
+from mola.reporting import CARD_FILE, PLOT_FILE
 from mola.reporting.adapter_weights import layers_of, layers_table, pattern_sentence, target_names, tensor_shapes
 from mola.reporting.formatting import LOSS_NAMES, markdown_table
 from mola.reporting.load_run import read_losses, step_of_weights
 from mola.reporting.run_summary import data_table, launcher_sentence
-
-CARD_FILE = "README.md"
-PLOT_FILE = "loss.png"
 
 logger = logging.getLogger(__name__)
 

@@ -1,10 +1,14 @@
 """Options of `mola inspect`, `mola report` and `mola doctor`."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from mola.errors import MolaError
 from mola.models.options import ModelOptions
-from mola.options.fields import START, Group, option, required
+from mola.options.fields import START, Group, check_positive, check_results, option, required
+
+LEAVE_ONE_OUT = ("none", "layers", "modules")
 
 
 @dataclass
@@ -38,9 +42,26 @@ class InspectOptions(ModelOptions):
     leave_one_out_limit: int = option(16, "Number of samples for `leave_one_out`, from the first on.")
 
     _results: ClassVar = Group("results")
-    json: str | None = option(None, "Result file (JSON) with every module.")
-    html: str | None = option(None, "Page (HTML) with heat maps and charts, which needs no other file.")
+    json: str | None = option(None, "Result file (JSON) with every module.", writes="file")
+    html: str | None = option(None, "Page (HTML) with heat maps and charts, which needs no other file.", writes="file")
     overwrite: bool = option(False, "Replace existing results.")
+
+    def check(self) -> None:
+        """Check what needs neither model nor data.
+
+        Raises:
+            MolaError: a value is wrong, or a result would replace a file.
+        """
+        check_positive(limit=self.limit, leave_one_out_limit=self.leave_one_out_limit)
+        if self.examples < 0:
+            raise MolaError(f"`examples` must be at least 0: got {self.examples}. Pass 0 for none.")
+        if self.leave_one_out not in LEAVE_ONE_OUT:
+            raise MolaError(
+                f"`leave_one_out` must be one of {', '.join(LEAVE_ONE_OUT)}: got {self.leave_one_out!r}. Pass layers."
+            )
+        check_results(self)
+        if self.json and self.html and os.path.realpath(self.json) == os.path.realpath(self.html):
+            raise MolaError(f"`json` and `html` must be two files: both are {self.json!r}. Choose a different name.")
 
 
 @dataclass
@@ -72,5 +93,5 @@ class DoctorOptions:
     export: str | None = option(
         None, "Report of `mola convert --to lora`, its export.json; by default export.json in the run folder."
     )
-    json: str | None = option(None, "Result file (JSON).")
+    json: str | None = option(None, "Result file (JSON).", writes="file")
     overwrite: bool = option(False, "Replace an existing result file.")

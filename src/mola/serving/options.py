@@ -20,7 +20,12 @@ class ServeOptions(ModelOptions):
         "recipe add up. Or one skills folder, whose name asks the skill that knows.",
         action="extend",
     )
-    engine: str = option("mola", "Server to run: mola, or vllm, which serves one mixture or one skills folder.")
+    engine: str = option(
+        "mola",
+        "Server to run: mola, or vllm, which serves one mixture or one skills folder.",
+        choices=["mola", "vllm"],
+        metavar="TEXT",
+    )
     base_name: str | None = option(
         None, "Name of the base model in requests. Default: the last part of its folder, or its hub id."
     )

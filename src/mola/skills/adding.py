@@ -19,6 +19,7 @@ from mola.checkpoints.skills_folder import (
     SkillsFolder,
     add_entry,
     check_layer,
+    check_name_is_free,
     check_skill_name,
     copy_lora,
     locked,
@@ -27,7 +28,6 @@ from mola.checkpoints.skills_folder import (
     write_skills,
 )
 from mola.data.read import check_split
-from mola.errors import MolaError
 from mola.files.atomic import check_new_folder
 from mola.models.adapters import check_lora, warn_other_base
 from mola.models.base_model import max_positions, weights_identity
@@ -130,11 +130,7 @@ def check_adapter(folder: SkillsFolder, name: str, adapter: Path, options: AddOp
         MolaError: the name is wrong or taken, or the adapter is no plain LoRA that fits the base model.
     """
     check_skill_name(name)
-    if name in folder.skills and not options.overwrite:
-        raise MolaError(
-            f"{str(folder.path)!r} has a skill {name!r} already. Choose another name, or pass --overwrite to replace "
-            "the skill."
-        )
+    check_name_is_free(folder.path, name, options.overwrite)
     settings = check_plain_lora(adapter)
     warn_other_base(options.base_model, adapter, settings)
     tensors = check_lora(adapter, copy.deepcopy(on_meta))  # which puts the LoRA into the model

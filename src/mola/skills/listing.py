@@ -6,16 +6,16 @@ mola skills list my-skills
 import json
 
 from mola.checkpoints.skills_folder import read_skills
-from mola.files.atomic import atomic_write_json, check_new_file
+from mola.files.atomic import atomic_write_json
 from mola.files.terminal import make_table_console
+from mola.options.fields import check_results
 from mola.skills.options import ListOptions
 from mola.skills.summary import describe, summarize, summary_dict, summary_table
 
 
 def main(options: ListOptions) -> int:
     """Print the skills as a table or as JSON; returns 0, the exit code."""
-    if options.json not in (None, "-"):
-        check_new_file("json", options.json, options.overwrite)
+    check_results(options)
     folder = read_skills(options.folder)
     skills = summarize(folder)
     if options.json == "-":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
-from mola.checkpoints.adapter_settings import is_skills_folder
+from mola.checkpoints.adapter_settings import is_skills_folder, skills_settings, unknown_skill
 from mola.checkpoints.recorded_base import base_model_of
+from mola.checkpoints.skills_folder import check_name_is_free, check_skill_name
 from mola.errors import MolaError
+from mola.files.atomic import check_new_folder
 from mola.files.reading import first_repeated
 from mola.models.options import ModelOptions
 from mola.options.fields import START, Group, check_positive, check_required, convert_paths, option, required
@@ -82,6 +85,14 @@ class AddOptions(ModelOptions):
             self.base_model, [self.folder] if is_skills_folder(self.folder) else adapters.values()
         )
 
+    def check(self) -> None:
+        """Raise for a name that cannot be a skill's or is taken, and for a new folder that has files."""
+        if not is_skills_folder(self.folder):
+            check_new_folder("folder", self.folder)
+        for name in self.sources():
+            check_skill_name(name)
+            check_name_is_free(self.folder, name, self.overwrite)
+
     def sources(self) -> dict[str, str]:
         """Name of each skill -> folder of its adapter."""
         return split_pairs("skills", self.skills, "NAME=ADAPTER")
@@ -99,6 +110,13 @@ class RemoveOptions:
         check_required(self)
         self.skills = [self.skills] if isinstance(self.skills, str) else list(self.skills)
 
+    def check(self) -> None:
+        """Raise if the folder has no such skill."""
+        names = skills_settings(Path(self.folder).expanduser())["skills"]
+        for name in self.skills:
+            if name not in names:
+                raise unknown_skill(name, names, self.folder)
+
 
 @dataclass
 class ListOptions:
@@ -106,7 +124,12 @@ class ListOptions:
 
     folder: str = required(_FOLDER)
     json: str | None = option(
-        None, "Result file (JSON); - prints JSON instead of the table.", nargs="?", const="-", metavar="FILE"
+        None,
+        "Result file (JSON); - prints JSON instead of the table.",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        writes="file",
     )
     overwrite: bool = option(False, "Replace an existing result file.")
 
@@ -139,8 +162,8 @@ class TestOptions(ModelOptions):
     limit: int = option(200, "Read at most this many prompts of each source, evenly spread over it.")
 
     _run: ClassVar = Group("run")
-    output: str | None = option(None, "Result file (JSON).")
-    misses: str | None = option(None, "File (JSONL) of the prompts that do not ask whom they should.")
+    output: str | None = option(None, "Result file (JSON).", writes="file")
+    misses: str | None = option(None, "File (JSONL) of the prompts that do not ask whom they should.", writes="file")
     overwrite: bool = option(False, "Replace existing result files.")
 
     def __post_init__(self) -> None:
@@ -166,6 +189,11 @@ class MergeOptions:
         check_required(self)
         self.others = [self.others] if isinstance(self.others, str) else list(self.others)
 
+    def check(self) -> None:
+        """Raise for a folder that is no skills folder."""
+        for folder in (self.folder, *self.others):
+            skills_settings(Path(folder).expanduser())
+
 
 @dataclass
 class SuggestOptions(ModelOptions):
@@ -188,7 +216,7 @@ class SuggestOptions(ModelOptions):
     limit: int = option(200, "Read at most this many prompts of each source, evenly spread over it.")
 
     _run: ClassVar = Group("run")
-    output: str | None = option(None, "Result file (JSON).")
+    output: str | None = option(None, "Result file (JSON).", writes="file")
     overwrite: bool = option(False, "Replace an existing result file.")
 
     def __post_init__(self) -> None:

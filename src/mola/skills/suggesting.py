@@ -18,12 +18,13 @@ from mola.checkpoints.adapter_settings import is_skills_folder
 from mola.checkpoints.skills_folder import read_skills
 from mola.data.read import check_split
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_json, check_new_file
+from mola.files.atomic import atomic_write_json
 from mola.files.environment import software_versions
 from mola.generation.predicting import encode_prompts
 from mola.models.base_model import max_positions, weights_identity
 from mola.models.from_options import check_model, model_for, tokenizer_for
 from mola.models.skills import content_finder
+from mola.options.fields import check_results
 from mola.skills.measuring import features_of_layers
 from mola.skills.options import SuggestOptions, split_pairs
 from mola.skills.prompts import DataSource, read_prompts
@@ -93,8 +94,7 @@ def suggest(options: SuggestOptions) -> SuggestResult:
     Raises:
         MolaError: data are unreadable or too few, or the base model of a skills folder is another one.
     """
-    if options.output is not None:
-        check_new_file("output", options.output, options.overwrite)
+    check_results(options)
     sources, adapters = split_pairs("data", options.data, "NAME=DATA"), _adapters(options)
     if len(sources) < 2:
         raise MolaError("`data` must have the prompts of at least two skills, which a layer then tells apart.")

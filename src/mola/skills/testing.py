@@ -13,11 +13,12 @@ from typing import Any
 
 from mola.checkpoints.skills_folder import BASE, SkillsFolder, read_skills
 from mola.data.read import check_split
-from mola.files.atomic import atomic_write_json, atomic_write_text, check_new_file
+from mola.files.atomic import atomic_write_json, atomic_write_text
 from mola.files.environment import software_versions
 from mola.models.base_model import max_positions, weights_identity
 from mola.models.from_options import check_model, model_for, tokenizer_for
 from mola.models.skills import content_finder
+from mola.options.fields import check_results
 from mola.skills.deciding import decider_of
 from mola.skills.measuring import features_at
 from mola.skills.options import TestOptions
@@ -116,9 +117,7 @@ def test(options: TestOptions) -> TestResult:
     Raises:
         MolaError: the folder is damaged, its base model is another one, or data are unreadable or have unknown names.
     """
-    for option in ("output", "misses"):
-        if (path := getattr(options, option)) is not None:
-            check_new_file(option, path, options.overwrite)
+    check_results(options)
     folder = read_skills(options.folder)
     sources = named_sources(options.data, folder.path, folder.names, [BASE])
     folder.check_base(options.base_model, weights_identity(options.base_model))

@@ -1,4 +1,4 @@
-"""Options of `mola quickstart`, and those that `mola compare` and `mola continual` add to `TrainOptions`.
+"""Options of `mola quickstart`, and those that `mola compare` adds to `TrainOptions`.
 
 This module imports neither torch nor Transformers, so that `--help` is quick.
 """
@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mola.evaluation.options import EvaluateOptions
-from mola.options.fields import START, Group, option
+from mola.options.fields import START, Group, option, parse_mapping
 from mola.training.fields import TrainFields
+from mola.training.option_checks import check_given
 
 
 @dataclass
@@ -79,23 +80,15 @@ class CompareFields(TestFields):
         None, "Also draw the differences into these files, separated by commas: NAME.png or NAME.svg."
     )
 
-
-@dataclass
-class ContinualFields(TestFields):
-    """The own options of `mola continual`."""
-
-    _start: ClassVar = START
-    stages: dict[str, Any] | str | None = option(
-        None, "The tasks in the order of training: name -> options of that stage; a mapping, JSON."
-    )
-    growth: str = option(
-        "adapter", "What grows: adapter (every stage trains the same one further) or skills (each adds a skill)."
-    )
-
-    _test: ClassVar = Group("test")
-    evaluate_base: bool = option(
-        False, "Also test all tasks before the first stage: the base model, or `adapter` if it is set."
-    )
+    def check(self) -> None:
+        """`settle`, and check that base model and data are given for all runs or for some."""
+        if self.recipes is None:
+            self.output_dir = self.output_dir or "runs"  # the default depends on the task
+        self.settle()
+        parts = [each for name in ("tasks", "recipes") for each in parse_mapping(name, getattr(self, name)).values()]
+        for name in ("base_model", "data"):
+            if not any(isinstance(each, dict) and name in each for each in parts):
+                check_given(self, name)
 
 
 @dataclass

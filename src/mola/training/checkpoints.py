@@ -7,10 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from typing import TYPE_CHECKING, Any
 
 from mola.architecture.notation import unambiguous
 from mola.errors import MolaError
@@ -19,6 +16,10 @@ from mola.files.reading import read_json_object
 from mola.options.fields import find_difference
 from mola.training.option_checks import EVALUATION_SCHEDULES
 
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+PREFIX_CHECKPOINT_DIR = "checkpoint"  # as the Trainer names its folders
 RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"
 CLEARING = "clearing"  # status in run.json while an earlier run is being removed

@@ -30,7 +30,7 @@ from mola.training.distributed import check_distributed
 from mola.training.model import base_config, check_model_options, load_tokenizer_for, stores_packed
 from mola.training.option_checks import EVALUATION_SCHEDULES, name_of
 from mola.training.options import TrainOptions
-from mola.training.run_folder import describe_run
+from mola.training.run_record import describe_run
 from mola.training.skill import check_into
 from mola.tuner.kernels.dispatch import forced_backend
 

@@ -24,6 +24,7 @@ from mola.data.templates import ChatTemplate, Template
 from mola.errors import MolaError
 from mola.models.base_model import max_positions, vocabulary_size
 from mola.models.prompts import Chat, choose_template, use_chat, warn_of_other_template
+from mola.training.option_checks import check_given
 from mola.training.options import TrainOptions
 from mola.training.packing import pack_samples
 
@@ -66,8 +67,7 @@ def prepare_data(
     Raises:
         MolaError: data is missing or unreadable, lacks a column, or a sample does not fit.
     """
-    if options.data is None:
-        raise MolaError("`data` must name the training data. Pass --data with a file or a saved dataset.")
+    check_given(options, "data")
     limit = max_positions(config)
     if limit is not None and options.cutoff_len > limit:
         raise MolaError(

@@ -6,8 +6,17 @@ This module imports neither torch nor Transformers, so that `--help` is quick. `
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from mola.checkpoints.recorded_base import base_model_of
 from mola.models.options import Quantization
-from mola.options.fields import START, Group, option
+from mola.options.fields import START, Group, convert_paths, option, parse_mapping
+from mola.training.option_checks import (
+    check_combinations,
+    check_given,
+    check_skill_is_new,
+    check_values,
+    settle_skill,
+)
+from mola.training.run_folder import find_output_dir
 
 # Defaults of the adapter. The options themselves default to None, which shows that they were not given.
 ADAPTER_DEFAULTS: dict[str, Any] = {
@@ -38,6 +47,10 @@ TRAINING_ONLY = (
     "router_z_loss_coef",
     "router_jitter_noise",
 )
+
+# Settings of a plain LoRA, besides its start.
+LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+_NOT_FOR_SKILLS = ("adapter", *(name for name in ADAPTER_DEFAULTS if name not in (*LORA_SETTINGS, "init_lora_weights")))
 
 
 @dataclass
@@ -132,3 +145,28 @@ class TrainFields(Quantization):
     load_best_model_at_end: bool = option(True, "Keep the weights of lowest evaluation loss.")
     push_to_hub: bool = option(False, "Upload the finished run to the Hub.")
     hub_strategy: str = option("end", "Only end: the finished run is uploaded once.")
+
+    def settle(self) -> None:
+        """Set base model and run folder where other options imply them, parse mappings, and check mola's own options.
+
+        Raises:
+            MolaError: a value is out of its range, or options contradict each other.
+        """
+        convert_paths(self)
+        settle_skill(self, _NOT_FOR_SKILLS)
+        if self.adapter is not None and self.resume_from_checkpoint is None:
+            self.base_model = base_model_of(self.base_model, [self.adapter])
+        for name in ("filters", "num_experts_pattern", "rank_pattern", "alpha_pattern"):
+            setattr(self, name, parse_mapping(name, getattr(self, name)) or None)
+        check_values(self)
+        check_combinations(self, [name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY])
+
+    def check(self) -> None:
+        """`settle`, and check that the run has a base model, data and a folder of its own."""
+        self.settle()
+        if self.resume_from_checkpoint is None:
+            check_given(self, "base_model")
+        check_given(self, "data")
+        if self.skill is not None:
+            check_skill_is_new(self)
+        find_output_dir(self)

@@ -32,6 +32,7 @@ from mola.models.tokenizer import load_tokenizer
 from mola.options.fields import split_names, split_to_list
 from mola.training.distributed import uses_fsdp
 from mola.training.fields import ADAPTER_DEFAULTS, TRAINING_ONLY
+from mola.training.option_checks import check_given
 from mola.training.options import TrainOptions
 from mola.training.skill import on_upper_layers
 from mola.tuner import MolaConfig
@@ -46,9 +47,8 @@ def base_config(options: TrainOptions) -> PretrainedConfig:
     Raises:
         MolaError: `base_model` is missing, or has no readable configuration.
     """
-    if options.base_model is None:
-        raise MolaError("`base_model` must name a model. Pass --base_model with a folder or a hub id.")
-    return load_config(options.base_model, options.trust_remote_code, options.gguf_file)
+    check_given(options, "base_model")
+    return load_config(str(options.base_model), options.trust_remote_code, options.gguf_file)
 
 
 def check_model_options(

@@ -1,7 +1,8 @@
 """Checks of `TrainOptions` that need neither data nor a model.
 
 Rejected are options that would be ignored, options that would make the result silently wrong, and options that would
-fail only after a long training. Everything else is left to Transformers, Accelerate and torch.
+fail only after a long training. Everything else is left to Transformers, Accelerate and torch. This module imports
+none of them, so that the command line finds most mistakes at once.
 
 The options are typed as `Any`, because these functions run while a `TrainOptions` is being made.
 """
@@ -15,11 +16,11 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_pt_utils import LabelSmoother
-
+from mola.checkpoints.adapter_settings import is_skills_folder
+from mola.checkpoints.recorded_base import base_model_of
+from mola.checkpoints.skills_folder import check_name_is_free, check_skill_name
 from mola.errors import MolaError
+from mola.files.atomic import check_new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +42,53 @@ _ABOVE_0 = (
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 EVALUATION_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
+_MISSING = {
+    "base_model": "`base_model` must name a model. Pass --base_model with a folder or a hub id.",
+    "data": "`data` must name the training data. Pass --data with a file or a saved dataset.",
+}
+
 
 def name_of(value: Any) -> str:
     """The text of an option that may be an enum of Transformers."""
     return str(getattr(value, "value", value))
+
+
+def settle_skill(options: Any, refused: Iterable[str]) -> None:
+    """Check the options of a skill against each other, and set the base model and the run folder by its skills folder.
+
+    `options` is a `TrainOptions` that is being made, `refused` names the options that are not for skills.
+
+    Raises:
+        MolaError: an option is missing, or would be ignored.
+    """
+    if options.skill is None:
+        for name in ("into", "layer"):
+            if getattr(options, name) is not None:
+                raise MolaError(f"`{name}` has no effect without `skill`. Pass --skill NAME, or leave it out.")
+        return
+    check_skill_name(options.skill)
+    if options.into is None:
+        raise MolaError("`skill` needs a skills folder to be added to. Pass --into FOLDER; a new one is created.")
+    for name in refused:
+        if (value := getattr(options, name)) is not None:
+            raise MolaError(f"`{name}` ({value!r}) is not for skills, which are new plain LoRAs. Leave it out.")
+    folder = options.into = os.path.expanduser(options.into)
+    if is_skills_folder(folder):
+        options.base_model = base_model_of(options.base_model, [folder])
+    options.output_dir = options.output_dir or f"{folder.rstrip('/')}-runs/{options.skill}"
+
+
+def check_skill_is_new(options: Any) -> None:
+    """Raise if `into` has a skill of this name that is not to be replaced, or is another folder with files."""
+    if not is_skills_folder(options.into):
+        check_new_folder("into", options.into)
+    check_name_is_free(options.into, options.skill, options.overwrite_output_dir)
+
+
+def check_given(options: Any, name: str) -> None:
+    """Raise if `base_model` or `data` is not given."""
+    if getattr(options, name) is None:
+        raise MolaError(_MISSING[name])
 
 
 def check_values(options: Any) -> None:
@@ -60,8 +104,6 @@ def check_values(options: Any) -> None:
             value = getattr(options, name)
             if value is not None and not lowest <= value < math.inf:
                 raise MolaError(f"`{name}` must be {rule}: got {value}.")
-    if not 0 <= options.label_smoothing_factor <= 1:
-        raise MolaError(f"`label_smoothing_factor` must be between 0 and 1: got {options.label_smoothing_factor}.")
     if options.max_steps != -1 and options.max_steps < 1:
         raise MolaError(f"`max_steps` must be at least 1, or -1 to count epochs instead: got {options.max_steps}.")
 
@@ -88,6 +130,20 @@ def check_combinations(options: Any, adapter_options: Iterable[str]) -> None:
             f"`validation_size` ({options.validation_size:g}) takes samples out of the training data, and "
             f"`{other}` ({getattr(options, other)!r}) names different samples. Leave one of the two out."
         )
+    if options.push_to_hub and name_of(options.hub_strategy) != "end":
+        raise MolaError(
+            f"`hub_strategy` must be end: got {name_of(options.hub_strategy)}. Only a finished run is uploaded."
+        )
+
+
+def check_trainer_values(options: Any) -> None:
+    """Check options that `TrainingArguments` alone has, before Transformers reads them.
+
+    Raises:
+        MolaError: a value is out of its range, or the result would not be what the options say.
+    """
+    if not 0 <= options.label_smoothing_factor <= 1:
+        raise MolaError(f"`label_smoothing_factor` must be between 0 and 1: got {options.label_smoothing_factor}.")
     if options.metric_for_best_model not in (None, "loss", "eval_loss"):
         raise MolaError(
             f"`metric_for_best_model` must be eval_loss: got {options.metric_for_best_model!r}. Training measures "
@@ -99,10 +155,6 @@ def check_combinations(options: Any, adapter_options: Iterable[str]) -> None:
                 f"`{name}` would round the weights that are saved: the Trainer casts the model before its last "
                 "evaluation. Leave it out; `dtype` sets the format of the base model."
             )
-    if options.push_to_hub and name_of(options.hub_strategy) != "end":
-        raise MolaError(
-            f"`hub_strategy` must be end: got {name_of(options.hub_strategy)}. Only a finished run is uploaded."
-        )
 
 
 def settle_schedule(options: Any) -> None:
@@ -120,7 +172,7 @@ def settle_schedule(options: Any) -> None:
         options.warmup_steps = 0
     for kind in ("save", "eval"):
         steps, strategy = getattr(options, f"{kind}_steps"), name_of(getattr(options, f"{kind}_strategy"))
-        if strategy not in ("no", "steps") and steps != getattr(TrainingArguments, f"{kind}_steps"):
+        if strategy not in ("no", "steps") and steps != getattr(type(options), f"{kind}_steps"):
             raise MolaError(
                 f"`{kind}_steps` ({steps}) needs `{kind}_strategy` steps, which is {strategy}. "
                 f"Pass --{kind}_strategy steps as well."
@@ -136,7 +188,7 @@ def settle_schedule(options: Any) -> None:
         options.metric_for_best_model, options.greater_is_better = options.metric_for_best_model or "loss", False
     elif options.load_best_model_at_end and evaluate == save == "steps":
         interval = options.eval_steps or options.logging_steps
-        if options.save_steps == TrainingArguments.save_steps:
+        if options.save_steps == type(options).save_steps:
             options.save_steps, options.saves_as_evaluated = interval, True
             logger.info("A checkpoint at every evaluation: `save_steps` is %g.", interval)
         if options.save_steps != interval:
@@ -169,6 +221,9 @@ def check_trainer_options(options: Any) -> None:
         MolaError: an optimiser would not do what its name says, a resumed run could not repeat the order of samples,
             the loss would be wrong, or a tracker is not installed.
     """
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.trainer_pt_utils import LabelSmoother
+
     optimizer = name_of(options.optim)
     if optimizer.startswith(("galore", "apollo")):
         raise MolaError(

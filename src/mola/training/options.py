@@ -10,21 +10,17 @@ import torch
 from transformers import TrainingArguments
 
 from mola._compat import share_checkpointing
-from mola.checkpoints.recorded_base import base_model_of
 from mola.errors import MolaError
 from mola.models.devices import DTYPES, resolve_device, resolve_dtype
 from mola.models.quantization import check_mixed_precision, check_quantization
-from mola.options.fields import convert_paths, parse_mapping
 from mola.training.distributed import settle_deepspeed
-from mola.training.fields import ADAPTER_DEFAULTS, TRAINING_ONLY, TrainFields
+from mola.training.fields import ADAPTER_DEFAULTS, TrainFields
 from mola.training.option_checks import (
-    check_combinations,
     check_launcher,
     check_trainer_options,
-    check_values,
+    check_trainer_values,
     settle_schedule,
 )
-from mola.training.skill import settle_skill
 
 
 @dataclass
@@ -36,14 +32,8 @@ class TrainOptions(TrainFields, TrainingArguments):
     """
 
     def __post_init__(self) -> None:
-        convert_paths(self)
-        settle_skill(self)
-        if self.adapter is not None and self.resume_from_checkpoint is None:
-            self.base_model = base_model_of(self.base_model, [self.adapter])
-        for name in ("filters", "num_experts_pattern", "rank_pattern", "alpha_pattern"):
-            setattr(self, name, parse_mapping(name, getattr(self, name)) or None)
-        check_values(self)
-        check_combinations(self, [name for name in ADAPTER_DEFAULTS if name not in TRAINING_ONLY])
+        self.settle()
+        check_trainer_values(self)
         settle_schedule(self)
         device = self._settle_device()
         self._settle_dtype(device)

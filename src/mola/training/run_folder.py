@@ -1,4 +1,4 @@
-"""The folder of one run: what it may contain at the start, what the run writes, and the record of the run.
+"""The folder of one run: what it may contain at the start, and what the run writes.
 
 adapter_config.json, adapter_model.safetensors    the adapter (the best one, when evaluated)
 run.json         settings, versions, machine, data fingerprints, metrics, status
@@ -14,25 +14,17 @@ import contextlib
 import logging
 import os
 import shutil
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from transformers import PretrainedConfig
-from transformers.utils import CHAT_TEMPLATE_DIR
 
 from mola.errors import MolaError
 from mola.files import locking
 from mola.files.atomic import WRITE_TEST, atomic_write_json, check_writable, flush_to_disk
 from mola.files.digests import is_own_file
-from mola.files.environment import machine_description, software_versions
 from mola.files.reading import read_json_object
 from mola.insight import ROUTING_FILE
-from mola.models.prompts import TOKENIZER_FILES
-from mola.reporting import REPORT_FILE
-from mola.reporting.model_card import CARD_FILE, PLOT_FILE
+from mola.models.prompts import CHAT_TEMPLATE_DIR, TOKENIZER_FILES
+from mola.reporting import CARD_FILE, PLOT_FILE, REPORT_FILE
 from mola.training.checkpoints import (
     ADAPTER_FILES,
     CLEARING,
@@ -44,11 +36,6 @@ from mola.training.checkpoints import (
     is_in,
     step_in_name,
 )
-from mola.training.data import TrainingData
-from mola.training.fields import ADAPTER_DEFAULTS
-from mola.training.model import recorded_quantization, training_changes
-from mola.training.options import TrainOptions
-from mola.training.skill import skill_settings
 
 METRICS_FILE = "metrics.jsonl"
 SAVING = ".saving-"  # names of folders in which an adapter or a checkpoint is written
@@ -84,11 +71,18 @@ def check_start_is_kept(adapter: str, folder: str | None, option: str = "adapter
         )
 
 
-def check_output_dir(options: TrainOptions) -> Path:
-    """Check that a run may write into its folder, and return the folder; deletes nothing.
+def check_output_dir(options: Any) -> Path:
+    """`find_output_dir`, and check that the folder can be written to; creates it."""
+    folder = find_output_dir(options)
+    check_writable(folder / RUN_FILE)
+    return folder
+
+
+def find_output_dir(options: Any) -> Path:
+    """Check that a run may use its folder, and return the folder; changes nothing.
 
     Raises:
-        MolaError: the folder is not writable, is not empty without `overwrite_output_dir` or `resume_from_checkpoint`,
+        MolaError: the folder is not empty without `overwrite_output_dir` or `resume_from_checkpoint`,
             holds the checkpoints or the adapter of another program, or holds the adapter that the run starts from.
     """
     if options.adapter is not None:
@@ -113,7 +107,6 @@ def check_output_dir(options: TrainOptions) -> Path:
                 f"`overwrite_output_dir` removes an earlier run of mola, and {str(folder)!r} holds {foreign[0]!r} but "
                 f"no {RUN_FILE}: no run has written it. Pass a different --output, or remove the file yourself."
             )
-    check_writable(folder / RUN_FILE)
     return folder
 
 
@@ -179,37 +172,3 @@ def move_result(written: Path, folder: Path) -> None:
             (folder / name).parent.mkdir(exist_ok=True, parents=True)  # named chat templates are in a subfolder
             flush_to_disk(file)
             os.replace(file, folder / name)
-
-
-def describe_run(
-    options: TrainOptions, config: PretrainedConfig, data: TrainingData, allocation: dict[str, Any]
-) -> dict[str, Any]:
-    """The record of a run that is about to begin: what a reader needs to understand and repeat the run."""
-    return {
-        "command": without_token(sys.argv, options.hub_token),
-        "settings": options.to_dict(),
-        "adapter_settings": adapter_settings(options),
-        "effective_batch_size": options.effective_batch_size,
-        "processes": options.world_size,
-        "allocation": allocation,
-        "quantization": recorded_quantization(options, config),
-        "template": data.template,
-        "data": {name: asdict(report) for name, report in data.reports.items()},
-        "data_fingerprints": data.fingerprints,
-        "versions": software_versions(),
-        "machine": machine_description(options.device),
-    }
-
-
-def adapter_settings(options: TrainOptions) -> dict[str, Any]:
-    """The settings of a new adapter; of an existing one, those that the run changes."""
-    if options.adapter is not None:
-        return training_changes(options)
-    if options.skill is not None:
-        return skill_settings(options)
-    return {name: options.adapter_setting(name) for name in ADAPTER_DEFAULTS}
-
-
-def without_token(command: Sequence[str], token: str | None) -> list[str]:
-    """A command line without the Hub's token, for a record that others may read."""
-    return [word.replace(token, "<HUB_TOKEN>") for word in command] if token else list(command)

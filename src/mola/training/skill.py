@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,47 +12,18 @@ from transformers import PreTrainedModel
 from mola.architecture.layer_stacks import LayerStacks
 from mola.architecture.targets import resolve_target_modules
 from mola.checkpoints.adapter_settings import is_skills_folder
-from mola.checkpoints.recorded_base import base_model_of
-from mola.checkpoints.skills_folder import check_layer, check_skill_name, read_skills
+from mola.checkpoints.skills_folder import check_layer, read_skills
 from mola.errors import MolaError
-from mola.files.atomic import check_new_folder
 from mola.models.base_model import weights_identity
 from mola.models.options import QUANTIZATION_OPTIONS
 from mola.skills.adding import AddResult, add
 from mola.skills.options import AddOptions
-from mola.training.fields import ADAPTER_DEFAULTS
+from mola.training.fields import LORA_SETTINGS
+from mola.training.option_checks import check_skill_is_new
 from mola.tuner import MolaConfig
 from mola.tuner.skills.lower_layers import decoder_layers, settled_layer
 
 logger = logging.getLogger(__name__)
-
-_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
-_REFUSED = ("adapter", *(name for name in ADAPTER_DEFAULTS if name not in (*_SETTINGS, "init_lora_weights")))
-
-
-def settle_skill(options: Any) -> None:
-    """Check the options of a skill against each other, and set the base model and the run folder by its skills folder.
-
-    `options` is a `TrainOptions` that is being made.
-
-    Raises:
-        MolaError: an option is missing, or would be ignored.
-    """
-    if options.skill is None:
-        for name in ("into", "layer"):
-            if getattr(options, name) is not None:
-                raise MolaError(f"`{name}` has no effect without `skill`. Pass --skill NAME, or leave it out.")
-        return
-    check_skill_name(options.skill)
-    if options.into is None:
-        raise MolaError("`skill` needs a skills folder to be added to. Pass --into FOLDER; a new one is created.")
-    for name in _REFUSED:
-        if (value := getattr(options, name)) is not None:
-            raise MolaError(f"`{name}` ({value!r}) is not for skills, which are new plain LoRAs. Leave it out.")
-    folder = options.into = os.path.expanduser(options.into)
-    if is_skills_folder(folder):
-        options.base_model = base_model_of(options.base_model, [folder])
-    options.output_dir = options.output_dir or f"{folder.rstrip('/')}-runs/{options.skill}"
 
 
 def check_into(options: Any) -> None:
@@ -62,18 +32,12 @@ def check_into(options: Any) -> None:
     Raises:
         MolaError: the name is taken, or the folder has another base model or another layer.
     """
+    check_skill_is_new(options)
     if is_skills_folder(options.into):
         folder = read_skills(options.into)
         folder.check_base(options.base_model, weights_identity(options.base_model))
         options.layer = folder.layer if options.layer is None else options.layer
         check_layer(folder, options.layer)
-        if options.skill in folder.skills and not options.overwrite_output_dir:
-            raise MolaError(
-                f"{str(folder.path)!r} has a skill {options.skill!r} already. Choose another name, or pass --overwrite "
-                "to replace the skill."
-            )
-    else:
-        check_new_folder("into", options.into)
 
 
 def on_upper_layers(options: Any, mixture: MolaConfig, model: PreTrainedModel) -> MolaConfig:
@@ -101,7 +65,7 @@ def on_upper_layers(options: Any, mixture: MolaConfig, model: PreTrainedModel) -
 
 def skill_settings(options: Any) -> dict[str, Any]:
     """The settings of the LoRA, for the run's record."""
-    found = {name: options.adapter_setting(name) for name in _SETTINGS}
+    found = {name: options.adapter_setting(name) for name in LORA_SETTINGS}
     start = options.adapter_setting("init_lora_weights")
     return {
         **found,

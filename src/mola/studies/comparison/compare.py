@@ -40,7 +40,7 @@ from mola.studies.comparison.runs import evaluate_base_model, remove_checkpoints
 from mola.studies.comparison.search import Found, search_results, search_table
 from mola.studies.comparison.tables import Row, comma_separated, markdown, notes, summarize, terminal_tables
 from mola.studies.train_and_test import recorded, sigterm_as_interrupt
-from mola.training.run_folder import without_token
+from mola.training.run_record import without_token
 
 __all__ = ["CompareOptions", "CompareResult", "compare", "main"]
 

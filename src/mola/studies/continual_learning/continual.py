@@ -31,19 +31,19 @@ from mola.studies.continual_learning.metrics import (
 from mola.studies.continual_learning.record import (
     BASE_KEY,
     EVALUATION_FOLDER,
-    RECORD_FILE,
     START_FOLDER,
     START_KEY,
     check_same_sequence,
     clear_sequence,
-    read_record,
     stage_entries,
 )
+from mola.studies.continual_learning.record_file import RECORD_FILE, read_record
 from mola.studies.continual_learning.skills import Answers, asked, changed, settle_skills
 from mola.studies.continual_learning.stages import ContinualOptions, Stage, check_stages
 from mola.studies.train_and_test import evaluate_once, recorded, sigterm_as_interrupt, train_or_resume
 from mola.training.checkpoints import has_finished
-from mola.training.run_folder import check_start_is_kept, locked, without_token
+from mola.training.run_folder import check_start_is_kept, locked
+from mola.training.run_record import without_token
 
 __all__ = ["ContinualOptions", "ContinualResult", "continual", "main"]
 

@@ -8,49 +8,22 @@ skills/                  the skills folder, with `growth` skills
 
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mola.errors import MolaError
-from mola.files.atomic import WRITE_TEST, check_writable
 from mola.files.digests import WEIGHTS_FILE, file_sha256
-from mola.files.reading import read_json
 from mola.options.fields import find_difference
-from mola.studies.continual_learning.stages import SKILLS_FOLDER, Stage
+from mola.studies.continual_learning.record_file import RECORD_FILE, SKILLS_FOLDER
+from mola.studies.continual_learning.stages import Stage
 from mola.training.checkpoints import RUN_FILE, checkpoints_in, has_finished
 
-RECORD_FILE = "continual.json"
 START_FOLDER = "00-start"
 EVALUATION_FOLDER = "evaluation"
 START_KEY = "start_adapter_sha256"
 BASE_KEY = "base_model_weights"  # records of earlier versions may lack it
-_LEFTOVERS = (f".{RECORD_FILE}.", WRITE_TEST)  # left by a call that was killed while writing
-
-
-def read_record(folder: Path, overwrite: bool) -> dict[str, Any] | None:
-    """The record of an earlier call in this folder; None for a new folder."""
-    if os.path.exists(folder) and not folder.is_dir():
-        raise MolaError(f"`output_dir` must be a folder: {str(folder)!r} is a file. Pass a different name.")
-    path = check_writable(folder / RECORD_FILE)
-    if not path.exists():
-        if not overwrite and any(not entry.name.startswith(_LEFTOVERS) for entry in folder.iterdir()):
-            raise MolaError(
-                f"`output_dir` must be empty or hold a sequence to resume: {str(folder)!r} has files but no "
-                f"{RECORD_FILE}. Pass a different folder."
-            )
-        return None
-    try:
-        record: dict[str, Any] = read_json(path)
-        for entry in record["stages"]:
-            dict(entry["settings"], **entry["data_fingerprints"], folder=Path(entry["folder"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MolaError(
-            f"{str(path)!r} cannot be read ({error}). Restore it, or pass a different `output_dir`."
-        ) from error
-    return record
 
 
 def stage_entries(stages: Sequence[Stage], record: Mapping[str, Any] | None) -> list[dict[str, Any]]:

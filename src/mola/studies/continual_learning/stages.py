@@ -14,7 +14,8 @@ from mola.evaluation.evaluate import EvaluateOptions
 from mola.models.options import QUANTIZATION_OPTIONS
 from mola.options.fields import parse_named_mappings
 from mola.options.parsing import convert
-from mola.studies.fields import ContinualFields
+from mola.studies.continual_learning.fields import STAGES_EXAMPLE, ContinualFields
+from mola.studies.continual_learning.record_file import SKILLS_FOLDER
 from mola.studies.overlaps import Questions, check_training
 from mola.studies.train_and_test import NOT_COMPARED, TrainAndTestOptions, check_questions, evaluation_of
 from mola.training.checks import check_steps
@@ -31,7 +32,6 @@ from mola.training.model import (
 logger = logging.getLogger(__name__)
 
 GROWTHS = ("adapter", "skills")
-SKILLS_FOLDER = "skills"  # in the folder of the sequence
 _SAME_IN_ALL_STAGES = (
     "base_model",
     "layer",
@@ -71,9 +71,7 @@ class ContinualOptions(ContinualFields, TrainAndTestOptions):
         super().__post_init__()
         self.layer = layer
         self.check_one_process("mola continual", ", or run `mola train --adapter` stage by stage")
-        self.stages = parse_named_mappings(
-            "stages", self.stages, '{"physics": {"task": "scienceqa", "data": "physics.json"}}'
-        )
+        self.stages = parse_named_mappings("stages", self.stages, STAGES_EXAMPLE)
         self.stage_options: dict[str, TrainAndTestOptions] = {}
         for number, (name, values) in enumerate(self.stages.items(), start=1):
             try:
