@@ -4,7 +4,7 @@ The limits are far from the values of healthy runs (docs/guides/doctor.md has bo
 poor.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
@@ -12,6 +12,7 @@ from typing import Any
 
 from mola.evaluation.scoring import constant_prediction
 from mola.reporting.formatting import points
+from mola.reporting.learning import not_learnt
 from mola.reporting.load_run import Run, step_of_weights
 from mola.reporting.routing_log import LateUse
 
@@ -36,20 +37,18 @@ class Finding:
     seen: str  # what the run folder shows
     change: str  # what to change
 
+    def __str__(self) -> str:
+        return f"{self.name.capitalize()}: {self.seen} {self.change}"
+
 
 def find_faults(run: Run, late: Mapping[str, LateUse]) -> list[Finding]:
     """The faults of a run, gravest first; `late` is from `mola.reporting.routing_log.read_late_use`."""
     return [found for rule in _RULES if (found := rule(run, late)) is not None]
 
 
-def is_far_above(eval_loss: float, train_loss: float) -> bool:
-    """Whether an evaluation loss is more than twice the training loss, and more than 0.5 nats above it."""
-    return eval_loss > max(2 * train_loss, train_loss + 0.5)
-
-
-def last_mean(curve: Sequence[tuple[float, float]]) -> float:
-    """Mean of the losses in the last tenth of the steps; a single loss can be that of one lucky batch."""
-    return fmean(loss for step, loss in curve if step > 0.9 * curve[-1][0] or step == curve[-1][0])
+def find_training_fault(run: Run) -> Finding | None:
+    """The gravest fault that the losses of a training show, which `mola train` says at its end."""
+    return _rate_too_high(run, {}) or _evaluation_gap(run, {}) or _not_learnt(run, {})
 
 
 # ---------------------------------------------------------------------- losses and answers
@@ -90,7 +89,10 @@ def _rate_too_high(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
 
 
 def _evaluation_gap(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
-    """Compare training and evaluation loss at the step whose weights were saved; `mola train` uses the same rule."""
+    """Compare training and evaluation loss at the step whose weights were saved.
+
+    The training loss is the mean of the last tenth of the steps: a single loss can be that of one lucky batch.
+    """
     saved_step = step_of_weights(run.record)
     evaluation = [entry for entry in run.curves.get("evaluation", []) if saved_step is None or entry[0] <= saved_step]
     if not evaluation or evaluation[-1][0] == 0:  # step 0: the untrained model
@@ -99,15 +101,25 @@ def _evaluation_gap(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     curve = run.curves.get("training", [])
     # Use training losses up to that evaluation, or the first loss if there is none.
     training = [entry for entry in curve if entry[0] <= step] or curve[:1]
-    if not training or not is_far_above(eval_loss, last_mean(training)):
+    end = [loss for at, loss in training if at > 0.9 * training[-1][0] or at == training[-1][0]]
+    if not end or eval_loss <= max(2 * fmean(end), fmean(end) + 0.5):
         return None
     best = "--eval_strategy steps --save_strategy steps --load_best_model_at_end"
     earlier = f"Stop earlier ({best}), lower" if saved_step is None else "Lower"
     return Finding(
         "evaluation loss far above training loss",
-        f"{eval_loss:.4f} at step {step}, training {last_mean(training):.4f}.",
+        f"{eval_loss:.4f} at step {step}, training {fmean(end):.4f}.",
         f"{earlier} --learning_rate or the number of epochs, raise --lora_dropout, or use more data.",
     )
+
+
+def _not_learnt(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
+    if run.record.get("status", "finished") != "finished" or _evaluation_gap(run, late) is not None:
+        return None
+    settings, epochs = run.record["settings"], run.record.get("metrics", {}).get("epoch", 1)
+    plan = epochs, settings.get("learning_rate"), settings.get("max_steps", -1)
+    found = not_learnt(run.curves.get("training", []), *plan)
+    return None if found is None else Finding("not learnt", *found)
 
 
 def _constant_answer(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
@@ -250,6 +262,7 @@ _RULES: tuple[Callable[[Run, Mapping[str, LateUse]], Finding | None], ...] = (
     _failed,
     _rate_too_high,
     _evaluation_gap,
+    _not_learnt,
     _constant_answer,
     _no_router_gradient,
     _collapsed_routers,

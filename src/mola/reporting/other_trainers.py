@@ -44,6 +44,7 @@ def record_of_adapter(folder: Path, adapter: AdapterWeights, state: dict[str, An
         "adapter_settings": {name: value for name, value in adapter.config.items() if value not in (None, {}, [])},
         "best_checkpoint": _best_checkpoint(folder, state),
         "steps": state.get("global_step"),
+        "metrics": {"epoch": state["epoch"]} if state.get("epoch") is not None else {},
     }
     if adapter.layers:
         counts = [layer.num_experts for layer in adapter.layers if layer.layer_index is not None]

@@ -9,6 +9,7 @@ from typing import Any
 
 from mola.checkpoints.recorded_base import model_name
 from mola.reporting.document import Table
+from mola.reporting.findings import find_training_fault
 from mola.reporting.formatting import LOSS_NAMES, duration, number, percent
 from mola.reporting.load_run import Run, step_of_weights
 
@@ -34,6 +35,7 @@ def summarize_run(run: Run) -> dict[str, Any]:
             ("Started from", settings.get("adapter")),
             ("Machine", machine.get("gpu") or machine.get("cpu")),
             ("Error", record.get("error")),
+            ("Warning", find_training_fault(run)),
         ],
         "data": data_table(record),
     }

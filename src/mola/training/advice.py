@@ -1,16 +1,12 @@
-"""What a user can change when memory or disk space runs out, a process is lost, or the evaluation loss is poor."""
+"""What a user can change when memory or disk space runs out, or a process is lost."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-
-from transformers import SchedulerType, TrainerState
+from collections.abc import Iterator
 
 from mola.errors import MolaError
 from mola.files.failures import explain_out_of_memory, explain_write_errors, lost_process_reason
-from mola.reporting.findings import is_far_above, last_mean
-from mola.training.checkpoints import step_of_saved_weights
 from mola.training.distributed import shards_weights, uses_deepspeed
 from mola.training.options import TrainOptions
 
@@ -66,30 +62,3 @@ def memory_advice(options: TrainOptions) -> str:
     if options.eval_strategy != "no":
         ways.append(f"for the evaluation a lower --per_device_eval_batch_size ({options.per_device_eval_batch_size})")
     return f"Pass {'; or '.join(ways)}."
-
-
-def loss_gap_advice(options: TrainOptions, state: TrainerState, metrics: Mapping[str, float]) -> str | None:
-    """One line if the saved weights' evaluation loss is more than twice the training loss and more than 0.5 above it.
-
-    The training loss is the mean of the log entries in the last tenth of the steps up to these weights: the last
-    entry alone can be one lucky batch.
-
-    Returns:
-        The line, or None if the losses are close or one of them is missing.
-    """
-    step = step_of_saved_weights(options, state)
-    logged = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
-    # If the weights are older than the first entry, use this entry.
-    logged = [entry for entry in logged if entry[0] <= step] or logged[:1]
-    if not logged or "eval_loss" not in metrics:
-        return None
-    eval_loss = metrics["eval_loss"]
-    train_loss = last_mean(logged)
-    if not is_far_above(eval_loss, train_loss):
-        return None
-    schedule = SchedulerType(options.lr_scheduler_type).value
-    return (
-        f"The evaluation loss ({eval_loss:.4f}) is far above the training loss ({train_loss:.4f}) at step {step}. "
-        f"Lower `learning_rate` ({options.learning_rate:g}), let it decay with `lr_scheduler_type` cosine or linear "
-        f"(now {schedule}), or end with an earlier checkpoint: evaluate more often with `load_best_model_at_end`."
-    )

@@ -27,6 +27,7 @@ from mola.training.checkpoints import (
 )
 from mola.training.data import TrainingData, prepare_data
 from mola.training.distributed import check_distributed
+from mola.training.fields import LOGGING_STEPS
 from mola.training.model import base_config, check_model_options, load_tokenizer_for, stores_packed
 from mola.training.option_checks import EVALUATION_SCHEDULES, name_of
 from mola.training.options import TrainOptions
@@ -114,6 +115,8 @@ def check_run(options: TrainOptions, folder: Path) -> CheckedRun:
 
 
 def _settle_steps(options: TrainOptions, data: TrainingData, steps: int) -> None:
+    if options.logs_by_length:
+        options.logging_steps = max(1, min(LOGGING_STEPS, steps // 20))  # a short run has a loss curve, too
     if options.optim.startswith("schedule_free"):  # these optimisers count the steps of the warm-up themselves
         options.warmup_steps = options.get_warmup_steps(steps)
     if data.evaluation is None:

@@ -51,6 +51,7 @@ TRAINING_ONLY = (
 # Settings of a plain LoRA, besides its start.
 LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
 _NOT_FOR_SKILLS = ("adapter", *(name for name in ADAPTER_DEFAULTS if name not in (*LORA_SETTINGS, "init_lora_weights")))
+LOGGING_STEPS = 10  # a default
 
 
 @dataclass
@@ -131,7 +132,7 @@ class TrainFields(Quantization):
     overwrite_output_dir: bool = option(False, "Replace an earlier run in the output folder.", "overwrite")
     resume_from_checkpoint: str | None = option(None, "Continue a stopped run: last, or a folder checkpoint-N.")
     logging_strategy: str = option("steps", "When to log: no, steps or epoch.")
-    logging_steps: float = option(10, "Steps between logs, or below 1 a share of all.")
+    logging_steps: float = option(None, "Steps between logs; below 1: a share. Default: up to 10.")
     logging_nan_inf_filter: bool = option(False, "Hide NaN and infinite losses; if false they stop the run.")
     expert_telemetry: bool = option(True, "Record experts' use in routing.jsonl and log.")
     verbose: bool = option(False, "Also say which kernel computes each linear, and why.")

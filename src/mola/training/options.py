@@ -14,7 +14,7 @@ from mola.errors import MolaError
 from mola.models.devices import DTYPES, resolve_device, resolve_dtype
 from mola.models.quantization import check_mixed_precision, check_quantization
 from mola.training.distributed import settle_deepspeed
-from mola.training.fields import ADAPTER_DEFAULTS, TrainFields
+from mola.training.fields import ADAPTER_DEFAULTS, LOGGING_STEPS, TrainFields
 from mola.training.option_checks import (
     check_launcher,
     check_trainer_options,
@@ -33,6 +33,9 @@ class TrainOptions(TrainFields, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.settle()
+        self.logs_by_length = self.logging_steps is None
+        if self.logs_by_length:
+            self.logging_steps = LOGGING_STEPS
         check_trainer_values(self)
         settle_schedule(self)
         device = self._settle_device()

@@ -30,9 +30,11 @@ from mola.insight.kernels import kernels_report
 from mola.insight.telemetry import ExpertTelemetry, drop_later_lines
 from mola.options.command_line import next_steps
 from mola.reporting.commands import commands_after_training
+from mola.reporting.findings import find_training_fault
 from mola.reporting.formatting import LOSS_NAMES
+from mola.reporting.load_run import Run, losses_by_step
 from mola.reporting.model_card import write_card
-from mola.training.advice import failures_explained, loading_advice, loss_gap_advice
+from mola.training.advice import failures_explained, loading_advice
 from mola.training.callbacks import TrainingClock, overflow_explained
 from mola.training.checkpoints import RUN_FILE, newest_complete, step_of_saved_weights
 from mola.training.checks import CheckedRun, check_run
@@ -63,7 +65,7 @@ class TrainResult:
         trainable_parameters: number of trainable parameters, routers included.
         best_checkpoint: the checkpoint whose weights were saved, or None for the last weights.
         seconds: wall time of training, excluding loading; includes the time before a resume.
-        warning: one line if the evaluation loss is far above the training loss, else None.
+        warning: one line if the losses show a fault, see `mola.reporting.findings.find_training_fault`; else None.
     """
 
     output_dir: str
@@ -217,9 +219,11 @@ def _result_of(
         trainable_parameters=run.record["trainable_parameters"],
         best_checkpoint=trainer.state.best_model_checkpoint if options.load_best_model_at_end else None,
         seconds=seconds,
-        warning=loss_gap_advice(options, trainer.state, metrics),
     )
-    if result.warning is not None:
+    losses = losses_by_step(trainer.state.log_history, step_of_saved_weights(options, trainer.state))
+    fault = find_training_fault(Run(run.folder, {**run.record, **asdict(result)}, losses))
+    if fault is not None:
+        result.warning = str(fault)
         logger.warning(result.warning)
     if options.load_best_model_at_end and result.status == "finished" and result.best_checkpoint is None:
         logger.warning("No evaluation ran that could choose a best checkpoint: the last weights are kept.")
