@@ -13,12 +13,14 @@ from torch import distributed
 from transformers import GPT2Config, TrainerCallback, TrainerControl, TrainerState
 
 from mola import TrainOptions, train
+from mola.cli import main
 from mola.errors import MolaError
 from mola.files.failures import memory_error_reason
 from mola.training.callbacks import AveragedWeights, CheckpointLast, ResumedRun
 from mola.training.checkpoints import checkpoints_in
 from mola.training.interruption import Interruption
 from mola.training.trainer import _padding
+from tests.training.runs import NO_EVALUATION, read_record
 from tests.versions import has
 
 
@@ -40,6 +42,19 @@ def test_schedules_that_cannot_be_are_refused_before_an_earlier_run_is_removed(
     before = (tmp_path / "run" / "run.json").read_bytes()
     assert message in error_line(flags(**options, overwrite="true"))
     assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"max_steps": 1}, "Warm-up of 1 steps in a run of 1: shortened to 0."),
+        ({"max_steps": 4, "warmup_steps": 100}, "Warm-up of 100 steps in a run of 4: shortened to 1."),
+    ],
+)
+def test_a_warm_up_that_does_not_fit_is_shortened(options, line, flags, tmp_path, caplog):
+    assert main(flags(**options, **NO_EVALUATION)) == 0
+    assert line in caplog.messages
+    assert read_record(tmp_path / "run")["steps"] == options["max_steps"]
 
 
 @pytest.fixture

@@ -128,23 +128,24 @@ def _settle_steps(options: TrainOptions, data: TrainingData, steps: int) -> None
 
 
 def check_steps(options: TrainOptions, data: TrainingData) -> int:
-    """The number of optimiser steps of a run.
+    """The number of optimiser steps of a run. A warm-up as long as the run, or longer, is shortened to a tenth of it.
 
     Raises:
-        MolaError: the run has no step, or the learning rate would still be warming up when the run ends; the
-            optimiser or the schedule of the learning rate cannot be made.
+        MolaError: the run has no step; the optimiser or the schedule of the learning rate cannot be made.
     """
     whole = math.floor if options.dataloader_drop_last else math.ceil
     batches = whole(len(data.train) / (options.train_batch_size * options.world_size))
     per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
     steps = options.max_steps if options.max_steps > 0 else math.ceil(options.num_train_epochs * per_epoch)
-    warmup = options.get_warmup_steps(steps)
-    if warmup >= steps or batches == 0:
+    if batches == 0:
         raise MolaError(
-            f"`warmup_steps` must end before the run does: {warmup} steps of warm-up in a run of {steps} "
-            f"({len(data.train)} samples in {batches} batches, effective batch {options.effective_batch_size}). "
-            "Lower `warmup_steps` (below 1 it is a share of the run), train longer, or use smaller batches."
+            f"`dataloader_drop_last` drops all {len(data.train)} samples: they fill no batch. Leave it out."
         )
+    warmup = options.get_warmup_steps(steps)
+    if warmup >= steps:
+        options.warmup_steps = min(math.ceil(0.1 * steps), steps - 1)
+        logger.warning("Warm-up of %d steps in a run of %d: shortened to %d.", warmup, steps, options.warmup_steps)
+        warmup = int(options.warmup_steps)
     schedule, optimizer_name = name_of(options.lr_scheduler_type), name_of(options.optim)
     if schedule in EVALUATION_SCHEDULES and data.evaluation is None:
         raise MolaError(

@@ -170,7 +170,6 @@ def test_lists_in_any_form(form, command, tmp_path):
         ({"wandb_run_name": "first"}, ["`wandb_run_name`", "`wandb_project`"]),
         ({"resume_from_checkpoint": "./step2_biology"}, ["`resume_from_checkpoint`", "./step2_biology"]),
         ({"learnig_rate": 1}, ["--learnig_rate", "--learning_rate"]),
-        ({"warmup_steps": 100}, ["`warmup_steps`", "100"]),
         ({"val_set_size": 13}, ["`val_set_size`", "13"]),
         ({"val_set_size": 400}, ["`val_set_size`", "400", "13"]),
     ],

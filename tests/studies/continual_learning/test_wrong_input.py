@@ -24,10 +24,6 @@ WRONG = [
     ({"stages": {"a": {}, "b": {"test_split": "train"}}}, ["stage `b`", "`test_split`", "not used for training"]),
     ({"stages": {"a": {}, "b": {"cutoff_len": 20}}}, ["stage `b`", "`cutoff_len`", "20"]),
     ({"stages": {"a": {}, "b": {"max_new_tokens": 2000, "scoring": "generate"}}}, ["stage `b`", "1024"]),
-    (
-        {"stages": {"a": {}, "b": {"warmup_steps": 50, "lr_scheduler_type": "linear"}}},
-        ["stage `b`", "`warmup_steps`", "50"],
-    ),
     ({"stages": {"a": {}, "b": {"filters": {"topic": "art"}}}}, ["stage `b`", "`filters`", "'art'", "'physics'"]),
     (
         {"router_aux_loss_coef": 0.01, "stages": {"a": {}, "b": {"label_smoothing_factor": 0.1}}},
