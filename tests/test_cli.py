@@ -163,7 +163,7 @@ WRONG = [
         {"label_smoothing_factor": 0.1, "router_aux_loss_coef": 0.5},
         ["`label_smoothing_factor` (0.1)", "`router_aux_loss_coef` (0.5)"],
     ),
-    ({"dataloader_drop_last": "true", "per_device_train_batch_size": 11}, ["10 samples in 0 batches"]),
+    ({"dataloader_drop_last": "true", "per_device_train_batch_size": 11}, ["`dataloader_drop_last`", "all 10 samples"]),
 ]
 
 
