@@ -1,7 +1,7 @@
 """Pieces of text: put together they are the whole, and no piece has to be taken back."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AddedToken, PreTrainedTokenizerFast
@@ -28,6 +28,18 @@ def fallback_tokenizer():
 FALLBACK = fallback_tokenizer()
 
 
+def word_tokenizer():
+    """Whole words, between which decoding writes a space."""
+    words = ["<unk>", "</s>", "we", "go", "home", "##s", ",", ""]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="<unk>"))
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+WORDS = word_tokenizer()
+
+
 def write(tokenizer, token_ids, stops=(), streams=True):
     """Pieces, whole text, reason, tokens used."""
     pieces = []
@@ -50,10 +62,33 @@ def test_any_bytes_are_sent_as_decoded_at_once(token_ids):
     assert (reason, used) == ("length", len(token_ids))
 
 
-@given(st.lists(st.one_of(st.integers(2, 3), st.integers(4, 259)), min_size=1, max_size=30))
+@given(st.lists(st.integers(0, 259), min_size=1, max_size=30))
+@example([4 + ord("A"), 1, 4 + 0xFF])  # bytes on both sides of a special token are decoded together
 def test_byte_fallback_is_sent_as_decoded_at_once(token_ids):
     pieces, text, _, _ = write(FALLBACK, token_ids)
     assert "".join(pieces) == text == FALLBACK.decode(token_ids, skip_special_tokens=True)
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=30))
+def test_words_are_sent_as_decoded_at_once(token_ids):
+    pieces, text, _, _ = write(WORDS, token_ids)
+    assert "".join(pieces) == text == WORDS.decode(token_ids, skip_special_tokens=True)
+
+
+def test_a_token_costs_no_decoding_of_the_answer_before_it():
+    class Counting(TokenDecoder):
+        num_tokens = 0
+
+        def decode_answer(self, token_ids):
+            self.num_tokens += len(token_ids)
+            return super().decode_answer(token_ids)
+
+    decoder = Counting(BYTES, [BYTES.eos_token_id])
+    writer = StreamWriter(decoder, lambda piece: None, ["STOP"])
+    for token_id in BYTES("a word " * 100, add_special_tokens=False)["input_ids"]:
+        writer.add(token_id)
+    assert writer.finish() == "length"
+    assert decoder.num_tokens <= 5 * len(writer.token_ids)
 
 
 @given(st.text(ALPHABET, min_size=1, max_size=20), st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3))

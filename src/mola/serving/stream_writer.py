@@ -41,6 +41,7 @@ class TokenDecoder:
         self._tokenizer = tokenizer
         self.end_token_ids = end_token_ids
         self.special_tokens = special_tokens(tokenizer)
+        self._special_ids = frozenset(self.special_tokens.values())
         self.removes_spaces = _removes_spaces(tokenizer)
         # Some tokenizers drop the space before the first token, so later tokens are decoded after this token.
         self._first = list(tokenizer("a", add_special_tokens=False)["input_ids"][-1:])
@@ -65,9 +66,20 @@ class TokenDecoder:
             return str(self._tokenizer.convert_ids_to_tokens(token_id)), None
         return text, list(text.encode())
 
-    def is_byte(self, token_id: int) -> bool:
-        """Whether a token is one byte of a character that is not in the vocabulary."""
-        return _BYTE_TOKEN.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token_id))) is not None
+    def is_joined(self, token_id: int) -> bool:
+        """Whether later tokens are decoded together with a token: one byte of a character, or a special token."""
+        name = str(self._tokenizer.convert_ids_to_tokens(token_id))
+        return token_id in self._special_ids or _BYTE_TOKEN.fullmatch(name) is not None
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The tokens that the next text is decoded from. Without one, each token would cost a decoding of all before it."""
+
+    text: str = ""  # of all tokens before `end`
+    context: str = ""  # text of the tokens from `start` to `end`, decoded alone
+    start: int = 0
+    end: int = 0
 
 
 class StreamWriter:
@@ -87,6 +99,7 @@ class StreamWriter:
         self._stops = [text for text in stops if text not in special]
         self._num_sent = 0
         self._is_stopped = False
+        self._window = _Window()
         self.token_ids: list[int] = []
         self.text = ""
 
@@ -97,9 +110,8 @@ class StreamWriter:
             self._is_stopped = True
         elif self._send is not None or self._stops:
             self._write(self._final_text(), is_last=False)
-            is_delayed = self._decoder.removes_spaces or self._decoder.is_byte(token_id)
-            if is_delayed and self._stops:
-                text = self._decoder.decode_answer(self.token_ids)
+            if self._stops and (self._decoder.removes_spaces or self._decoder.is_joined(token_id)):
+                text = self._decoded()
                 self._is_stopped = self._is_stopped or any(stop in text for stop in self._stops)
         return not self._is_stopped
 
@@ -113,9 +125,26 @@ class StreamWriter:
         """The text that later tokens cannot change."""
         if self._decoder.removes_spaces:
             return ""
-        if self._decoder.is_byte(self.token_ids[-1]):
-            return self.text  # successive byte tokens are decoded together
-        return self._decoder.decode_answer(self.token_ids).rstrip(_REPLACEMENT)
+        if self._decoder.is_joined(self.token_ids[-1]):
+            return self.text
+        text = self._decoded()
+        if not text.endswith(_REPLACEMENT):
+            self._move_window(text)
+        return text.rstrip(_REPLACEMENT)
+
+    def _decoded(self) -> str:
+        """Text of all tokens so far. Only those of the window are decoded, unless later tokens changed its context."""
+        window = self._decoder.decode_answer(self.token_ids[self._window.start :])
+        if not window.startswith(self._window.context):
+            return self._decoder.decode_answer(self.token_ids)
+        return self._window.text + window.removeprefix(self._window.context)
+
+    def _move_window(self, text: str) -> None:
+        """Later tokens are decoded after those that were new in `text`, the text of all tokens so far."""
+        start, end = self._window.end, len(self.token_ids)
+        context = self._decoder.decode_answer(self.token_ids[start:])
+        if context and text.endswith(context):
+            self._window = _Window(text, context, start, end)
 
     def _write(self, text: str, is_last: bool) -> None:
         """Send what is new in `text`, up to the first stop text."""
