@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,13 +12,16 @@ pytest.importorskip("fastapi", reason="needs the extra `serve`")
 httpx = pytest.importorskip("httpx", reason="needs the extra `test`")
 openai = pytest.importorskip("openai", reason="needs the extra `test`")
 
+from mola import Skills  # noqa: E402
+from mola.checkpoints.adapter_settings import SKILLS_FILE  # noqa: E402
 from mola.errors import MolaError  # noqa: E402
 from mola.serving.serve import ServeOptions, running_server  # noqa: E402
 
 from ..waiting import PATIENCE, wait_until  # noqa: E402
-from .skills_folders import FOLDER, KINDS, LONG, MARKS, NO_KIND, chats, save_lora  # noqa: E402
+from .skills_folders import FOLDER, KINDS, LONG, MARKS, NO_KIND, chats, prompt_of, save_lora  # noqa: E402
 
 TOKEN = "a-secret-token"
+HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 MAX_PREFILL = 24  # tokens
 NEW_TOKENS = 12
 FIELDS = {"dtype": "float32", "device": "cpu", "port": 0}
@@ -40,7 +44,7 @@ def url(request, skills_root):
 
 @pytest.fixture(scope="module")
 def http(url):
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=PATIENCE) as http:
+    with httpx.Client(base_url=url, headers=HEADERS, timeout=PATIENCE) as http:
         yield http
 
 
@@ -185,6 +189,33 @@ def test_the_last_skill_may_go_too(http):
     for name, path in folders.items():
         assert load(http, name, path).status_code == 200
     assert complete(http, KINDS[0][1]).headers["X-Mola-Skill"] == "numbers"
+
+
+def test_a_server_and_its_restart_decide_alike(skills_root, tmp_path):
+    folder = tmp_path / FOLDER
+    shutil.copytree(skills_root / FOLDER, folder)
+    settings = json.loads((folder / SKILLS_FILE).read_text("utf-8"))
+    (folder / SKILLS_FILE).write_text(json.dumps({**settings, "threshold": 0.05, "reject_rate": 0.5}), "utf-8")
+    shutil.copytree(skills_root / "more", tmp_path / "more")
+    options = ServeOptions(adapter=[str(folder)], adapter_root=str(tmp_path), api_key=TOKEN, **FIELDS)
+    prompts = [prompt_of(kind, number) for kind in ("numbers", "shouts", "marks") for number in range(60, 75)]
+
+    def skills(http):
+        return [complete(http, prompt, max_tokens=1).json()["usage"]["skill"] for prompt in prompts]
+
+    with running_server(options) as url, httpx.Client(base_url=url, headers=HEADERS, timeout=PATIENCE) as http:
+        before = skills(http)
+        assert load(http, "marks", "more/marks").status_code == 200
+        added = skills(http)
+        assert unload(http, "marks").status_code == 200
+        removed = skills(http)
+    assert before[:30] != added[:30]  # the reject rate sets another threshold than the folder's
+    Skills(folder).merge(tmp_path / "more")
+    with running_server(options) as url, httpx.Client(base_url=url, headers=HEADERS, timeout=PATIENCE) as http:
+        assert skills(http) == added
+    Skills(folder).remove("marks")
+    with running_server(options) as url, httpx.Client(base_url=url, headers=HEADERS, timeout=PATIENCE) as http:
+        assert skills(http) == removed
 
 
 WRONG = {

@@ -46,4 +46,5 @@ def attach_skills(
     for name in folder.names:
         statistics = SkillStatistics.from_tensors(folder.statistics[name])
         runtime.add(name, folder.path / name, statistics, folder.skills[name].adapter_sha256)
+    runtime.reject_rate = folder.reject_rate
     return runtime

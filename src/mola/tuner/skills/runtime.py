@@ -20,7 +20,7 @@ from torch import nn
 from mola.architecture.layer_stacks import LayerStacks
 from mola.errors import MolaError
 from mola.tuner.skills.content import ContentFinder
-from mola.tuner.skills.decision import Decider, Decisions
+from mola.tuner.skills.decision import Decider, Decisions, suggest_threshold
 from mola.tuner.skills.loras import DEFAULT_MAX_LOADED, LoraStore
 from mola.tuner.skills.lower_layers import decoder_layers, settled_layer
 from mola.tuner.skills.prompts import Prompts, cache_in, tokens_in_cache
@@ -57,6 +57,7 @@ class SkillsRuntime:
         max_loaded: maximum number of LoRAs in memory.
 
     Attributes:
+        reject_rate: sets the threshold whenever skills come or go, see `suggest_threshold`; None if it is fixed.
         last_names: who answered in the last turn, one name per prompt; None stands for the base model.
         last_decisions: the last turn's decisions; None if its skills were named by the caller.
 
@@ -75,6 +76,7 @@ class SkillsRuntime:
     ) -> None:
         layers = decoder_layers(model)
         self.layer, self.threshold = settled_layer(layer, len(layers)), threshold
+        self.reject_rate: float | None = None
         self.last_names: list[str | None] = []
         self.last_decisions: Decisions | None = None
         self._model, self._finder, self._general = model, finder, general
@@ -134,7 +136,7 @@ class SkillsRuntime:
         linears = self._store.add(name, folder, sha256)
         self._loras.adapt(linears)
         self._statistics[name] = statistics
-        self._decider = None
+        self._settle_threshold()
 
     def retire(self, name: str) -> None:
         """Let no decision choose a skill any more. Rows may still name it, until it is removed.
@@ -143,8 +145,8 @@ class SkillsRuntime:
             MolaError: there is no such skill.
         """
         self._store.check_names([name])
-        self._statistics.pop(name, None)
-        self._decider = None
+        if self._statistics.pop(name, None) is not None:
+            self._settle_threshold()
 
     def remove(self, name: str) -> None:
         """Remove a skill. A row that it is answering ends with an error; see `retire`.
@@ -155,10 +157,6 @@ class SkillsRuntime:
         self.retire(name)
         self._store.remove(name)
         self._loras.forget()
-
-    def decide_by(self, threshold: float) -> None:
-        """Set the threshold; see `Decider`."""
-        self.threshold, self._decider = threshold, None
 
     @contextmanager
     def use(self, names: str | list[str | None] | None) -> Iterator[None]:
@@ -191,6 +189,11 @@ class SkillsRuntime:
         return self._decider.decide(read_prompts(self._model, self.layer, self._finder, prompt_ids))
 
     # ------------------------------------------------------------------ decisions
+
+    def _settle_threshold(self) -> None:
+        self._decider = None
+        if self.reject_rate is not None:
+            self.threshold = suggest_threshold(self._general, self._statistics, self.reject_rate)
 
     def _rows_decided(self, prompts: Prompts) -> Rows:
         """The skills of each prompt of a turn that begins."""
