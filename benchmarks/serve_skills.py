@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from benchmarks.errors import in_one_line
@@ -138,8 +139,6 @@ def _make_folder(options: SkillLoadOptions, folder: Path, loras: dict[str, Path]
     Returns:
         Name of a skill -> its kind.
     """
-    import torch
-
     from mola.checkpoints.skills_folder import add_entry, copy_lora, locked, read_skills, write_skills
     from mola.skills.skills import Skills
 
@@ -157,10 +156,10 @@ def _make_folder(options: SkillLoadOptions, folder: Path, loras: dict[str, Path]
         kind = [*_KINDS][number % len(_KINDS)]
         name = f"{kind}-{number:04}"
         # Prompts of their own differ a little, or all copies would have the same score.
-        draw = torch.Generator().manual_seed(number)
-        statistics = {key: each.clone() for key, each in skills.statistics[kind].items()}
+        draw = np.random.default_rng(number)
+        statistics = {key: each.copy() for key, each in skills.statistics[kind].items()}
         means = statistics["means"]
-        statistics["means"] = means + 0.01 * torch.randn(means.shape, generator=draw).to(means.dtype)
+        statistics["means"] = means + 0.01 * draw.standard_normal(means.shape, means.dtype)
         skills = add_entry(skills, name, replace(skills.skills[kind]), statistics)
         copies[name], kinds[name] = loras[kind], kind
     with locked(folder):

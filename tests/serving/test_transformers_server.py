@@ -14,7 +14,13 @@ from tests.ports import free_port  # noqa: E402
 from tests.waiting import PATIENCE, wait_until  # noqa: E402
 
 pytestmark = pytest.mark.slow
-PROGRAM = "import mola; from transformers.cli.transformers import main; main()"
+PROGRAM = """
+import mola
+from transformers.cli.transformers import main
+
+if __name__ == "__main__":
+    main()
+"""
 
 
 def is_up(port):
@@ -29,8 +35,10 @@ def test_it_answers_as_mola_does(chat_model_dir, adapters, offline, tmp_path):
     shutil.copytree(chat_model_dir, served)
     for path in adapters["first"].glob("adapter_*"):
         shutil.copy(path, served)
-    words = ["serve", str(served), "--port", str(port), "--dtype", "float32", "--device", "cpu"]
-    with subprocess.Popen([sys.executable, "-c", PROGRAM, *words], stderr=subprocess.PIPE, text=True) as process:
+    program = tmp_path / "serve_mola.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    words = [str(program), "serve", str(served), "--port", str(port), "--dtype", "float32", "--device", "cpu"]
+    with subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True) as process:
         try:
             wait_until(lambda: is_up(port), process)
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=PATIENCE)
