@@ -83,6 +83,25 @@ def test_another_rule_for_answers_is_refused(run, tmp_path):
         run(**{**asked, "seeds": [0, 1]})
 
 
+def test_checkpoints_are_kept_until_their_run_is_finished(run, monkeypatch, tmp_path):
+    """The first run ends, the second is stopped after a checkpoint and resumes from it."""
+    asked = {**ALONE, "seeds": [0, 1], "save_strategy": "steps", "save_steps": 1}
+    folder = tmp_path / "out" / "physics" / "lora"
+
+    def stop(self, args, state, control, **kwargs):
+        if args.seed == 1 and state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "on_step_end", stop, raising=False)
+        assert run(**asked).status == "interrupted"
+    assert not list((folder / "seed-0").glob("checkpoint-*"))
+    assert (folder / "seed-0" / "adapter_model.safetensors").is_file()
+    assert "checkpoint-2" in {path.name for path in (folder / "seed-1").glob("checkpoint-*")}
+    assert run(**asked).status == "finished"
+    assert not list(folder.rglob("checkpoint-*"))
+
+
 def test_a_foreign_folder_is_kept(run, tmp_path):
     folder = tmp_path / "out" / "physics" / "lora" / "seed-0"
     folder.mkdir(parents=True)

@@ -223,12 +223,11 @@ class _Comparison:
                     if result.diverged_at is not None:
                         what = (ACCURACY if run.is_scored else LOSS).diverged
                         logger.warning("The training of %s diverged: %s.", run.key, what)
+                    remove_checkpoints(run)  # before the record, so that a process that ends here leaves none
                     self._add(result)
                     self._log_time_left(run, time.perf_counter() - start)
                     if not self.options.keep_adapters:
                         remove_weights(run)
-                    elif self.options.is_short:
-                        remove_checkpoints(run)
             if is_idle:
                 time.sleep(_POLL_SECONDS)
                 self._read_record()

@@ -71,11 +71,9 @@ def evaluate_base_model(run: Run, path: Path) -> Result:
 
 
 def remove_weights(run: Run) -> None:
-    """Delete adapter, checkpoints and tokenizer of a finished run."""
-    folder = Path(run.options.output_dir or "")
+    """Delete adapter and tokenizer of a finished run."""
     for name in _LARGE_FILES:
-        (folder / name).unlink(missing_ok=True)
-    remove_checkpoints(run)
+        (Path(run.options.output_dir or "") / name).unlink(missing_ok=True)
 
 
 def remove_checkpoints(run: Run) -> None:
