@@ -320,7 +320,7 @@ def test_recipe_values_of_every_kind(tmp_path):
     assert (options.label_names, options.report_to) == (["labels"], [])
     assert (options.train_on_inputs, options.add_eos_token) == (True, False)
     assert (options.eval_strategy, options.save_strategy, options.load_best_model_at_end) == ("no", "no", False)
-    assert options.save_total_limit is None
+    assert options.keeps_one
     assert (options.learning_rate, options.router_aux_loss_coef) == (1e-4, 1e-3)
     assert options.lr_scheduler_kwargs == {"min_lr": 1e-5}
     assert options.liger_kernel_config == {"rope": True}

@@ -83,6 +83,7 @@ def train_settings(options: SharedOptions, reports: bool) -> dict[str, Any]:
         "lora_dropout": options.lora_dropout,
         "logging_first_step": True,
         "save_strategy": "steps",
+        "save_total_limit": 3,
         "load_best_model_at_end": False,
         "eval_strategy": "no",
         "report_to": "wandb" if reports else "none",

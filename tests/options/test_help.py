@@ -30,7 +30,7 @@ KNOWN_FROM_TRAINER = (
 )
 # docs/guides/training.md says why the first of these have other defaults.
 OTHER_DEFAULTS = {"learning_rate", "warmup_steps", "logging_steps", "logging_nan_inf_filter", "hub_strategy"}
-OTHER_DEFAULTS |= {"eval_strategy", "save_strategy", "save_total_limit", "load_best_model_at_end"}
+OTHER_DEFAULTS |= {"eval_strategy", "save_strategy", "load_best_model_at_end"}
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ def test_a_skill_is_trained_and_added(train, run, tiny_model_dir, data, tmp_path
     assert {int(name.split(".layers.")[1][0]) for name in load_file(run_folder / "adapter_model.safetensors")} == {
         1, 2, 3,
     }  # fmt: skip
+    assert [path.name for path in run_folder.glob("checkpoint-*")] == ["checkpoint-2"]
     record = json.loads((run_folder / "run.json").read_text())
     assert record["adapter_settings"]["layer"] == 1
     assert record["status"] == "finished"
@@ -47,7 +48,7 @@ def test_a_skill_is_trained_and_added(train, run, tiny_model_dir, data, tmp_path
 @pytest.mark.slow
 def test_resumed_and_then_added(train, made_folder, tmp_path):
     folder = shutil.copytree(made_folder, tmp_path / "skills")
-    train(folder, "tools")
+    train(folder, "tools", "--save_total_limit=3")
     run_folder = tmp_path / "skills-runs" / "tools"
     weights = load_file(run_folder / "adapter_model.safetensors")
     shutil.rmtree(run_folder / "checkpoint-2")

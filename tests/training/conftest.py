@@ -41,6 +41,7 @@ def flags(tiny_model_dir, rows_file, tmp_path):
             "logging_steps": 1,
             "per_device_train_batch_size": 4,
             "num_train_epochs": 2,
+            "save_total_limit": 3,
             "disable_tqdm": "true",
             **options,
         }

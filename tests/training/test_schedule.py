@@ -17,7 +17,7 @@ from mola.cli import main
 from mola.errors import MolaError
 from mola.files.failures import memory_error_reason
 from mola.training.callbacks import AveragedWeights, CheckpointLast, ResumedRun
-from mola.training.checkpoints import checkpoints_in
+from mola.training.checkpoints import checkpoints_in, step_in_name
 from mola.training.interruption import Interruption
 from mola.training.trainer import _padding
 from tests.training.runs import NO_EVALUATION, read_record
@@ -129,6 +129,27 @@ def test_no_step_follows_an_evaluation_in_which_a_signal_came(options_of, tmp_pa
     found = [json.loads(line) for line in lines]
     assert max(entry["step"] for entry in found) == 2
     assert [entry["step"] for entry in found if "eval_loss" in entry] == [2], "what it measured is kept"
+
+
+class SecondIsBest(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_loss"] = abs(state.global_step - 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, [4]),
+        ({"validation_size": 1}, [2]),  # whose weights are the result
+        ({"save_total_limit": 2}, [4, 3]),
+        ({"save_total_limit": 0}, [4, 3, 2, 1]),
+    ],
+    ids=["last", "best", "two", "all"],
+)
+def test_a_finished_run_keeps_one_checkpoint_unless_more_are_asked_for(options_of, tmp_path, options, kept):
+    result = train(options_of(**{"save_strategy": "epoch", "per_device_train_batch_size": 16, **options}), [SecondIsBest()])
+    assert [step_in_name(path) for path in checkpoints_in(tmp_path / "run")] == kept
+    assert result.best_checkpoint in (None, str(tmp_path / "run" / f"checkpoint-{kept[0]}"))
 
 
 def test_a_signal_before_the_first_step_waits_for_it():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,13 @@ def step_of_saved_weights(options: Any, state: TrainerState) -> int:
     if options.load_best_model_at_end and state.best_model_checkpoint is not None:
         return step_in_name(Path(state.best_model_checkpoint))
     return state.global_step
+
+
+def keep_one(folder: Path, step: int) -> None:
+    """Remove the checkpoints of a run but that of `step`, or the newest one if there is no such checkpoint."""
+    kept_first = sorted(checkpoints_in(folder), key=lambda path: step_in_name(path) != step)
+    for path in kept_first[1:]:
+        shutil.rmtree(path)
 
 
 def is_in(checkpoint: Path, folder: Path) -> bool:

@@ -52,6 +52,7 @@ TRAINING_ONLY = (
 LORA_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
 _NOT_FOR_SKILLS = ("adapter", *(name for name in ADAPTER_DEFAULTS if name not in (*LORA_SETTINGS, "init_lora_weights")))
 LOGGING_STEPS = 10  # a default
+SAVE_TOTAL_LIMIT = 3  # a default, until the run ends
 
 
 @dataclass
@@ -142,7 +143,7 @@ class TrainFields(Quantization):
     per_device_eval_batch_size: int = option(8, "Batch size per device in evaluations.")
     save_strategy: str = option("epoch", "When to save: no, steps, epoch or best.")
     save_steps: float = option(500, "Steps per checkpoint (docs/guides/training.md).")
-    save_total_limit: int | None = option(3, "Checkpoints to keep, including the best one.")
+    save_total_limit: int | None = option(None, "Checkpoints to keep; 0: all. Default: 3, after the run 1.")
     load_best_model_at_end: bool = option(True, "Keep the weights of lowest evaluation loss.")
     push_to_hub: bool = option(False, "Upload the finished run to the Hub.")
     hub_strategy: str = option("end", "Only end: the finished run is uploaded once.")

@@ -14,7 +14,7 @@ from mola.errors import MolaError
 from mola.models.devices import DTYPES, resolve_device, resolve_dtype
 from mola.models.quantization import check_mixed_precision, check_quantization
 from mola.training.distributed import settle_deepspeed
-from mola.training.fields import ADAPTER_DEFAULTS, LOGGING_STEPS, TrainFields
+from mola.training.fields import ADAPTER_DEFAULTS, LOGGING_STEPS, SAVE_TOTAL_LIMIT, TrainFields
 from mola.training.option_checks import (
     check_launcher,
     check_trainer_options,
@@ -36,6 +36,9 @@ class TrainOptions(TrainFields, TrainingArguments):
         self.logs_by_length = self.logging_steps is None
         if self.logs_by_length:
             self.logging_steps = LOGGING_STEPS
+        self.keeps_one = self.save_total_limit is None
+        if self.keeps_one:
+            self.save_total_limit = SAVE_TOTAL_LIMIT
         check_trainer_values(self)
         settle_schedule(self)
         device = self._settle_device()

@@ -36,7 +36,7 @@ from mola.reporting.load_run import Run, losses_by_step
 from mola.reporting.model_card import write_card
 from mola.training.advice import failures_explained, loading_advice
 from mola.training.callbacks import TrainingClock, overflow_explained
-from mola.training.checkpoints import RUN_FILE, newest_complete, step_of_saved_weights
+from mola.training.checkpoints import RUN_FILE, keep_one, newest_complete, step_of_saved_weights
 from mola.training.checks import CheckedRun, check_run
 from mola.training.distributed import loading_unsharded, shards_weights, uses_fsdp
 from mola.training.launch import check_nproc
@@ -240,6 +240,8 @@ def _save(options: TrainOptions, trainer: MolaTrainer, run: CheckedRun, result: 
     _write_record(trainer, run)
     if trainer.is_world_process_zero():
         write_card(run.folder, run.record)
+    if options.keeps_one and result.status == "finished" and options.should_save:
+        keep_one(run.folder, step_of_saved_weights(options, trainer.state))
     if options.push_to_hub and result.status == "finished":
         logger.info("The run is finished. Uploading %s.", run.folder)
         trainer.push_to_hub(commit_message="Adapter trained with mola", revision=options.hub_revision)

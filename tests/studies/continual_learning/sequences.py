@@ -26,6 +26,7 @@ SETTINGS = {
     "warmup_steps": 0,
     "lora_dropout": 0.1,
     "dtype": "float32",
+    "save_total_limit": 3,
     "scoring": "likelihood",
     "test_batch_size": 4,
     "disable_tqdm": True,
