@@ -15,9 +15,11 @@ openai = pytest.importorskip("openai", reason="needs the extra `test`")
 from mola import Skills  # noqa: E402
 from mola.checkpoints.adapter_settings import SKILLS_FILE  # noqa: E402
 from mola.errors import MolaError  # noqa: E402
+from mola.serving.request_queue import RequestQueue  # noqa: E402
 from mola.serving.serve import ServeOptions, running_server  # noqa: E402
 
 from ..waiting import PATIENCE, wait_until  # noqa: E402
+from .conftest import OWN_TEMPLATE  # noqa: E402
 from .skills_folders import FOLDER, KINDS, LONG, MARKS, NO_KIND, chats, prompt_of, save_lora  # noqa: E402
 
 TOKEN = "a-secret-token"
@@ -216,6 +218,28 @@ def test_a_server_and_its_restart_decide_alike(skills_root, tmp_path):
     Skills(folder).remove("marks")
     with running_server(options) as url, httpx.Client(base_url=url, headers=HEADERS, timeout=PATIENCE) as http:
         assert skills(http) == removed
+
+
+def test_a_decided_skill_ends_its_completions_with_its_own_token(skills_root, tmp_path, monkeypatch):
+    folder = tmp_path / FOLDER
+    shutil.copytree(skills_root / FOLDER, folder)
+    config = json.dumps({"chat_template": OWN_TEMPLATE, "eos_token": "<s>"})
+    (folder / "numbers" / "tokenizer_config.json").write_text(config, "utf-8")
+    submitted = []
+    submit = RequestQueue.submit
+
+    def note(queue, jobs, *args, **kwargs):
+        submitted.extend((job.adapter, list(job.stops)) for job in jobs)
+        return submit(queue, jobs, *args, **kwargs)
+
+    monkeypatch.setattr(RequestQueue, "submit", note)
+    options = ServeOptions(adapter=[str(folder)], api_key=TOKEN, **FIELDS)
+    with running_server(options) as url, httpx.Client(base_url=url, headers=HEADERS, timeout=PATIENCE) as http:
+        complete(http, KINDS[0][1], "numbers", stop=["So"])
+        complete(http, [prompt for _, prompt in KINDS], stop=["So"])
+    named, *decided = submitted
+    assert named == ("numbers", ["So", "<s>"])
+    assert decided == [("numbers", ["So", "<s>"]), ("shouts", ["So"]), (None, ["So"])]
 
 
 WRONG = {

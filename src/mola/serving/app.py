@@ -77,7 +77,7 @@ def build_app(
         if made[0].adapter != DECIDE:
             return made
         while True:
-            decided = await decide(made)
+            decided = await decide(body, made)
             skill = decided[0].adapter
             if isinstance(body, CompletionRequest) or not jobs.chats.keys() & {skill, DECIDE}:
                 return decided
@@ -86,14 +86,18 @@ def build_app(
             if jobs.has_skill(skill):
                 return own
 
-    async def decide(made: list[Job]) -> list[Job]:
+    async def decide(body: ChatRequest | CompletionRequest, made: list[Job]) -> list[Job]:
         """The jobs with the skills that are asked."""
         prompts = {id(job.prompt): job.prompt for job in made}  # several answers may share a prompt
         while True:
             found = await asyncio.gather(*map(decisions.decide, prompts.values()))
             if all(map(jobs.has_skill, found)):  # a client may have unloaded one meanwhile
                 skills = dict(zip(prompts, found, strict=True))
-                return [replace(job, adapter=skills[id(job.prompt)]) for job in made]
+                answering = [skills[id(job.prompt)] for job in made]
+                return [
+                    replace(job, adapter=skill, stops=jobs.stops(body, skill))
+                    for job, skill in zip(made, answering, strict=True)
+                ]
 
     async def answer(
         request: Request, body: ChatRequest | CompletionRequest, answer_format: ChatFormat | CompletionFormat

@@ -114,7 +114,7 @@ class JobMaker:
                 param="n",
             )
         seed = secrets.randbelow(_NUM_SEEDS) if request.seed is None else request.seed
-        stops = [*request.stops(), *self._own_ends(adapter, isinstance(request, ChatRequest))]
+        stops = self.stops(request, adapter)
         jobs: list[Job] = []
         for prompt in self._encode(request, adapter):
             predicting.check_token_ids(self._limits.num_embeddings, [prompt])
@@ -130,11 +130,12 @@ class JobMaker:
                 jobs.append(Job(adapter, prompt, sampling, stops))
         return jobs
 
-    def _own_ends(self, adapter: str | None, is_chat: bool) -> list[str]:
-        """Tokens that end an answer besides the base model's: the adapter's end token, and the end of a chat's turn."""
+    def stops(self, request: ChatRequest | CompletionRequest, adapter: str | None) -> list[str]:
+        """What ends an answer besides the base model's end token: `stop`, the adapter's, and the end of a chat's turn."""
         chat = None if adapter is None else self.chats.get(adapter)
         ends = [chat.end_token] if chat and chat.end_token in self._special_tokens else []
-        return list(dict.fromkeys([*ends, *(self._turn_ends(chat) if is_chat else [])]))
+        turn_ends = self._turn_ends(chat) if isinstance(request, ChatRequest) else []
+        return list(dict.fromkeys([*request.stops(), *ends, *turn_ends]))
 
     def _find_turn_ends(self, chat: Chat | None) -> list[str]:
         """The token that ends an answer in the chat template, in a list; the list is empty if it cannot be found."""
