@@ -12,7 +12,7 @@ from tests.integrations.environments import ROOT
 from tests.integrations.test_vllm import LEFT_OUT, is_up
 from tests.integrations.vllm_answers import SETTINGS
 from tests.ports import free_port
-from tests.serving.skills_folders import FOLDER, KINDS, MARKS, PROMPTS, make_skills_folder
+from tests.serving.skills_folders import FOLDER, KINDS, MARKS, PROMPTS, make_skills_folder, prompt_of
 from tests.waiting import PATIENCE, wait_until
 
 pytestmark = pytest.mark.slow
@@ -20,15 +20,20 @@ httpx = pytest.importorskip("httpx", reason="needs the extra `test`")
 
 TOKEN = "a-token"
 NEW_TOKENS = 6
-NAMES = {"numbers": FOLDER, "shouts": FOLDER, "marks": "more"}
+ADAPTERS = {
+    "numbers": f"{FOLDER}/numbers",
+    "shouts": f"{FOLDER}/shouts",
+    "marks": "more/marks",
+    "others": "others/marks",
+}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A skills folder, another with one more skill, and their base model, with heads as wide as vLLM's kernels want."""
+    """A skills folder, two with one more, and their base model, with heads as wide as vLLM's kernels want."""
     root = tmp_path_factory.mktemp("root")
     base = save_tiny_llama(root / "tiny", hidden_size=128, intermediate_size=192, std=0.1)
-    for folder, kinds in ((FOLDER, ("numbers", "shouts")), ("more", ("marks",))):
+    for folder, kinds in ((FOLDER, ("numbers", "shouts")), ("more", ("marks",)), ("others", ("marks",))):
         prompts = {name: PROMPTS[name] for name in kinds}
         make_skills_folder(base, root / folder, prompts, root / f"{folder}-loras", seed=len(folder))
     return root
@@ -40,8 +45,8 @@ def own_answer(root):
     import mola
 
     tokenizer, models = mola.load_tokenizer(root / "tiny"), {}
-    for name in (None, *NAMES):
-        adapter = None if name is None else root / NAMES[name] / name
+    for name in (None, *ADAPTERS):
+        adapter = None if name is None else root / ADAPTERS[name]
         models[name] = mola.load_model(root / "tiny", adapter, dtype="float32", device="cpu")
     return lambda skill, prompt: whole_characters(
         mola.generate_text(models[skill], tokenizer, prompt, max_new_tokens=NEW_TOKENS)
@@ -105,7 +110,7 @@ def test_names_force_their_skill(server, own_answer):
         assert answer.headers["X-Mola-Skill"] == (skill or "base")
         assert whole_characters(answer.json()["choices"][0]["text"]) == own_answer(skill, KINDS[0][1])
     names = [model["id"] for model in http.get("/v1/models").json()["data"]]
-    assert names == [FOLDER, "tiny", "base", "numbers", "shouts"]
+    assert names == [FOLDER, "numbers", "shouts", "tiny", "base"]
     assert complete(http, "x", "other").status_code == 404
     metrics = http.get("/metrics").text
     assert 'mola_answers_total{skill="shouts"}' in metrics
@@ -123,6 +128,19 @@ def test_skills_come_and_go(server, own_answer):
         assert whole_characters(answer.json()["choices"][0]["text"]) == own_answer("marks", MARKS)
         assert http.post("/v1/unload_lora_adapter", json={"lora_name": "marks"}).status_code == 200
         assert complete(http, MARKS, "marks").status_code == 404
+
+
+def test_a_skill_under_the_name_of_another_does_not_continue_from_its_cache(server, own_answer):
+    http, _ = server
+    prompt = prompt_of("marks", 10**30)  # longer than a block of the cache, which has 128 tokens on a CPU
+    for skill in ("marks", "others"):
+        body = {"lora_name": "marks", "lora_path": ADAPTERS[skill]}
+        assert http.post("/v1/load_lora_adapter", json=body).status_code == 200
+        answer = complete(http, prompt, "marks").json()
+        assert answer["model"] == "marks"
+        assert whole_characters(answer["choices"][0]["text"]) == own_answer(skill, prompt)
+        assert http.post("/v1/unload_lora_adapter", json={"lora_name": "marks"}).status_code == 200
+    assert own_answer("marks", prompt) != own_answer("others", prompt)
 
 
 def test_both_processes_end_together(server):

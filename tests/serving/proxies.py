@@ -7,7 +7,7 @@ import httpx
 
 from mola.checkpoints.skills_folder import read_skills
 from mola.models.tokenizer import load_tokenizer
-from mola.serving.model_names import skill_model_names
+from mola.serving.model_names import name_behind, skill_model_names
 from mola.serving.serve import ServeOptions
 from mola.serving.server import Server, bind, url_of
 from mola.serving.skill_loading import SkillLoader
@@ -43,7 +43,8 @@ def running_proxy(url, folder, base, root=None, token=None):
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     client = httpx.AsyncClient(base_url=url, headers=headers, timeout=None)
     names = skill_model_names(FOLDER, skills, base.name)
-    proxy = SkillsProxy(client, names, base.name, load_lower_layers(options, str(folder)), load_tokenizer(base))
+    names_behind = {None: base.name, **{name: name_behind(name, skills.adapter(name)) for name in skills.names}}
+    proxy = SkillsProxy(client, names, names_behind, load_lower_layers(options, str(folder)), load_tokenizer(base))
     loader = SkillLoader(root, skills, proxy.names, proxy.add_skill, proxy.remove_skill)
     with bind("127.0.0.1", 0) as bound:
         server = Server(proxy.app(loader, token, 20_000), Nothing(), 64, 1.0, "Serving")

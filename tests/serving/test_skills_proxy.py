@@ -12,6 +12,7 @@ httpx = pytest.importorskip("httpx", reason="needs the extra `test`")
 
 from mola.checkpoints.skills_folder import read_skills  # noqa: E402
 from mola.errors import MolaError  # noqa: E402
+from mola.serving.model_names import name_behind  # noqa: E402
 from mola.serving.serve import ServeOptions, running_server  # noqa: E402
 from mola.serving.vllm_skills import run_vllm_skills, vllm_skills_arguments  # noqa: E402
 
@@ -29,7 +30,7 @@ FIELDS = {"dtype": "float32", "device": "cpu", "port": 0, "api_key": TOKEN}
 def http(skills_root, chat_model_dir):
     """A client of the proxy."""
     folder = skills_root / FOLDER
-    adapters = [f"{name}={folder / name}" for name in ("numbers", "shouts")]
+    adapters = [f"{name_behind(name, folder / name)}={folder / name}" for name in ("numbers", "shouts")]
     behind = ServeOptions(base_model=str(chat_model_dir), adapter=adapters, adapter_root=str(skills_root), **FIELDS)
     with (
         running_server(behind) as upstream,
@@ -48,6 +49,7 @@ def test_the_skill_that_knows_answers_and_the_answer_says_so(skill, prompt, http
     whole = complete(http, prompt)
     assert whole.headers["X-Mola-Skill"] == (skill or "base")
     assert whole.json()["usage"]["skill"] == skill
+    assert whole.json()["model"] == FOLDER
     assert whole.json()["choices"][0]["text"] == own_answer(skill, prompt)
     streamed = complete(http, prompt, stream=True, stream_options={"include_usage": True})
     *chunks, last, end = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line]
@@ -55,6 +57,7 @@ def test_the_skill_that_knows_answers_and_the_answer_says_so(skill, prompt, http
     assert streamed.headers["content-type"].startswith("text/event-stream")
     assert end == "[DONE]"
     assert json.loads(last)["usage"] == whole.json()["usage"]
+    assert {json.loads(chunk)["model"] for chunk in [*chunks, last]} == {FOLDER}
     assert "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks) == own_answer(skill, prompt)
 
 
@@ -125,16 +128,28 @@ def test_skills_come_and_go(http, skills_root, own_answer):
         assert complete(http, MARKS).json()["usage"]["skill"] != "marks"
 
 
+def test_a_skill_has_another_name_behind_if_its_files_differ(skills_root, tmp_path):
+    folder = skills_root / FOLDER / "numbers"
+    name = name_behind("marks", folder)
+    assert name.startswith("marks@")
+    assert name == name_behind("marks", shutil.copytree(folder, tmp_path / "copy"))
+    assert name != name_behind("marks", skills_root / "more" / "marks")
+    config = tmp_path / "copy" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"lora_alpha": 3}), "utf-8")
+    assert name != name_behind("marks", tmp_path / "copy")
+
+
 def test_command_of_vllm_has_every_skill(skills_root):
     folder = skills_root / FOLDER
     options = ServeOptions(adapter=[str(folder)], engine="vllm", max_tokens=7, max_loaded_skills=5)
-    words = vllm_skills_arguments(options, "tiny", read_skills(folder), "/run/socket")
+    names_behind = {None: "tiny", "numbers": "numbers@1", "shouts": "shouts@2"}
+    words = vllm_skills_arguments(options, names_behind, read_skills(folder), "/run/socket")
     at = words.index("--lora-modules")
     assert [json.loads(word) for word in words[at + 1 :]] == [
-        {"name": name, "path": str(folder / name)} for name in ("numbers", "shouts")
+        {"name": names_behind[name], "path": str(folder / name)} for name in ("numbers", "shouts")
     ]
     text = " ".join(words[:at])
-    assert "--served-model-name tiny base --dtype auto" in text
+    assert "--served-model-name tiny --dtype auto" in text
     assert "--uds /run/socket --max-loras 2 --max-cpu-loras 5 --enable-lora --max-lora-rank 8" in text
     assert '"max_new_tokens": 7' in text
     assert "--host" not in words
@@ -144,8 +159,9 @@ def test_a_skill_that_vllm_would_read_wrongly_is_refused(skills_root, tmp_path):
     folder = Path(shutil.copytree(skills_root / FOLDER, tmp_path / "skills"))
     path = folder / "numbers" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"alpha_pattern": {"q_proj": 2}}), "utf-8")
+    names_behind = {None: "tiny", "numbers": "numbers@1", "shouts": "shouts@2"}
     with pytest.raises(MolaError, match="`alpha_pattern` must be empty: vLLM ignores that of .*numbers"):
-        vllm_skills_arguments(ServeOptions(adapter=[str(folder)]), "tiny", read_skills(folder), "/run/socket")
+        vllm_skills_arguments(ServeOptions(adapter=[str(folder)]), names_behind, read_skills(folder), "/run/socket")
 
 
 @pytest.mark.parametrize(

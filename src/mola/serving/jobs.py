@@ -131,7 +131,7 @@ class JobMaker:
         return jobs
 
     def stops(self, request: ChatRequest | CompletionRequest, adapter: str | None) -> list[str]:
-        """What ends an answer besides the base model's end token: `stop`, the adapter's, and the end of a chat's turn."""
+        """What ends an answer besides the base model's end token: `stop`, the adapter's, the end of a chat's turn."""
         chat = None if adapter is None else self.chats.get(adapter)
         ends = [chat.end_token] if chat and chat.end_token in self._special_tokens else []
         turn_ends = self._turn_ends(chat) if isinstance(request, ChatRequest) else []

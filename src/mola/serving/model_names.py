@@ -1,7 +1,9 @@
 """The names under which a skills folder is served: the whole folder, each skill, and the base model."""
 
+import hashlib
 import logging
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -9,6 +11,7 @@ from mola.checkpoints.adapter_settings import is_skills_folder
 from mola.checkpoints.skills_folder import BASE, SkillsFolder
 from mola.data.templates import CHAT
 from mola.errors import MolaError
+from mola.files.digests import CONFIG_FILE, file_sha256, find_weights
 from mola.models.prompts import Chat, own_chat, trained_template, warn_of_unknown_tokens
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,16 @@ def skill_model_names(name: str, skills: SkillsFolder, base_name: str) -> dict[s
     if base_name in skills.skills:
         raise MolaError(f"`base_name` {base_name!r} is the name of a skill. Pass a different --base_name.")
     return {name: DECIDE, **{skill: skill for skill in skills.names}, **dict.fromkeys([base_name, BASE])}
+
+
+def name_behind(skill: str, folder: str | Path) -> str:
+    """The name of a skill in vLLM: with a digest of its files.
+
+    vLLM finds the keys and values of earlier prompts by the name of the LoRA. Under the same name it would continue
+    from those of another LoRA.
+    """
+    digests = "".join(file_sha256(path) for path in (Path(folder, CONFIG_FILE), find_weights(folder)) if path)
+    return f"{skill}@{hashlib.sha256(digests.encode()).hexdigest()[:16]}"
 
 
 def warn_of_templates(skills: SkillsFolder) -> None:

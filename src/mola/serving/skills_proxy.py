@@ -19,6 +19,7 @@ import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2.exceptions import TemplateError
+from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +31,7 @@ from mola.serving.client_leaving import CLIENT_LEFT, ClientLeftError, unless_cli
 from mola.serving.decision_queue import DecisionQueue
 from mola.serving.jobs import check_unicode
 from mola.serving.metrics import Metrics
-from mola.serving.model_names import DECIDE
+from mola.serving.model_names import DECIDE, name_behind
 from mola.serving.responses import RequestError, add_error_handlers, skill_headers, skill_usage, unknown_model
 from mola.serving.skill_loading import SkillLoader
 from mola.tuner.skills.decision import SkillStatistics
@@ -45,7 +46,7 @@ class SkillsProxy:
     Args:
         upstream: client of the server behind: its base URL, and the token if the server needs one.
         names: name in requests -> name of the skill, None for the base model, or `DECIDE`.
-        base_name: name of the base model in the server behind.
+        names_behind: name of the skill, or None for the base model -> its name in the server behind.
         model: a model with skills, of which only the layers below the decision are used.
         tokenizer: the base model's tokenizer.
     """
@@ -54,11 +55,11 @@ class SkillsProxy:
         self,
         upstream: httpx.AsyncClient,
         names: Mapping[str, str | None],
-        base_name: str,
+        names_behind: Mapping[str | None, str],
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        self._upstream, self.names, self._base_name = upstream, dict(names), base_name
+        self._upstream, self.names, self._names_behind = upstream, dict(names), dict(names_behind)
         self._skills, self._tokenizer = model.skills, tokenizer
         self._max_positions, self._num_embeddings = max_positions(model.config), predicting.num_embeddings(model)
         self._metrics = Metrics()
@@ -94,17 +95,17 @@ class SkillsProxy:
             if skill == DECIDE:
                 prompt = await self._run(lambda: self._prompt(body))
                 skill = await unless_client_leaves(request, self._decide(prompt))
-                body["model"] = self._base_name if skill is None else skill
+            body["model"] = self._names_behind[skill]
             answer = await unless_client_leaves(request, self._send(path, request, json.dumps(body).encode()))
             if answer.status_code != 200:
                 return _Stream(answer)
             self._metrics.count_answers([skill])
             if answer.headers.get("content-type", "").startswith("text/event-stream"):
-                return _Stream(answer, lambda line: _name_in_event(line, skill), skill_headers([skill]))
+                return _Stream(answer, lambda line: _named_event(line, name, skill), skill_headers([skill]))
             whole = await unless_client_leaves(request, _read_whole(answer))
         except ClientLeftError:
             return Response(status_code=CLIENT_LEFT)
-        _name_in_usage(whole, skill)
+        _set_names(whole, name, skill)
         return JSONResponse(whole, headers=skill_headers([skill]))
 
     async def _decide(self, prompt: list[int]) -> str | None:
@@ -162,17 +163,19 @@ class SkillsProxy:
 
     async def add_skill(self, name: str, folder: str, statistics: SkillStatistics) -> None:
         """Add a skill to the server behind, and to those that are decided."""
-        await self._tell("load_lora_adapter", {"lora_name": name, "lora_path": folder})
+        behind = await run_in_threadpool(name_behind, name, folder)
+        await self._tell("load_lora_adapter", {"lora_name": behind, "lora_path": folder})
         try:
             await self._run(lambda: self._skills.add(name, folder, statistics))
         except MolaError:
-            await self._tell("unload_lora_adapter", {"lora_name": name})
+            await self._tell("unload_lora_adapter", {"lora_name": behind})
             raise
+        self._names_behind[name] = behind
 
     async def remove_skill(self, name: str) -> None:
         """Remove a skill from those that are decided, and from the server behind, whose running answers keep it."""
         await self._run(lambda: self._skills.remove(name))
-        await self._tell("unload_lora_adapter", {"lora_name": name})
+        await self._tell("unload_lora_adapter", {"lora_name": self._names_behind.pop(name)})
 
     async def _tell(self, route: str, body: Mapping[str, Any]) -> None:
         answer = await self._upstream.post(f"/v1/{route}", json=body)
@@ -258,15 +261,18 @@ def _text_of(content: Any) -> str:
     return content or ""
 
 
-def _name_in_event(line: str, skill: str | None) -> str:
-    """A line of server-sent events; if it has token counts, they name the skill."""
-    if not line.startswith("data: {") or '"usage"' not in line:
+def _named_event(line: str, name: str, skill: str | None) -> str:
+    """A line of server-sent events with the names that a client knows."""
+    if not line.startswith("data: {"):
         return line
     chunk = json.loads(line.removeprefix("data: "))
-    _name_in_usage(chunk, skill)
+    _set_names(chunk, name, skill)
     return f"data: {json.dumps(chunk, separators=(',', ':'))}"
 
 
-def _name_in_usage(answer: dict[str, Any], skill: str | None) -> None:
+def _set_names(answer: dict[str, Any], name: str, skill: str | None) -> None:
+    """Put the name that was asked into an answer, and the skill beside its token counts."""
+    if "model" in answer:
+        answer["model"] = name
     if isinstance(answer.get("usage"), dict):
         answer["usage"] |= skill_usage([skill])

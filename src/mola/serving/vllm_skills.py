@@ -25,7 +25,14 @@ from mola._process import SET
 from mola.checkpoints.skills_folder import SkillsFolder, read_skills
 from mola.errors import MolaError
 from mola.models.from_options import check_model, model_for, tokenizer_for
-from mola.serving.model_names import chats_of_skills, greeting, listed, skill_model_names, warn_of_templates
+from mola.serving.model_names import (
+    chats_of_skills,
+    greeting,
+    listed,
+    name_behind,
+    skill_model_names,
+    warn_of_templates,
+)
 from mola.serving.server import Server, bind, ignore_signals_after_shutdown, url_of
 from mola.serving.skill_loading import SkillLoader
 from mola.serving.skills_proxy import SkillsProxy
@@ -60,13 +67,15 @@ def run_vllm_skills(options: Any, name: str, folder: str, base_name: str, api_ke
     check_options(options, (*SUPPORTED_OPTIONS, *_OPTIONS))
     skills = read_skills(folder)
     names = skill_model_names(name, skills, base_name)
+    names_behind: dict[str | None, str] = {None: base_name}
+    names_behind |= {skill: name_behind(skill, skills.adapter(skill)) for skill in skills.names}
     options = copy(options)
     options.device = options.device or "cpu"  # vLLM reserves most of a GPU's memory
     check_model(options)
     warn_of_templates(skills)
     with bind(options.host, options.port) as bound, tempfile.TemporaryDirectory(prefix="mola-vllm-") as private:
         socket = os.path.join(private, "socket")
-        command = [sys.executable, *vllm_skills_arguments(options, base_name, skills, socket)]
+        command = [sys.executable, *vllm_skills_arguments(options, names_behind, skills, socket)]
         with _running(command, _environment(api_key, options.adapter_root)) as vllm:
             model = load_lower_layers(options, folder)  # while vLLM starts
             vllm.wait_until_ready(socket)
@@ -84,7 +93,7 @@ def run_vllm_skills(options: Any, name: str, folder: str, base_name: str, api_ke
                     "%s. Send their prompts as text to /v1/completions.",
                     listed([*own]),
                 )
-            proxy = SkillsProxy(client, names, base_name, model, tokenizer)
+            proxy = SkillsProxy(client, names, names_behind, model, tokenizer)
             loader = SkillLoader(options.adapter_root, skills, proxy.names, proxy.add_skill, proxy.remove_skill)
             app = proxy.app(loader, api_key, options.max_body_bytes)
             message = greeting(names, url_of(bound))
@@ -94,15 +103,16 @@ def run_vllm_skills(options: Any, name: str, folder: str, base_name: str, api_ke
                 return 0 if server.run_on(bound) and not vllm.has_failed else 1
 
 
-def vllm_skills_arguments(options: Any, base_name: str, skills: SkillsFolder, socket: str) -> list[str]:
+def vllm_skills_arguments(
+    options: Any, names_behind: Mapping[str | None, str], skills: SkillsFolder, socket: str
+) -> list[str]:
     """Arguments of Python that start vLLM's server with the LoRAs of a skills folder, on a Unix domain socket."""
-    names = list(dict.fromkeys([base_name, "base"]))
     max_loaded = options.max_loaded_skills or DEFAULT_MAX_LOADED
     may_grow = options.adapter_root is not None
     max_loras = min(_MAX_LORAS, max_loaded, _MAX_LORAS if may_grow else len(skills.names))
-    words = [*server_arguments(options, names), "--uds", socket]
+    words = [*server_arguments(options, [names_behind[None]]), "--uds", socket]
     words += ["--max-loras", str(max_loras), "--max-cpu-loras", str(max_loaded)]
-    return words + lora_arguments({name: skills.adapter(name) for name in skills.names})
+    return words + lora_arguments({names_behind[name]: skills.adapter(name) for name in skills.names})
 
 
 def _environment(api_key: str | None, adapter_root: str | None) -> dict[str, str]:
