@@ -16,6 +16,7 @@ from mola.reporting.learning import not_learnt
 from mola.reporting.load_run import Run, step_of_weights
 from mola.reporting.routing_log import LateUse
 
+NOT_LEARNT = "not learnt"
 MIN_LOSSES = 4  # smallest number of log entries that shows whether a loss has risen
 _MAX_DEAD = 0.15  # share of all experts
 _MAX_MODULES = 0.25  # share of modules with a fault
@@ -119,7 +120,7 @@ def _not_learnt(run: Run, late: Mapping[str, LateUse]) -> Finding | None:
     settings, epochs = run.record["settings"], run.record.get("metrics", {}).get("epoch", 1)
     plan = epochs, settings.get("learning_rate"), settings.get("max_steps", -1)
     found = not_learnt(run.curves.get("training", []), *plan)
-    return None if found is None else Finding("not learnt", *found)
+    return None if found is None else Finding(NOT_LEARNT, *found)
 
 
 def _constant_answer(run: Run, late: Mapping[str, LateUse]) -> Finding | None:

@@ -142,7 +142,7 @@ def test_tables_in_every_form(whole, values, tmp_path, capsys):
     text = names[1].read_text()
     assert text == markdown(result.rows, [], "lora", result.results, 0)
     assert f"{len(result.results) - 2} trainings took " in text
-    assert "Trainable parameters within 5 % of the reference's on physics: lora." in text
+    assert "On physics, the recipes differ in size: lora trains " in text
     assert "Fewer than 5 seeds say little" in text
 
 

@@ -76,7 +76,9 @@ def test_the_command_says_what_it_found_and_goes_on_with_nothing_left(finished, 
     assert " with 5 seeds and " in printed
     assert " with 96 test rows." in printed
     assert "Fewer than 5 seeds say little" in printed
-    assert f"mola serve {folder}/mine/" in printed
+    assert "No recipe is named as the one to keep:\n- One learning rate was tried" in printed
+    assert f"Next: mola compare --base_model {words[1].partition('=')[2]} " in printed
+    assert "Keep" not in printed
     assert "finished, 0 runs left" in errors
 
 

@@ -1,10 +1,13 @@
 """Tables and words of comparisons on free text, where a lower loss is better."""
 
+import json
+import shlex
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from mola.options.parsing import parse
 from mola.studies.comparison.conclusion import conclusion
 from mola.studies.comparison.options import CompareOptions
 from mola.studies.comparison.record import BASE, Result
@@ -12,6 +15,7 @@ from mola.studies.comparison.search import search_notes, search_results, search_
 from mola.studies.comparison.tables import ALL_TASKS, comma_separated, markdown, summarize
 from tests.studies.comparison.comparisons import RECIPES
 
+SEARCH = {"learning_rate": [0.001, 0.01]}
 TOKENS = [5, 10, 20, 40] * 10
 
 
@@ -54,10 +58,9 @@ def rows_of(found, tasks=("notes",)):
 
 @pytest.fixture
 def words(tiny_model_dir, tmp_path):
-    def say(found):
-        options = CompareOptions(
-            base_model=str(tiny_model_dir), data="notes.jsonl", output_dir=str(tmp_path), recipes=RECIPES
-        )
+    def say(found, **changes):
+        given = {"base_model": str(tiny_model_dir), "data": "notes.jsonl", "output_dir": str(tmp_path / "out")}
+        options = CompareOptions(**{**given, "recipes": RECIPES, "tune": SEARCH, **changes})
         return "\n".join(conclusion(options, rows_of(found), found))
 
     return say
@@ -90,6 +93,62 @@ def test_a_lower_loss_is_better_in_table_and_words(mixture, verdict, said, kept,
     assert (
         "Keep 2468: it is better than lora." if mixture < 2 else "Keep lora: no recipe is shown to be better."
     ) in text
+
+
+def next_options(text):
+    """What the printed command means."""
+    (line,) = [line for line in text.splitlines() if line.startswith("Next: ")]
+    program, name, *words = shlex.split(line.removeprefix("Next: "))
+    assert (program, name) == ("mola", "compare")
+    return parse(CompareOptions, words, prog="mola compare")
+
+
+def test_sizes_that_differ_give_no_recipe_to_keep(words):
+    found = [replace(each, trainable_parameters=4000 if each.recipe == "2468" else 1000) for each in results(2.0, 1.5)]
+    text = words(found)
+    assert "2468 is better." in text  # the difference is still said
+    assert "Keep" not in text
+    assert (
+        "- The recipes differ in size: lora trains 0.001 M parameters, 2468 0.004 M. A larger recipe may be better by "
+        "its size alone." in text
+    )
+    assert "Learning rates: lora 0.0003, 2468 0.0003 (each the best that the search tried)." in text
+    asked = next_options(text)
+    assert asked.recipes == {"lora": {"num_experts": "1", "r": "64", "lora_alpha": 64.0}, "2468": RECIPES["2468"]}
+    assert asked.output_dir.endswith("out-2")
+    note = "On notes, the recipes differ in size: lora trains 0.001 M parameters, 2468 0.004 M."
+    assert note in markdown(rows_of(found), [], "lora", found, 0)
+
+
+@pytest.mark.parametrize("where", ["for all", "recipe"])
+def test_a_rate_that_was_not_searched_gives_no_recipe_to_keep(where, words):
+    recipes = {"lora": {**RECIPES["lora"], "learning_rate": 0.002}, "2468": RECIPES["2468"]}
+    changes = {"learning_rate": 0.002} if where == "for all" else {"recipes": recipes}
+    runs = [replace(each, settings={"learning_rate": 0.002}) for each in results(2.0, 1.5)]
+    text = words(runs, tune=None, seeds=[0, 1, 2, 3], keep_adapters=False, **changes)
+    assert "2468 is better at this learning_rate." in text
+    assert "Keep" not in text
+    assert "Learning rates: lora 0.002, 2468 0.002 (not searched)." in text
+    assert "- One learning rate was tried, which may suit one recipe better than another." in text
+    asked = next_options(text)
+    assert json.loads(asked.tune) == {"learning_rate": [0.0003, 0.001, 0.003]}
+    assert (asked.seeds, asked.keep_adapters, asked.recipes) == ([0, 1, 2, 3], False, RECIPES)
+    assert len(asked.tuning_runs) == 12  # 3 rates, 2 recipes, 2 seeds
+
+
+@pytest.mark.parametrize("steps", [-1, 40])
+def test_a_run_that_has_not_learnt_gives_no_recipe_to_keep(steps, words):
+    seen = "The training loss has hardly fallen: from 2.00 to 1.95."
+    found = [
+        replace(each, not_learnt=seen) if (each.recipe, each.seed) == ("2468", 1) else each
+        for each in results(2.0, 2.0)
+    ]
+    text = words(found, max_steps=steps)
+    assert f"- 1 of 6 runs have not learnt their data (2468). 2468 with seed 1: {seen}" in text
+    assert "Keep" not in text
+    asked = next_options(text)
+    assert (asked.max_steps, asked.num_train_epochs) == ((80, 3) if steps > 0 else (-1, 6))
+    assert json.loads(asked.tune) == SEARCH
 
 
 def test_what_is_not_shown_to_differ_has_a_bound(words):

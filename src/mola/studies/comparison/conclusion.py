@@ -1,41 +1,118 @@
 """The result of a comparison in words: what differs, how sure that is, what more data would show, what to keep."""
 
+import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from mola.evaluation.differences import MORE_QUESTIONS, Difference, more_seeds
 from mola.files.digests import WEIGHTS_FILE
+from mola.options.fields import parse_mapping, shown_name
+from mola.options.parser import OptionsParser
 from mola.reporting.formatting import nats, points
+from mola.studies.comparison.default_recipes import with_rank
+from mola.studies.comparison.drawn_rows import rows_missing_for_a_search
 from mola.studies.comparison.options import CompareOptions, Key
 from mola.studies.comparison.outcomes import LOSS, Outcome
 from mola.studies.comparison.record import BASE, Result
-from mola.studies.comparison.tables import Row
+from mola.studies.comparison.tables import SAME_BUDGET, Row, unequal_sizes
 
 _NO_GAIN = 0.95  # of the width of an interval: a larger share is no gain
+_RATES = [0.0003, 0.001, 0.003]  # to search
 
 
 def conclusion(options: CompareOptions, rows: Sequence[Row], results: Sequence[Result]) -> list[str]:
-    """Sentences about each task; none for a task that has no difference yet."""
+    """Sentences about each task; none for a task that has no difference yet.
+
+    A recipe is named as the one to keep only if all recipes of the task have about the same size, each had a learning
+    rate of its own from a search, and each run has learnt. Otherwise, the reasons and the next command are given.
+    """
     lines, reference = [], str(options.reference)
-    is_untuned = options.is_short and not options.candidates
-    condition = " at this learning_rate" if is_untuned else ""
+    changes: dict[str, Any] = {}
+    is_searched = any("learning_rate" in each for each in options.candidates.values())
     for task in options.tasks or {}:
         of_task = [row for row in rows if row.task == task]
         compared = [(row, row.difference) for row in of_task if row.difference is not None]
         if not compared:
             continue
-        questions = next(each.total for each in results if each.task == task)
+        runs = [each for each in results if each.task == task and each.key in options.runs]
         where = f"{task}: on" if len(options.tasks or {}) > 1 else "On"
-        lines += [f"{where} {_verdict(row, found, reference, questions, condition)}" for row, found in compared]
-        lines.append(_what_more_would_show(compared, questions))
-        lines += _what_to_keep(options, task, of_task)
-    if lines and is_untuned:
-        lines.append(
-            f"All were trained with learning_rate {options.learning_rate:g}, which may suit one recipe better than "
-            "another: --tune '{\"learning_rate\": [0.0003, 0.001, 0.003]}' gives each its own."
-        )
-    return lines
+        condition = "" if is_searched else " at this learning_rate"
+        lines += [f"{where} {_verdict(row, found, reference, runs[0].total, condition)}" for row, found in compared]
+        lines.append(_what_more_would_show(compared, runs[0].total))
+        reasons = []
+        if text := unequal_sizes(of_task):
+            reasons.append(text)
+            changes |= _equal_sizes(options, task, of_task)
+        lines.append(_rates(runs, is_searched))
+        if not is_searched:
+            reasons.append("One learning rate was tried, which may suit one recipe better than another.")
+            changes |= _search(options, changes.get("recipes", options.recipes))
+        if weak := [each for each in runs if each.not_learnt]:
+            names = ", ".join(dict.fromkeys(each.recipe for each in weak))
+            first = f"{weak[0].recipe} with seed {weak[0].seed}: {weak[0].not_learnt}"
+            reasons.append(f"{len(weak)} of {len(runs)} runs have not learnt their data ({names}). {first}")
+            changes |= _longer(options)
+        if reasons:
+            lines += ["No recipe is named as the one to keep:", *(f"- {each}" for each in reasons)]
+        else:
+            lines += _what_to_keep(options, task, of_task)
+    return [*lines, *_next(options, changes)] if changes else lines
+
+
+def _rates(runs: Sequence[Result], is_searched: bool) -> str:
+    """The learning rate of each recipe, and where it is from."""
+    rates = {each.recipe: each.settings.get("learning_rate", CompareOptions.learning_rate) for each in runs}
+    values = ", ".join(f"{recipe} {rate:g}" for recipe, rate in rates.items())
+    origin = "each the best that the search tried" if is_searched else "not searched"
+    return f"Learning rates: {values} ({origin})."
+
+
+def _equal_sizes(options: CompareOptions, task: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Changes that give smaller recipes the rank at which they have the size of the largest."""
+    recipes, largest = parse_mapping("recipes", options.recipes), max(row.trainable_parameters for row in rows)
+    for row in rows:
+        run = options.runs.get(Key(task, row.recipe, (options.seeds or [0])[0]))
+        r = "" if run is None else str(run.adapter_setting("r"))
+        if run is not None and r.isdecimal() and row.trainable_parameters < (1 - SAME_BUDGET) * largest:
+            rank = round(int(r) * largest / row.trainable_parameters)
+            recipes[row.recipe] = {**recipes[row.recipe], **with_rank(run, rank)}
+    return {"recipes": recipes}
+
+
+def _search(options: CompareOptions, recipes: Any) -> dict[str, Any]:
+    """Changes that search the learning rate of each recipe, which must then be set nowhere else."""
+    parts = {"recipes": recipes, "tasks": options.given["tasks"] and options.tasks}
+    without = {
+        name: {key: {k: v for k, v in values.items() if k != "learning_rate"} for key, values in part.items()}
+        for name, part in parts.items()
+        if part and (name == "tasks" or not options.is_short)
+    }
+    tune = {**parse_mapping("tune", options.tune), "learning_rate": _RATES}
+    return {**without, "learning_rate": None, "tune": tune}
+
+
+def _longer(options: CompareOptions) -> dict[str, Any]:
+    if options.max_steps > 0:
+        return {"max_steps": 2 * options.max_steps}
+    return {"num_train_epochs": f"{2 * options.num_train_epochs:g}"}
+
+
+def _next(options: CompareOptions, changes: Mapping[str, Any]) -> list[str]:
+    """The command with `changes`, in a folder of its own."""
+    new = {**changes, "output_dir": f"{options.output_dir}-2"}
+    new |= dict.fromkeys(("record", "tables", "plots", "hub_token"))  # those of this comparison, or secret
+    defaults = vars(OptionsParser(CompareOptions).parse_args([]))
+    words = ["mola", "compare"]
+    for each in sorted(fields(CompareOptions), key=lambda each: each.name not in ("base_model", "data")):
+        value = new.get(each.name, options.given.get(each.name))
+        if value not in (None, each.default, defaults.get(each.name)):
+            texts = value if isinstance(value, list) else [value]
+            words += [f"--{shown_name(each)}", *(v if isinstance(v, str) else json.dumps(v) for v in texts)]
+    too_few = rows_missing_for_a_search(options) if "tune" in changes else []
+    return [*too_few, f"Next: {shlex.join(words)}"]
 
 
 def _verdict(row: Row, difference: Difference, reference: str, questions: int, condition: str) -> str:

@@ -17,8 +17,9 @@ _SET_IN_RECIPES = ("adapter", "target_parameters", "num_experts_pattern", "rank_
 def default_recipes(options: TrainOptions) -> dict[str, dict[str, Any]]:
     r"""A LoRA, and the mixture `num_experts`; without this option the mixtures 2468 and 5555.
 
-    With the mean number `P` of the mixtures' trainable parameters, routers included, and the number `p` of a LoRA with
-    rank 1, the rank of the LoRA is `P / p`, rounded. Its `lora_alpha` gives its update the scale of the experts'.
+    Smaller mixtures get a higher rank, so that all have about the size of the largest. With the mean number `P` of the
+    mixtures' trainable parameters, routers included, and the number `p` of a LoRA with rank 1, the rank of the LoRA is
+    `P / p`, rounded. Each `lora_alpha` gives the update the scale that it has with `r`.
 
     Returns:
         Name of the recipe -> options of `mola train`. The LoRA is the first.
@@ -41,8 +42,18 @@ def default_recipes(options: TrainOptions) -> dict[str, dict[str, Any]]:
         return plan.trainable_parameters
 
     numbers = _MIXTURES if options.num_experts is None else (options.num_experts,)
-    mixtures = {each if is_folder_name(each) else "mixture": {"num_experts": each} for each in numbers}
-    rank = max(1, round(sum(size(each, r) for each in numbers) / len(numbers) / size("1", "1")))
-    scale = (rank / int(r)) ** (0.5 if options.adapter_setting("use_rslora") else 1.0)
-    alpha = options.adapter_setting("lora_alpha") * scale
-    return {LORA: {"num_experts": "1", "r": str(rank), "top_k": "1", "lora_alpha": alpha}, **mixtures}
+    largest = max(size(each, r) for each in numbers)
+    ranks = {each: round(int(r) * largest / size(each, r)) for each in numbers}
+    rank = max(1, round(sum(size(each, str(ranks[each])) for each in numbers) / len(numbers) / size("1", "1")))
+    mixtures = {
+        each if is_folder_name(each) else "mixture": {"num_experts": each}
+        | (with_rank(options, ranks[each]) if ranks[each] != int(r) else {})
+        for each in numbers
+    }
+    return {LORA: {"num_experts": "1", "top_k": "1", **with_rank(options, rank)}, **mixtures}
+
+
+def with_rank(options: TrainOptions, rank: int) -> dict[str, Any]:
+    """The options `r` and `lora_alpha` of a rank whose update has the same scale as that of `options`."""
+    scale = (rank / int(options.adapter_setting("r"))) ** (0.5 if options.adapter_setting("use_rslora") else 1.0)
+    return {"r": str(rank), "lora_alpha": options.adapter_setting("lora_alpha") * scale}

@@ -45,6 +45,18 @@ def draw_test_rows(options: CompareOptions) -> None:
         )
 
 
+def rows_missing_for_a_search(options: CompareOptions) -> list[str]:
+    """A sentence if rows were drawn for the test, and too few are left to draw others for a search."""
+    needed = 3 * _FEWEST
+    for key, run in options.runs.items():
+        drawn = [Path(options.output_dir or "") / key.task / "data" / f"{name}.jsonl" for name in ("train", "test")]
+        if run.data == str(drawn[0]) and options.test_size is None:
+            have = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in drawn if path.is_file())
+            if 0 < have < needed:
+                return [f"A search needs at least {needed} rows with different questions: add {needed - have} rows."]
+    return []
+
+
 def _lacks_test_rows(run: TrainAndTestOptions) -> bool:
     if run.data is None or run.test_data is not None or run.test_split != TrainAndTestOptions.test_split:
         return False

@@ -54,6 +54,7 @@ class CompareOptions(CompareFields, TrainAndTestOptions):
             they have the first value of each list; see `tuned_runs`.
         tuning_runs: options of each run of the search; empty without `tune`.
         is_short: whether no `recipes` were given.
+        given: the value of each option before it was checked and filled in.
         candidates: the combinations of `tune`, by the text that follows a recipe's name.
 
     Raises:
@@ -62,7 +63,7 @@ class CompareOptions(CompareFields, TrainAndTestOptions):
 
     def __post_init__(self) -> None:
         # The runs get the values that the user gave: TrainingArguments replaces some of them below.
-        self._given = {item.name: getattr(self, item.name) for item in fields(TrainAndTestOptions) if item.init}
+        self.given = {item.name: getattr(self, item.name) for item in fields(self) if item.init}
         if self.tasks is None:
             self.tasks = {_name_of(self.task or self.data or "data"): {}}
         self.tasks = self._tasks = parse_named_mappings("tasks", self.tasks, _TASKS_EXAMPLE)
@@ -131,7 +132,7 @@ class CompareOptions(CompareFields, TrainAndTestOptions):
     def _check(self) -> None:
         self.check_one_process("mola compare", cure="")
         for name in ("overwrite_output_dir", "push_to_hub", "seed"):
-            if self._given[name] != getattr(TrainAndTestOptions, name):
+            if self.given[name] != getattr(TrainAndTestOptions, name):
                 raise MolaError(f"`{name}` has no effect in a comparison, which sets it for every run. Leave it out.")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise MolaError(f"`seeds` must be a non-empty list of distinct numbers: got {self.seeds}.")
@@ -160,7 +161,7 @@ class CompareOptions(CompareFields, TrainAndTestOptions):
                 raise MolaError(f"`{min(wrong)}` cannot be set in `{where}`: the comparison sets it.")
         # Tasks and recipes may replace an option of all runs. An option in `tune` must not be set anywhere else.
         defaults = {item.name: item.default for item in fields(TrainAndTestOptions)}
-        set_for_all = [name for name in parts["tune"] if self._given[name] != defaults[name]]
+        set_for_all = [name for name in parts["tune"] if self.given[name] != defaults[name]]
         count = Counter([*set_for_all, *(name for values in parts.values() for name in values)])
         if twice := [name for name in count if count[name] > 1]:
             raise MolaError(
@@ -175,7 +176,8 @@ class CompareOptions(CompareFields, TrainAndTestOptions):
             changes |= {"test_split": TrainAndTestOptions.test_split, **drawn, **(for_search if key.candidate else {})}
         seed_and_folder = {"seed": key.seed, "output_dir": str(Path(self.output_dir or "") / str(key))}
         try:
-            return TrainAndTestOptions(**{**self._given, **changes, **seed_and_folder})
+            given = {item.name: self.given[item.name] for item in fields(TrainAndTestOptions) if item.init}
+            return TrainAndTestOptions(**{**given, **changes, **seed_and_folder})
         except (ValueError, TypeError, ImportError) as error:  # MolaError, and TrainingArguments' own checks
             raise MolaError(f"task `{key.task}`, recipe `{key.recipe}`: {error}") from error
 

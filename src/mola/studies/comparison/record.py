@@ -51,6 +51,7 @@ class Result:
     steps: int = 0  # of the training
     diverged_at: int | None = None  # step after which loss or weights were not finite: all answers count as wrong
     curve: list[Any] = field(default_factory=list)  # tests during the training, which earlier versions made
+    not_learnt: str | None = None  # what `mola train` has seen if the training has not learnt its data
     # Of free text; None after a training that diverged.
     loss: float | None = None  # nats per token
     losses: list[float] | None = None  # nats of each row, in the order of the test data

@@ -10,6 +10,8 @@ from mola.errors import NotFiniteError
 from mola.files.digests import WEIGHTS_FILE
 from mola.files.environment import machine_description, software_versions
 from mola.files.reading import read_json_object
+from mola.reporting.findings import NOT_LEARNT, find_training_fault
+from mola.reporting.load_run import load_run
 from mola.studies.comparison.checks import Run
 from mola.studies.comparison.record import BASE, Result, begin_or_resume
 from mola.studies.train_and_test import evaluate_once, free_memory, train_or_resume
@@ -37,7 +39,7 @@ def train_and_test(run: Run) -> Result | None:
             return None
         tested = None
     free_memory()
-    record = read_json_object(folder / RUN_FILE)
+    record, fault = read_json_object(folder / RUN_FILE), find_training_fault(load_run(str(folder)))
     config = read_json_object(folder / "adapter_config.json")
     experts = config.get("num_experts", record.get("num_experts", 1))  # LoRA has no such field
     return Result(
@@ -50,6 +52,7 @@ def train_and_test(run: Run) -> Result | None:
         settings=run.settings,
         steps=record["steps"],
         diverged_at=record["steps"] if tested is None else None,
+        not_learnt=None if fault is None or fault.name != NOT_LEARNT else fault.seen,
     )
 
 

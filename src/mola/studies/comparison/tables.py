@@ -19,7 +19,7 @@ from mola.studies.comparison.search import Found, search_notes, search_table
 
 ALL_TASKS = "mean of the tasks"
 _TEXT_COLUMNS = ("task", "recipe", "verdict")
-_SAME_BUDGET = 0.05  # share by which trainable parameters may differ in a fair comparison
+SAME_BUDGET = 0.05  # share by which trainable parameters may differ in a fair comparison
 _FEW_SEEDS = 5
 
 
@@ -156,7 +156,7 @@ def _rows(task: str, results: Sequence[Result], measured: _Measured, reference: 
                 task,
                 name,
                 parameters,
-                name != BASE and abs(parameters - budget) <= _SAME_BUDGET * budget,
+                name != BASE and abs(parameters - budget) <= SAME_BUDGET * budget,
                 [list(experts) for experts in dict.fromkeys(tuple(each.num_experts) for each in runs)],
                 mean if measured.is_scored else None,
                 len(values[name]),
@@ -202,10 +202,8 @@ def notes(rows: Sequence[Row], reference: str, results: Sequence[Result]) -> lis
     """Notes below the table: what it means, which trainings diverged, and how long all runs took."""
     found = [outcome.note.format(reference=reference) for outcome, _ in _by_outcome(rows)]
     for task in dict.fromkeys(row.task for row in rows):
-        of_task = [row for row in rows if row.task == task and row.recipe != BASE]
-        same = [row.recipe for row in of_task if row.has_reference_budget]
-        if 1 < len(of_task) != len(same):
-            found.append(f"Trainable parameters within 5 % of the reference's on {task}: {', '.join(same)}.")
+        if text := unequal_sizes([row for row in rows if row.task == task]):
+            found.append(f"On {task}, {text[0].lower()}{text[1:]}")
     for row in rows:
         if row.diverged and row.task != ALL_TASKS:
             seeds = ", ".join(map(str, row.diverged))
@@ -224,6 +222,16 @@ def notes(rows: Sequence[Row], reference: str, results: Sequence[Result]) -> lis
             f"{machines_text(each.machine for each in runs)}."
         )
     return found
+
+
+def unequal_sizes(rows: Sequence[Row]) -> str | None:
+    """The sizes of the recipes of a task if one of them differs by more than 5 % from the reference."""
+    recipes = [row for row in rows if row.recipe != BASE]
+    if all(row.has_reference_budget for row in recipes):
+        return None
+    first, *others = [f"{row.recipe} {{}}{row.trainable_parameters / 1e6:.3g} M" for row in recipes]
+    sizes = [first.format("trains ") + " parameters", *(each.format("") for each in others)]
+    return f"The recipes differ in size: {', '.join(sizes)}. A larger recipe may be better by its size alone."
 
 
 def terminal_tables(rows: Sequence[Row], reference: str) -> list[Table]:
