@@ -75,6 +75,7 @@ def chat(*messages):
 WRONG = {
     "no messages": (chat(), "a conversation must be a list of messages"),
     "messages of a wrong kind": ('{"messages": 3}', "a conversation must be a list of messages: got 3"),
+    "messages as text": ('{"messages": "hello"}', "a conversation must be a list of messages: got 'hello'"),
     "messages as broken JSON": ('{"messages": "[1"}', "is not valid JSON"),
     "a message as text": (chat(USER, "So."), "message 1 must have `role` and `content`"),
     "no role": (chat(USER, {"content": "So."}), "message 1 has the role None"),
@@ -98,7 +99,7 @@ WRONG = {
     "no chat": ('{"prompt": "Why?", "completion": "So."}', "it has no column `messages`, but the first row has"),
     "other columns": ('{"ask": "Why?", "reply": "So."}', "it has no column `messages`"),
     "a broken line": ('{"messages": [', "line 2: "),
-    "a list": ("[1]", "must hold one mapping per row: row 1 .* is a list"),
+    "a list": ("[1]", "must hold one mapping per row: line 2 .* is a list"),
     "two columns of one name": ('{"messages": [], "messages": []}', "line 2: the name 'messages' occurs twice"),
     "another encoding": (b'{"messages": "\xe4"}', "must be text in UTF-8: line 2"),
     "tools of a wrong kind": (json.dumps({**FINE, "tools": 3}), "`tools` must be a list of descriptions: got 3"),
@@ -114,7 +115,7 @@ def test_wrong_chats_are_named_by_file_and_row(name, tmp_path):
     with pytest.raises(MolaError, match=message) as error:
         load_data(path, None, None)
     assert "chats.jsonl" in str(error.value)
-    assert "row 1" in str(error.value) or "line 2" in str(error.value)
+    assert "line 2" in str(error.value)
 
 
 OTHERS = {
@@ -163,7 +164,7 @@ def test_wrong_rows_of_other_formats_are_named(name, tmp_path):
     first, second, message = OTHERS[name]
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{first}\n{second}\n", encoding="utf-8")
-    with pytest.raises(MolaError, match=f"row 1 of .*rows.jsonl.*: .*{message}"):
+    with pytest.raises(MolaError, match=f"line 2 of .*rows.jsonl.*: .*{message}"):
         load_data(path, None, None)
 
 

@@ -160,7 +160,7 @@ def test_missing_column_names_column_file_and_columns(tmp_path):
     row = question(1)
     del row["hint"]
     path = write(tmp_path, [question(0), row])
-    with pytest.raises(MolaError, match=r"row 1 of .*a.jsonl`: .* no column `hint`, .* columns are question, choices"):
+    with pytest.raises(MolaError, match=r"line 2 of .*a.jsonl`: .* no column `hint`, .* columns are question, choices"):
         load_examples(path, TASK, None)
 
 
@@ -225,7 +225,7 @@ def test_prepare_twice_gives_the_same(tmp_path):
 
 def test_wrong_row_is_named_by_its_place_in_the_source(tmp_path):
     path = write(tmp_path, [question(0, image="x"), question(1), question(2, choices="ab")])
-    with pytest.raises(MolaError, match=r"row 2 of `.*a\.jsonl`: .*`choices` must be a list"):
+    with pytest.raises(MolaError, match=r"line 3 of `.*a\.jsonl`: .*`choices` must be a list"):
         load_examples(path, TASK, None)
     with pytest.raises(MolaError, match=r"row 2 of `train`: .*`choices` must be a list"):
         run(tmp_path, data=str(path))

@@ -127,7 +127,7 @@ def test_unknown_split_lists_the_splits(tmp_path):
         ("a.json", b'{"a": 1}', "must hold a JSON array of rows: got a dict"),
         ("a.json", b"[1]", "row 0 of .* is a int"),
         ("a.jsonl", b'{"a": 1}\n\n{"a": 2', "line 3: "),
-        ("a.jsonl", b'{"a": 1}\n["a"]', "row 1 of .* is a list"),
+        ("a.jsonl", b'{"a": 1}\n\n["a"]', "line 3 of .* is a list"),
         ("a.jsonl", b'{"a": "b"}\n{"a": "\xff"}', "must be text in UTF-8: line 2"),
         ("a.csv", b"x,y\n1,2\n1\n", "2 values in every line.* line 3"),
         ("a.csv", b"x,y\n1,2,3\n", "2 values in every line.* line 2"),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mola.data.encode import EncodeReport
 from mola.data.formats import find_format
-from mola.data.read import read_rows
+from mola.data.read import read_rows, row_name
 from mola.data.tasks import Task, example_id
 from mola.data.write import PROMPT_COLUMNS, columns_of, reads_prompts
 from mola.errors import MolaError
@@ -119,7 +119,7 @@ def _recognised_data(rows: _Rows, split: str | None, path: str | Path) -> Loaded
         try:
             parts = form.example_parts(row)
         except MolaError as error:
-            raise MolaError(f"row {index} of `{path}`: {error}") from error
+            raise MolaError(f"{row_name(index, path)}: {error}") from error
         examples.append({"input": "", "answer": None, "num_choices": None, **parts, "id": row_id})
     is_prepared = {"id", *PROMPT_COLUMNS} <= rows[0][1].keys()
     if not is_prepared and (unread := form.unread_columns([row for _, row in rows])):
@@ -163,7 +163,7 @@ def examples_of_rows(rows: _Rows, task: Task, split: str | None, source: str | P
         try:
             examples.append(task.example(row, index, split))
         except MolaError as error:
-            raise MolaError(f"row {index} of `{source}`: {error}") from error
+            raise MolaError(f"{row_name(index, source)}: {error}") from error
     return examples
 
 

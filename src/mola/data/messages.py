@@ -37,7 +37,7 @@ def read_messages(value: Any, system: Any = None) -> list[dict[str, Any]]:
     Raises:
         MolaError: a message has no known role, no text, or comes out of turn; it says which.
     """
-    if isinstance(value, str):
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         value = parse_json_text(value)
     if not isinstance(value, (list, tuple)) or not value:
         raise MolaError(f"a conversation must be a list of messages: got {_short(value)}. Correct or remove the row.")

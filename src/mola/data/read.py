@@ -77,7 +77,7 @@ def stream_rows(
         for number, row in enumerate(rows):
             if not isinstance(row, dict):
                 raise MolaError(
-                    f"`data` must hold one mapping per row: row {number} of `{source}` is a {type(row).__name__}. "
+                    f"`data` must hold one mapping per row: {row_name(number, source)} is a {type(row).__name__}. "
                     "Write each row as {column: value, ...}."
                 )
             yield row
@@ -85,6 +85,18 @@ def stream_rows(
         raise
     except Exception as error:  # the libraries behind `datasets` have no common base class
         raise _unreadable(source, error) from error
+
+
+def row_name(number: int, source: str | Path) -> str:
+    """A row's place in a message: the line of a JSONL file, which editors count from 1, else its number from 0."""
+    place = Path(os.path.expanduser(source))
+    if place.name.removesuffix(".gz").endswith(".jsonl") and place.is_file():
+        open_text: Any = gzip.open if place.suffix == ".gz" else open
+        with open_text(place, "rb") as file:
+            lines = [line for line, text in enumerate(file, start=1) if text.strip()]
+        if number < len(lines):  # else the file has changed
+            return f"line {lines[number]} of `{source}`"
+    return f"row {number} of `{source}`"
 
 
 def has_rows(path: str | Path, split: str | None = None) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mola.data.examples import count_shared, examples_of_rows, hash_example, hash_instruction, hash_text
-from mola.data.read import Source, source_splits
+from mola.data.read import Source, row_name, source_splits
 from mola.data.tasks import Task
 from mola.errors import MolaError
 
@@ -280,7 +280,7 @@ def _fetch(
         instructions.append(hash_instruction(example))
     if len(rows) < len(texts):
         raise MolaError(
-            f"`data` must not change while it is read: row {[*texts][len(rows)]} of `{source.path}` has changed since "
+            f"`data` must not change while it is read: {row_name([*texts][len(rows)], source.path)} has changed since "
             "the first pass. Run the command again."
         )
     return rows, np.array(instructions, dtype=np.uint64)
