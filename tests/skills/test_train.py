@@ -23,7 +23,7 @@ def train(run, data):
     return call
 
 
-def test_a_skill_is_trained_and_added(train, run, tiny_model_dir, data, tmp_path):
+def test_a_skill_is_trained_and_added(train, run, tiny_model_dir, data, tmp_path, capsys):
     folder = tmp_path / "skills"
     train(folder, "birds", "--base_model", tiny_model_dir)
     skills = read_skills(folder)
@@ -40,7 +40,10 @@ def test_a_skill_is_trained_and_added(train, run, tiny_model_dir, data, tmp_path
     run("skills", "add", tmp_path / "again", f"birds={run_folder}")
     assert content(tmp_path / "again") == content(folder)
     # The second one needs no base model.
-    train(folder, "rivers", "--output", tmp_path / "second", "--r", 3)
+    words = ["train", "--skill", "rivers", "--into", folder, "--data", data["rivers"], *SETTINGS, "--r", 3]
+    assert main([*map(str, words), f"--output={tmp_path / 'second'}"]) == 0
+    told = capsys.readouterr().err.partition("Next:\n")[2].splitlines()
+    assert told[:2] == [f"  mola skills test {folder} --data NAME=TEST_DATA ...", f"  mola serve {folder}"]
     assert read_skills(folder).names == ["birds", "rivers"]
     assert json.loads((folder / "rivers" / "adapter_config.json").read_text())["r"] == 3
 

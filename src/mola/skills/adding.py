@@ -7,6 +7,7 @@ statistics of its prompts. LoRAs and statistics of other skills stay as they are
 from __future__ import annotations
 
 import copy
+import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,6 +60,12 @@ class AddResult:
     added: list[str]
     moved: list[str] = field(default_factory=list)
     too_long: dict[str, int] = field(default_factory=dict)
+
+
+def commands_of_folder(folder: str) -> list[str]:
+    """The commands that test and serve a skills folder."""
+    quoted = shlex.quote(folder)
+    return [f"mola skills test {quoted} --data NAME=TEST_DATA ...", f"mola serve {quoted}"]
 
 
 def add(options: AddOptions, model: Any = None) -> AddResult:

@@ -10,7 +10,6 @@ mola skills suggest my-model --data birds=birds.json rivers=rivers.json
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 
 from rich.markup import escape
@@ -20,7 +19,7 @@ from mola.checkpoints.skills_folder import BASE, SkillsFolder
 from mola.files.terminal import make_table_console
 from mola.options.command_line import next_steps
 from mola.skills import changing
-from mola.skills.adding import add
+from mola.skills.adding import add, commands_of_folder
 from mola.skills.options import AddOptions, MergeOptions, RemoveOptions, SuggestOptions, TestOptions
 from mola.skills.suggesting import ERRORS, suggest
 from mola.skills.summary import describe, summarize, summary_table
@@ -35,8 +34,7 @@ def add_skills(options: AddOptions) -> int:
     _print_change(result.folder, result.moved)
     for name, count in result.too_long.items():
         print(f"warning: {count} prompts of {name} are longer than the model's positions, and were left out.")
-    folder = shlex.quote(options.folder)
-    print(next_steps(f"mola skills test {folder} --data NAME=TEST_DATA ...", f"mola serve {folder}"))
+    print(next_steps(*commands_of_folder(options.folder)))
     return 0
 
 

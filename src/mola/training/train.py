@@ -34,6 +34,7 @@ from mola.reporting.findings import find_training_fault
 from mola.reporting.formatting import LOSS_NAMES
 from mola.reporting.load_run import Run, losses_by_step
 from mola.reporting.model_card import write_card
+from mola.skills.adding import commands_of_folder
 from mola.training.advice import failures_explained, loading_advice
 from mola.training.callbacks import TrainingClock, overflow_explained
 from mola.training.checkpoints import RUN_FILE, keep_one, newest_complete, step_of_saved_weights
@@ -270,7 +271,8 @@ def main(options: TrainOptions) -> int:
         )
     if result.status == "finished":
         if is_main:
-            print(next_steps(*commands_after_training(Path(result.output_dir))), file=sys.stderr)
+            of_run = None if options.into else commands_after_training(Path(result.output_dir))
+            print(next_steps(*(of_run or commands_of_folder(str(options.into)))), file=sys.stderr)
         return 0
     if is_main:
         next_step = "Resume with the same command and --resume_from_checkpoint last"
