@@ -179,6 +179,19 @@ def test_a_lora_of_another_size_is_refused_before_weights_load(no_weights_dir, t
         load_model(no_weights_dir, tmp_path)
 
 
+def test_an_adapter_of_another_depth_names_the_model_to_pass(no_weights_dir, tmp_path):
+    deep = LlamaForCausalLM(AutoConfig.from_pretrained(no_weights_dir, num_hidden_layers=6))
+    get_peft_model(deep, MolaConfig(num_experts="222444", task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "owner/deep"}))
+    layers = AutoConfig.from_pretrained(no_weights_dir).num_hidden_layers
+    with pytest.raises(MolaError) as error:
+        load_model(no_weights_dir, tmp_path)
+    assert "was trained on 'owner/deep', and" in str(error.value)
+    end = f"(trained on 6 layers, the model has {layers}). Pass --base_model owner/deep."
+    assert str(error.value).endswith(f"which the adapter does not fit {end}")
+
+
 def test_the_first_of_several_adapters_is_active_in_tied_tokens_too(no_weights_dir, tmp_path):
     torch.manual_seed(0)
     tied = LlamaForCausalLM(AutoConfig.from_pretrained(no_weights_dir, tie_word_embeddings=True))

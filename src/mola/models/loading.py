@@ -74,9 +74,13 @@ def check_adapter_fits(
     except (MolaError, TypeError) as error:
         recorded = settings.get("base_model_name_or_path")
         if not is_recorded_base(base_model, recorded):
+            experts, layers = settings.get("num_experts"), on_meta.config.get_text_config().num_hidden_layers
+            is_other_depth = isinstance(experts, list) and len(experts) != layers
+            reason = f"trained on {len(experts or [])} layers, the model has {layers}" if is_other_depth else error
             raise MolaError(
                 f"`adapter` {os.fspath(adapter)!r} was trained on {recorded!r}, and `base_model` "
-                f"{os.fspath(base_model)!r} is a different model, which the adapter does not fit ({error})"
+                f"{os.fspath(base_model)!r} is a different model, which the adapter does not fit "
+                f"({str(reason).rstrip('.')}). Pass --base_model {recorded}."
             ) from error
         if method == "LORA":
             raise
