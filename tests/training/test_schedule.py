@@ -147,7 +147,8 @@ class SecondIsBest(TrainerCallback):
     ids=["last", "best", "two", "all"],
 )
 def test_a_finished_run_keeps_one_checkpoint_unless_more_are_asked_for(options_of, tmp_path, options, kept):
-    result = train(options_of(**{"save_strategy": "epoch", "per_device_train_batch_size": 16, **options}), [SecondIsBest()])
+    one_step = {"save_strategy": "epoch", "per_device_train_batch_size": 16}  # in each of four epochs
+    result = train(options_of(**one_step, **options), [SecondIsBest()])
     assert [step_in_name(path) for path in checkpoints_in(tmp_path / "run")] == kept
     assert result.best_checkpoint in (None, str(tmp_path / "run" / f"checkpoint-{kept[0]}"))
 
