@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
 from mola import MolaLinear, TrainOptions, train
+from mola.checkpoints.recorded_base import base_model_of
 from mola.cli import main
 from mola.evaluation.evaluate import EvaluateOptions
 from mola.models.devices import resolve_device, resolve_dtype
@@ -143,3 +144,12 @@ def test_two_runs_cannot_share_a_folder(flags, tmp_path, error_line):
     assert main(flags(max_steps=1, warmup_steps=0, **NO_EVALUATION)) == 0
     with locked(folder):  # nothing stays behind
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_of_the_base_model_is_recorded_by_its_absolute_path(flags, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_model_dir.parent)
+    assert main(flags(base_model=tiny_model_dir.name, eval_strategy="no", max_steps=1)) == 0
+    monkeypatch.chdir("/")
+    assert base_model_of(None, [tmp_path / "run"]) == str(tiny_model_dir)
+    checkpoint = next((tmp_path / "run").glob("checkpoint-*"))
+    assert base_model_of(None, [checkpoint]) == str(tiny_model_dir)

@@ -19,6 +19,11 @@ def is_hub_id(base_model: str) -> bool:
     return re.fullmatch(_HUB_ID, base_model) is not None and not base_model.endswith(".json")
 
 
+def lasting_name(base_model: str) -> str:
+    """What to record for a base model: the absolute path of a folder, which holds in every working directory."""
+    return os.path.abspath(base_model) if os.path.isdir(base_model) else base_model
+
+
 def base_model_of(base_model: str | os.PathLike[str] | None, adapters: Iterable[str | os.PathLike[str]]) -> str:
     """The base model that is meant: `base_model` if it is given, else the one that the adapters were trained on.
 

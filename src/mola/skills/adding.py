@@ -15,6 +15,7 @@ from typing import Any
 
 from mola.checkpoints.adapter_settings import is_skills_folder
 from mola.checkpoints.plain_lora import check_plain_lora, describe_lora
+from mola.checkpoints.recorded_base import lasting_name
 from mola.checkpoints.skills_folder import (
     SkillEntry,
     SkillsFolder,
@@ -113,7 +114,7 @@ def add(options: AddOptions, model: Any = None) -> AddResult:
 
 def _settled(options: AddOptions, before: SkillsFolder | None, path: Path, num_layers: int) -> SkillsFolder:
     """The folder before the new skills, with the settings that are given."""
-    base_model, digest = str(options.base_model), weights_identity(options.base_model)
+    base_model, digest = lasting_name(str(options.base_model)), weights_identity(options.base_model)
     if before is None:
         layer = settled_layer(options.layer, num_layers)
         before = SkillsFolder(path, base_model, digest, layer, 0.0, REJECT_RATE, {}, {}, {})

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, enable_full_
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mola.checkpoints.adapter_settings import read_settings
+from mola.checkpoints.recorded_base import lasting_name
 from mola.errors import MolaError
 from mola.models.adapters import adapter_errors, check_adapter
 from mola.models.base_model import load_config
@@ -239,4 +240,5 @@ def build_model(
     for parameter in model.parameters():  # experts are in float32, `modules_to_save` may not be
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
+    model.active_peft_config.base_model_name_or_path = lasting_name(options.base_model or "")
     return model
