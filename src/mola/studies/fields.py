@@ -76,9 +76,6 @@ class CompareFields(TestFields):
     split_seed: int = option(0, "Seed that draws these test rows.")
     evaluate_base: bool = option(True, "Also test the base model alone.")
     tables: str | None = option(None, "Also write the table to these files, separated by commas: NAME.csv or NAME.md.")
-    plots: str | None = option(
-        None, "Also draw the differences into these files, separated by commas: NAME.png or NAME.svg."
-    )
 
     def check(self) -> None:
         """`settle`, and check that base model and data are given for all runs or for some."""

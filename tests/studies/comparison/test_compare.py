@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -287,19 +286,6 @@ def test_a_record_goes_to_a_machine_whose_dtype_is_another(run, monkeypatch, tmp
     assert run(**again, dtype=before).open == 0
 
 
-def test_picture_of_the_differences(whole, run, tmp_path, caplog):
-    pytest.importorskip("matplotlib")
-    record = str(shutil.copy(whole[0] / "compare.json", tmp_path / "record.json"))
-    pictures = [tmp_path / "plot.svg", tmp_path / "plot.png"]
-    asked = {"record": record, "plots": ",".join(map(str, pictures))}
-    assert run(seeds=[0], **asked, **ONE).status == "finished"
-    assert not pictures[0].exists()
-    assert "plot.svg is not drawn" in caplog.text
-    assert run(**asked).status == "finished"
-    ElementTree.fromstring(pictures[0].read_text(encoding="utf-8"))
-    assert pictures[1].read_bytes().startswith(b"\x89PNG")
-
-
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -324,7 +310,6 @@ def test_picture_of_the_differences(whole, run, tmp_path, caplog):
         ({"seed": 5}, "`seed` has no effect"),
         ({"resume_from_checkpoint": "last"}, "`resume_from_checkpoint` .* has no effect"),
         ({"tables": "table.xls"}, "`tables` must be files that end in"),
-        ({"plots": "curves.pdf"}, "`plots` must be files that end in .png, .svg"),
         ({"recipes": {"a": {"num_experts": "2,2"}}}, "recipe `a`: `num_experts` needs one entry per decoder layer"),
         ({"tasks": {"a": {"test_split": "tset"}}}, "task `a`.*split.*'tset'"),
     ],

@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mola.errors import MolaError
-from mola.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text, check_writable
+from mola.files.atomic import atomic_write_json, atomic_write_text, check_writable
 from mola.files.terminal import make_table_console
 from mola.reporting.formatting import duration
 from mola.studies.comparison.checks import Run, check_runs, check_search
@@ -34,7 +34,6 @@ from mola.studies.comparison.default_recipes import default_recipes
 from mola.studies.comparison.drawn_rows import draw_test_rows
 from mola.studies.comparison.options import CompareOptions, Key
 from mola.studies.comparison.outcomes import ACCURACY, LOSS
-from mola.studies.comparison.picture import check_matplotlib, draw_differences
 from mola.studies.comparison.record import BASE, FORMAT, Result, check_same, read_results
 from mola.studies.comparison.runs import evaluate_base_model, remove_checkpoints, remove_weights, train_and_test
 from mola.studies.comparison.search import Found, search_results, search_table
@@ -114,17 +113,12 @@ def main(options: CompareOptions) -> int:
 def _check_files(options: CompareOptions, is_new: bool) -> None:
     """Check the output files before the training: a new comparison must not replace a file."""
     check_writable(Path(options.output_dir or "") / RECORD_FILE)
-    for name, endings in (("tables", (".csv", ".md")), ("plots", (".png", ".svg"))):
-        for path in _paths(getattr(options, name)):
-            if path.suffix not in endings:
-                raise MolaError(f"`{name}` must be files that end in {', '.join(endings)}: got {str(path)!r}.")
-            if is_new and path.exists():
-                raise MolaError(
-                    f"`{name}` must be new files: {str(path)!r} exists. Remove it, or pass a different name."
-                )
-            check_writable(path)
-    if options.plots:
-        check_matplotlib()
+    for path in _paths(options.tables):
+        if path.suffix not in (".csv", ".md"):
+            raise MolaError(f"`tables` must be files that end in .csv, .md: got {str(path)!r}.")
+        if is_new and path.exists():
+            raise MolaError(f"`tables` must be new files: {str(path)!r} exists. Remove it, or pass a different name.")
+        check_writable(path)
 
 
 def _log_plan(options: CompareOptions, searched: Sequence[Run], runs: Sequence[Run]) -> None:
@@ -169,12 +163,6 @@ class _Comparison:
             else:
                 text = markdown(rows, self.found, str(self.options.reference), self._compared(), left)
                 atomic_write_text(path, text)
-        for path in _paths(self.options.plots):
-            picture = draw_differences(rows, path.suffix[1:])
-            if picture is None:
-                logger.warning("%s is not drawn: no recipe has two seeds in common with the reference.", path)
-            else:
-                atomic_write_bytes(path, picture)
         return CompareResult(status, rows, self.results, left, str(self.path), self.found)
 
     def _do_all(self) -> bool:

@@ -103,7 +103,7 @@ def _longer(options: CompareOptions) -> dict[str, Any]:
 def _next(options: CompareOptions, changes: Mapping[str, Any]) -> list[str]:
     """The command with `changes`, in a folder of its own."""
     new = {**changes, "output_dir": f"{options.output_dir}-2"}
-    new |= dict.fromkeys(("record", "tables", "plots", "hub_token"))  # those of this comparison, or secret
+    new |= dict.fromkeys(("record", "tables", "hub_token"))  # those of this comparison, or secret
     defaults = vars(OptionsParser(CompareOptions).parse_args([]))
     words = ["mola", "compare"]
     for each in sorted(fields(CompareOptions), key=lambda each: each.name not in ("base_model", "data")):

@@ -22,8 +22,6 @@ class Outcome:
         texts: one value as the texts of these columns.
         signed: a difference as text, with its sign.
         note: what the numbers of the table mean; `{reference}` stands for the recipe with which others are compared.
-        scale: by which a difference is multiplied in the picture.
-        axis: label of the picture's axis.
         diverged: what a training that diverges means for the outcome.
     """
 
@@ -31,8 +29,6 @@ class Outcome:
     texts: Callable[[float], list[str]]
     signed: Callable[[float], str]
     note: str
-    scale: float
-    axis: str
     diverged: str
 
 
@@ -42,8 +38,6 @@ ACCURACY = Outcome(
     signed=points,
     note="Accuracy in per cent. Difference from {reference} in points, on the same questions with the same seeds. "
     + _INTERVALS.format(questions="questions"),
-    scale=100.0,
-    axis="points above the reference (95 % interval)",
     diverged="all answers count as wrong",
 )
 LOSS = Outcome(
@@ -53,7 +47,5 @@ LOSS = Outcome(
     note="Loss in nats per token over all tokens of the test rows; the perplexity is exp(loss). Lower is better. "
     "Difference: loss of the recipe − loss of {reference}, on the same rows with the same seeds; a negative difference "
     "is a lower loss. " + _INTERVALS.format(questions="rows"),
-    scale=1.0,
-    axis="nats per token above the reference (95 % interval); lower is better",
     diverged="it has no loss, and its recipe no verdict",
 )
