@@ -251,7 +251,9 @@ def test_missing_column_is_named_with_the_columns_of_the_source(tmp_path):
     rows = [{"id": "a.1", "question": "q", "more": 1}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for data in (write(tmp_path, rows), tmp_path / "a.parquet"):
-        with pytest.raises(MolaError, match=r"(line 1|row 0) of .* no column `response`.* columns are id, question, more"):
+        with pytest.raises(
+            MolaError, match=r"(line 1|row 0) of .* no column `response`.* columns are id, question, more"
+        ):
             run(tmp_path, data)
 
 
