@@ -74,7 +74,7 @@ def _rows(words):
 
 
 def _chats(path):
-    turns = [[("user", f"What is {i} + {i}?"), ("assistant", f"It is {2 * i}.")] for i in range(24)]
+    turns = [[("user", f"What is {i} + {i}?"), ("assistant", f"It is {2 * i}.")] for i in range(60)]
     chats = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in turns]
     path.write_text("".join(f"{json.dumps(chat)}\n" for chat in chats), encoding="utf-8")
 
@@ -123,7 +123,7 @@ MAKERS = {
     **{f"data/{kind}_{split}.json": _rows(words) for kind, words in KINDS.items() for split in ("train", "test")},
     "data/tense_test.json": _rows(("{[]}", "=+", "~~")),
     **dict.fromkeys(["tools.json", "tools.jsonl"], _rows(("<>", "@@", "##"))),
-    **dict.fromkeys(["birds.jsonl", "mine.jsonl", "stories.jsonl", "data/more.jsonl"], _rows(KINDS["sentence"])),
+    **dict.fromkeys(["birds.jsonl", "mine.jsonl", "data/more.jsonl"], _rows(KINDS["sentence"])),
     "chats.jsonl": _chats,
     **dict.fromkeys(["train.json", "a.json", "b.json"], _sample_split("train")),
     **dict.fromkeys(["train.jsonl", "test.jsonl"], _capitals),
