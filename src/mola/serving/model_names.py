@@ -59,8 +59,8 @@ def skill_model_names(name: str, skills: SkillsFolder, base_name: str) -> dict[s
 def name_behind(skill: str, folder: str | Path) -> str:
     """The name of a skill in vLLM: with a digest of its files.
 
-    vLLM finds the keys and values of earlier prompts by the LoRA's name and folder. After a change of the files it would
-    continue from those of the old LoRA.
+    vLLM finds the keys and values of earlier prompts by the LoRA's name and folder. After a change of the files it
+    would continue from those of the old LoRA.
     """
     digests = "".join(file_sha256(path) for path in (Path(folder, CONFIG_FILE), find_weights(folder)) if path)
     return f"{skill}@{hashlib.sha256(digests.encode()).hexdigest()[:16]}"
