@@ -167,7 +167,7 @@ def test_the_lowest_versions_and_all_extras_are_named(page):
 def test_readme_is_short():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S).splitlines()
-    assert len(text.splitlines()) <= 120
+    assert len(text.splitlines()) <= 135
     assert [line for line in prose if len(line) > 120 and not line.startswith("|")] == []
 
 
