@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 import mola
 from mola.cli import main
 from mola.data.prepare import PrepareOptions, prepare
-from tests.checkpoints.moe_peft_reference import make_settings, make_tensors
 from tests.docs_blocks import blocks, lines
 from tests.skills.conftest import make_lora, write_rows
 
@@ -46,13 +45,6 @@ def _adapter(path):
 def _published(path):
     _adapter(path.parent / "of-mola")
     assert main(["convert", str(path.parent / "of-mola"), "--to", "published", "--output", str(path)]) == 0
-
-
-def _moe_peft(path):
-    settings = make_settings()
-    path.mkdir()
-    (path / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    torch.save(make_tensors(settings), path / "adapter_model.bin")
 
 
 def _lora(seed):
@@ -116,7 +108,6 @@ MAKERS = {
     **dict.fromkeys(["my-adapter", "adapter"], _adapter),
     **dict.fromkeys(["scienceqa_mola", "./old_adapter"], _published),
     "adapters": lambda path: _adapter(path / "third"),
-    "moe_peft_adapter": _moe_peft,
     **{name: _all_layers(seed) for seed, name in enumerate(["lora_a", "lora_b"])},
     **{name: _lora(seed) for seed, name in enumerate(["other-lora", "lora_from_elsewhere"])},
     **{f"runs/{kind}": _lora(seed) for seed, kind in enumerate(KINDS)},

@@ -1,7 +1,6 @@
 """`mola convert`, through the command."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from mola import MolaConfig, MolaError
 from mola.checkpoints.adapter_folder import read_tensors
 from mola.cli import main
 from mola.exporting.convert import ConvertOptions, convert
-from tests.checkpoints.moe_peft_reference import make_settings, make_tensors, write
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASE, BASE = str(GOLDEN / "case_a"), str(GOLDEN / "base_tiny")
@@ -97,11 +95,9 @@ def test_flags_and_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "exactly one of --from published, --from moe_peft, --from lora, --to published, --to lora must be given"),
+        ([], "exactly one of --from published, --from lora, --to published, --to lora must be given"),
         ([*FROM, "--to", "published"], "must be given, got --from published --to published"),
-        (["--from", "moe_peft", *FROM[2:]], "`top_k` is only for --from published and --from lora, got '2'"),
-        (["--from", "moe_peft", *FROM[2:4]], "is in the format 'published'. Pass --from published"),
-        (["--to", "moe_peft"], "must be given, got --to moe_peft"),
+        (["--to", "other"], "must be given, got --to other"),
         (FROM[:4], "`top_k` must be given"),
         ([*FROM[:2], *FROM[4:]], "`base_model` has no readable configuration: 'base_tiny'"),  # as the source records it
         ([*FROM[:5], "3"], "layer 0 has top_k 3 and num_experts 2"),
@@ -116,35 +112,14 @@ def test_wrong_options_are_refused_and_nothing_is_written(tmp_path, capsys, argu
     assert files(tmp_path) == []
 
 
-def test_moe_peft_through_the_command(tmp_path, capsys):
-    settings = make_settings(["q_proj"], top_k=3)
-    sizes = {"self_attn.q_proj": (64, 64)}
-    source = write(tmp_path / "theirs", settings, make_tensors(settings, 4, sizes))
-    flags = ["--base_model", BASE, "--output", str(tmp_path / "ours")]
-    assert main(["convert", str(source), "--from", "moe_peft", *flags]) == 0
-    assert "top_k             3 everywhere" in capsys.readouterr().out
-    assert files(tmp_path / "ours") == ["adapter_config.json", "adapter_model.safetensors"]
-    for wrong, message in (
-        (["--from", "published", "--top_k", "2", *flags[:2]], "is in the format 'moe_peft'. Pass --from moe_peft"),
-        (["--to", "published"], "got peft_type 'MOLA' in "),
-    ):
-        assert main(["convert", str(source), *wrong, "--output", str(tmp_path / "no")]) == 2
-        assert message in capsys.readouterr().err
-    # From there on it is any adapter of mola.
-    assert main(["convert", str(tmp_path / "ours"), "--to", "published", "--output", str(tmp_path / "third")]) == 0
-    theirs, third = read_tensors(source), read_tensors(tmp_path / "third")
-    for key, tensor in theirs.items():
-        name = key.replace("mola.", "base_model.model.model.", 1).replace("moe_gate", "router.router")
-        name = re.sub(r"experts\.(\d+)\.lora_([AB])", r"lora_\2_\1", name)
-        assert torch.equal(third.pop(name), tensor)
-    assert not third
-
-
 def test_a_base_model_other_than_the_recorded_one_is_reported(tmp_path):
     settings = json.loads((GOLDEN / "case_a" / "adapter_config.json").read_text())
     for recorded, noted in (("base_tiny", False), ("elsewhere/base_tiny/", False), ("elsewhere/other", True)):
         source = tmp_path / f"source-{noted}"
-        write(source, {**settings, "base_model_name_or_path": recorded}, read_tensors(GOLDEN / "case_a"))
+        source.mkdir(exist_ok=True)
+        text = json.dumps({**settings, "base_model_name_or_path": recorded})
+        (source / "adapter_config.json").write_text(text, encoding="utf-8")
+        torch.save(read_tensors(GOLDEN / "case_a"), source / "adapter_model.bin")
         options = ConvertOptions(
             str(source), str(tmp_path / recorded), source_format="published", base_model=BASE, top_k="2"
         )

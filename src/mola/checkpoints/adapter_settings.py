@@ -119,48 +119,17 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-# The first versions of MoE-PEFT write these settings and no others. PEFT, and so mola, always writes more.
-_MOE_PEFT_ALWAYS = {
-    "peft_type",
-    "num_experts",
-    "top_k",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "bias",
-    "target_modules",
-    "base_model_name_or_path",
-    "task_type",
-}
-_MOE_PEFT_SOMETIMES = {"use_dora", "use_rslora"}
-
-
-def foreign_format(settings: Mapping[str, Any]) -> str | None:
-    """The format of an adapter that PEFT cannot load, given the parsed `adapter_config.json`.
-
-    Returns:
-        A value of `mola convert --from`: "published" (`r` is a list in an adapter of type LORA), or "moe_peft"
-        (MoE-PEFT also calls its method MOLA, but writes other files). None for everything else.
-    """
-    peft_type = settings.get("peft_type")
-    if peft_type == "LORA" and isinstance(settings.get("r"), list):
-        return "published"
-    is_first_version = _MOE_PEFT_ALWAYS <= settings.keys() <= _MOE_PEFT_ALWAYS | _MOE_PEFT_SOMETIMES
-    if peft_type == "MOLA" and ("routing_strategy" in settings or is_first_version):
-        return "moe_peft"
-    return None
+def is_published(settings: Mapping[str, Any]) -> bool:
+    """Whether the parsed `adapter_config.json` is of the paper's research code: a LORA whose `r` is a list."""
+    return settings.get("peft_type") == "LORA" and isinstance(settings.get("r"), list)
 
 
 def conversion_hint(settings: Mapping[str, Any], folder: str) -> str | None:
-    """The command that converts an adapter from a different program; None for adapters that PEFT can load."""
-    found = foreign_format(settings)
-    if found is None:
+    """The command that converts an adapter of the research code; None for adapters that PEFT can load."""
+    if not is_published(settings):
         return None
-    name, top_k = {
-        "published": ("of the paper's research code", " --top_k K (the number used in its training)"),
-        "moe_peft": ("of MoE-PEFT", ""),
-    }[found]
     return (
-        f"{folder!r} is an adapter {name}, which must be converted first: "
-        f"mola convert {shlex.quote(folder)} --from {found} --base_model MODEL --output NEW_FOLDER{top_k}"
+        f"{folder!r} is an adapter of the paper's research code, which must be converted first: "
+        f"mola convert {shlex.quote(folder)} --from published --base_model MODEL --output NEW_FOLDER --top_k K "
+        "(the number used in its training)"
     )

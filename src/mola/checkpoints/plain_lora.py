@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mola.architecture.layer_names import layer_index
-from mola.checkpoints.adapter_settings import adapter_settings, foreign_format
+from mola.checkpoints.adapter_settings import adapter_settings, is_published
 from mola.errors import MolaError
 
 _BEYOND_LORA = {
@@ -67,7 +67,7 @@ def check_plain_lora(adapter: str | os.PathLike[str], what: str = "a skill") -> 
     """
     settings, folder = adapter_settings(adapter), str(adapter)
     peft_type = settings.get("peft_type")
-    if peft_type != "LORA" or foreign_format(settings) is not None:
+    if peft_type != "LORA" or is_published(settings):
         cure = " `mola convert --to lora` makes a LoRA of a mixture." if peft_type == "MOLA" else ""
         numbers, pattern = settings.get("num_experts"), settings.get("num_experts_pattern") or {}
         if {*(numbers if isinstance(numbers, list) else [numbers]), *pattern.values()} == {1}:

@@ -3,7 +3,6 @@
     mola convert adapter --to lora --r 8 --base_model my-model --data train.json --task sample --output lora
     mola convert lora_a lora_b --from lora --num_experts 4 --base_model my-model --output adapter
     mola convert ./scienceqa_mola --from published --base_model my-model --top_k 2 --output adapter
-    mola convert ./moe_peft_adapter --from moe_peft --base_model my-model --output adapter
     mola convert adapter --to published --output for_the_research_code
 
 The output folder appears complete, in one step. A folder that holds files is refused.
@@ -28,7 +27,6 @@ __all__ = ["ConvertOptions", "ConvertReport", "ExportReport", "MixtureReport", "
 
 _CONVERTERS: dict[str, Callable[[ConvertOptions, Path], ConvertReport | ExportReport | MixtureReport]] = {
     "--from published": convert_to_mola,
-    "--from moe_peft": convert_to_mola,
     "--from lora": convert_from_lora,
     "--to published": convert_to_published,
     "--to lora": convert_to_lora,

@@ -25,8 +25,8 @@ class ConvertOptions:
     output: str = field(metadata={"help": "Folder to write; it must be new or empty.", "writes": "folder"})
     source_format: str | None = option(
         None,
-        "Format of the source, to convert it to mola's format: 'published' is the research code's, 'moe_peft' is "
-        "MoE-PEFT's with mola routing, 'lora' is PEFT's LoRA.",
+        "Format of the source, to convert it to mola's format: 'published' is the research code's, 'lora' is PEFT's "
+        "LoRA.",
         "from",
     )
     target_format: str | None = option(
@@ -121,7 +121,6 @@ _DATA = ("data", "task", "template", "split", "limit", "memory_gb", "dtype", "de
 # Direction -> the options that it requires, and the options that it reads if they are given.
 _DIRECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "--from published": (("base_model", "top_k"), ("trust_remote_code",)),
-    "--from moe_peft": (("base_model",), ("trust_remote_code",)),
     "--from lora": (("base_model", "num_experts"), ("top_k", "noise", "seed", *_DATA)),
     "--to published": ((), ()),
     "--to lora": (

@@ -1,4 +1,4 @@
-"""Converts adapters of the paper's research code and of MoE-PEFT to mola's format, and back to the research code's."""
+"""Converts adapters of the paper's research code to mola's format, and back."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from mola.architecture.allocation import effective_top_k
-from mola.architecture.linears import is_adaptable
 from mola.architecture.notation import resolve_per_layer
 from mola.checkpoints.adapter_folder import adapted_modules, read_tensors
-from mola.checkpoints.adapter_settings import foreign_format, read_settings
-from mola.checkpoints.moe_peft import read_moe_peft
+from mola.checkpoints.adapter_settings import is_published, read_settings
 from mola.checkpoints.published import read_published, to_published
 from mola.checkpoints.recorded_base import is_recorded_base
 from mola.errors import MolaError
@@ -78,22 +76,14 @@ def _short(values: Any) -> str:
 
 
 def convert_to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
-    """Run `mola convert --from published` or `--from moe_peft`; see `mola.exporting.convert.convert`."""
+    """Run `mola convert --from published`; see `mola.exporting.convert.convert`."""
     source, base_model = Path(os.path.expanduser(options.source[0])), str(options.base_model)
-    found = foreign_format(read_settings(source))
-    if found not in (None, options.source_format):
-        raise MolaError(f"{options.source[0]!r} is in the format {found!r}. Pass --from {found}.")
     model = model_on_meta(base_model, options.trust_remote_code)
     num_layers = count_decoder_layers(model, base_model)
-    not_saved: dict[str, Any] = {}
-    if options.source_format == "published":
-        given = resolve_per_layer(str(options.top_k), num_layers, "top_k")
-        config, tensors = read_published(source, given[0] if len(set(given)) == 1 else given)
-        notes = _note_unused_settings(source, config, {name.rpartition(".")[2] for name, _ in model.named_modules()})
-        notes += _note_ignored_by_research_code(model.config)
-    else:
-        linears = [name for name, module in model.named_modules() if is_adaptable(module)]
-        config, tensors, not_saved, notes = read_moe_peft(source, linears)
+    given = resolve_per_layer(str(options.top_k), num_layers, "top_k")
+    config, tensors = read_published(source, given[0] if len(set(given)) == 1 else given)
+    notes = _note_unused_settings(source, config, {name.rpartition(".")[2] for name, _ in model.named_modules()})
+    notes += _note_ignored_by_research_code(model.config)
     num_experts, r, top_k = (
         resolve_per_layer(getattr(config, name), num_layers, name) for name in ("num_experts", "r", "top_k")
     )
@@ -116,7 +106,6 @@ def convert_to_mola(options: ConvertOptions, output: Path) -> ConvertReport:
         r=r,
         lora_alpha=config.lora_alpha,
         target_modules=list(dict.fromkeys(module.rpartition(".")[2] for module in modules)),
-        not_saved=not_saved,
         notes=notes,
     )
 
@@ -158,11 +147,11 @@ def convert_to_published(options: ConvertOptions, output: Path) -> ConvertReport
     """Run `mola convert --to published`; see `mola.exporting.convert.convert`."""
     source = Path(os.path.expanduser(options.source[0]))
     settings = read_settings(source)
-    peft_type, found = settings.get("peft_type"), foreign_format(settings)
-    if peft_type != "MOLA" or found:
+    if (peft_type := settings.get("peft_type")) != "MOLA":
         raise MolaError(
             f"`source` must be an adapter of mola for --to published, got peft_type {peft_type!r} in "
-            f"{options.source[0]!r}." + (f" Pass --from {found} to convert it to mola's format." if found else "")
+            f"{options.source[0]!r}."
+            + (" Pass --from published to convert it to mola's format." if is_published(settings) else "")
         )
     config: Any = MolaConfig.from_pretrained(str(source))
     tensors = read_tensors(source)
