@@ -13,7 +13,7 @@ from typing import Any
 from mola.architecture.allocation import effective_top_k
 from mola.architecture.notation import resolve_per_layer
 from mola.architecture.targets import linear_shapes
-from mola.checkpoints.adapter_settings import foreign_format
+from mola.checkpoints.adapter_settings import is_published
 from mola.errors import MolaError
 from mola.exporting.convert import ConvertOptions, convert
 from mola.files.atomic import atomic_write_json
@@ -80,7 +80,7 @@ def usable_adapter(folder: str, base_model: str, flags: AdapterFlags, trust_remo
         MolaError: there is no adapter, a flag contradicts it, or `top_k` is missing for a conversion.
     """
     config = read_json_object(Path(folder) / CONFIG_FILE)
-    if foreign_format(config) == "published":
+    if is_published(config):
         folder = _converted(folder, base_model, flags.top_k, trust_remote_code)
     config = check_adapter(folder)
     given = {name: value for name, value in asdict(flags).items() if value is not None}
