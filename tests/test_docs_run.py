@@ -88,7 +88,7 @@ NOT_RUN = {
     "docs/guides/serving.md": {
         "mkdir": TRANSFORMERS,
         "cp -L": TRANSFORMERS,
-        "python -c": TRANSFORMERS,
+        "python serve_mola.py": TRANSFORMERS,
         "curl http://127.0.0.1:8001": TRANSFORMERS,
         "limit_conn_zone": "a file of nginx",
     },

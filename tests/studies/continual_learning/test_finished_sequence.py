@@ -94,7 +94,7 @@ def test_recipe_and_command_line_mean_the_same(values, tmp_path):
           words: {filters: {topic: [verbs, grammar]}, max_steps: 5}
           physics:
             learning_rate: 1e-2
-            save_total_limit: null
+            save_total_limit: 2
         """,
         encoding="utf-8",
     )
@@ -105,7 +105,7 @@ def test_recipe_and_command_line_mean_the_same(values, tmp_path):
     assert list(options.stage_options) == ["words", "physics"], "the order of the file is that of training"
     words, physics = options.stage_options.values()
     assert (words.filters, words.max_steps, words.adapter) == ({"topic": ["verbs", "grammar"]}, 5, None)
-    assert (physics.learning_rate, physics.save_total_limit, physics.max_steps) == (0.01, None, 4)
+    assert (physics.learning_rate, physics.save_total_limit, physics.max_steps) == (0.01, 2, 4)
     assert (Path(words.output_dir).name, Path(physics.output_dir).name) == ("01-words", "02-physics")
     assert (physics.adapter, physics.num_experts, physics.lora_dropout) == (words.output_dir, None, 0.1)
 
