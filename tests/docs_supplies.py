@@ -147,3 +147,6 @@ def supply(page, folder: Path, made: Path):
             MAKERS[name](kept)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if kept.is_dir() else shutil.copy)(kept, folder / name)
+        for path in (*(folder / name).rglob("adapter_config.json"), *(folder / name).rglob("skills.json")):
+            text = path.read_text(encoding="utf-8")  # the base model's folder is that of the page that was first
+            path.write_text(re.sub(r'"/[^"]*/my-model"', json.dumps(str(folder / "my-model")), text), encoding="utf-8")
